@@ -1,0 +1,38 @@
+# make reproduce, make test and make ui need Python ≥ 3.11 and nothing else; the environment is made in .venv.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.PHONY: reproduce test lint ui lab benchmarks clean
+.DELETE_ON_ERROR:
+
+reproduce: $(READY)  ## every installed paper at the quick profile, then the scoreboard
+	$(BIN)/layerlab reproduce
+
+test: $(READY)  ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)  ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/pyright
+
+ui: $(READY)  ## MLflow on http://127.0.0.1:5000
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+
+lab: $(READY)  ## JupyterLab on 127.0.0.1
+	LAYERLAB_HOME=$(CURDIR) $(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir=notebooks
+
+benchmarks: $(READY)  ## what fit costs over a plain loop
+	$(BIN)/python benchmarks/fit_overhead.py
+
+clean:  ## remove the environment; runs/ and mlflow.db stay
+	rm -rf $(VENV)
+
+$(READY): pyproject.toml constraints.txt $(PLUGINS)
+	@test -n "$(PYTHON)" || { echo "layerlab needs Python 3.11 or later; install it or run make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
+	@touch $@

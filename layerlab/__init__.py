@@ -1,0 +1,67 @@
+"""layerlab: a workbook in which anyone can check what papers on layer-wise efficient training claim.
+
+The public names. They are imported when first used, so that `import layerlab` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LayerlabError": "layerlab.errors",
+    "Run": "layerlab.strategy",
+    "Strategy": "layerlab.strategy",
+    "Dataset": "layerlab.data",
+    "load_dataset": "layerlab.data",
+    "build_model": "layerlab.models",
+    "forward_order": "layerlab.models",
+    "prefixes": "layerlab.models",
+    "compare": "layerlab.training",
+    "evaluate": "layerlab.training",
+    "fit": "layerlab.training",
+    "load_paper": "layerlab.papers",
+    "Study": "layerlab.study",
+    "track": "layerlab.tracking",
+    "measure": "",
+    "figures": "",
+}
+
+if TYPE_CHECKING:
+    from layerlab import figures, measure
+    from layerlab.data import Dataset, load_dataset
+    from layerlab.errors import LayerlabError
+    from layerlab.models import build_model, forward_order, prefixes
+    from layerlab.papers import load_paper
+    from layerlab.registry import Registry
+    from layerlab.strategy import Run, Strategy
+    from layerlab.study import Study
+    from layerlab.tracking import track
+    from layerlab.training import compare, evaluate, fit
+
+    strategies: Registry
+
+__all__ = [
+    "Dataset", "LayerlabError", "Run", "Strategy", "Study", "build_model", "compare", "evaluate", "figures", "fit",
+    "forward_order", "load_dataset", "load_paper", "measure", "prefixes", "strategies", "track",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        from layerlab.registry import installed
+
+        value: Any = installed()
+    elif name in _PUBLIC:
+        module = _PUBLIC[name]
+        value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"layerlab.{name}")
+    else:
+        raise AttributeError(f"module 'layerlab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

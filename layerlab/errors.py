@@ -1,0 +1,37 @@
+"""The one error that layerlab raises for what a user can mend, and the sentences it is made of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+
+class LayerlabError(Exception):
+    """Something a user can mend: its message names the thing and the remedy in one sentence."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> LayerlabError:
+    """The error for a name that does not exist: lists what does, and the nearest spelling.
+
+    Returns the error (the caller raises it), so that type checkers see the control flow.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    listing = ", ".join(names) if names else "none"
+    return LayerlabError(f"Unknown {kind} {name!r}.{guess} Known: {listing}.{' ' + remedy if remedy else ''}")
+
+
+def sentence(error: ValidationError, owner: str) -> str:
+    """A pydantic validation error as one sentence a setting: `owner: setting 'x' …, got …`."""
+    parts = []
+    for detail in error.errors():
+        setting = ".".join(str(part) for part in detail["loc"]) or "settings"
+        if detail["type"] == "extra_forbidden":
+            parts.append(f"{owner} has no setting {setting!r}")
+        else:
+            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            parts.append(f"{owner}: setting {setting!r} {message}, got {detail['input']!r}")
+    return "; ".join(parts) + "."

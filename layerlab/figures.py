@@ -1,0 +1,184 @@
+"""The plots. Each function takes tables as the rest of layerlab makes them and returns a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+LABELS = {
+    "epoch": "epoch",
+    "seconds": "training time [s]",
+    "test/top1": "test accuracy, top-1",
+    "test/top5": "test accuracy, top-5",
+    "train/loss": "training loss",
+}
+
+
+def _canvas(columns: int = 1, rows: int = 1, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Any]:
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
+        "axes.grid": True, "grid.alpha": 0.35, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "figure.constrained_layout.use": True, "font.size": 10,
+    })
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    return figure, axes
+
+
+def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"), title: str = "") -> Figure:
+    """Learning curves of the arms of a comparison: mean over seeds with the 95 % band, each seed thin.
+
+    Args:
+        frame: `Comparison.frame`.
+        y: the metric.
+        x: one panel each; over `seconds` the mean is taken epoch by epoch.
+    """
+    figure, axes = _canvas(len(x))
+    arms = list(dict.fromkeys(frame["arm"]))
+    colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
+    for panel, axis in zip(x, axes[0], strict=True):
+        for arm in arms:
+            part = frame[frame["arm"] == arm]
+            if part["seed"].nunique() > 1:
+                for _, seed in part.groupby("seed"):
+                    axis.plot(seed[panel], seed[y], color=colours[arm], alpha=0.25, linewidth=0.8)
+            mean = part.groupby("epoch")[[column for column in {panel, y} if column != "epoch"]].mean()
+            mean["epoch"] = mean.index
+            axis.plot(mean[panel], mean[y], color=colours[arm], label=arm, marker="o", markersize=3.5)
+            if panel == "epoch" and part["seed"].nunique() > 1:
+                from layerlab.measure import mean_interval
+
+                half = part.groupby("epoch")[y].apply(lambda values: mean_interval(list(values))[1])
+                axis.fill_between(mean.index, mean[y] - half, mean[y] + half, color=colours[arm], alpha=0.15,
+                                  linewidth=0)
+        axis.set(xlabel=LABELS.get(panel, panel), ylabel=LABELS.get(y, y))
+        if panel == "epoch":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if y.startswith("test/top"):
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            low, high = frame[y].min(), frame[y].max()
+            margin = 0.06 * (high - low + 1e-9)
+            axis.set_ylim(max(0.0, low - margin), min(1.0, high + margin))
+    axes[0][0].legend(loc="best")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def layer_bars(frame: pd.DataFrame, value: Mapping[str, str], unit: str, title: str = "") -> Figure:
+    """Bars of one or several quantities per layer.
+
+    Args:
+        frame: a row a layer with a column `layer`, in forward order.
+        value: column → label.
+        unit: of the y axis.
+    """
+    figure, axes = _canvas(width=max(6.0, 0.75 * len(frame)))
+    axis = axes[0][0]
+    long = frame.melt("layer", list(value), "part", "value")
+    long["part"] = long["part"].map(dict(value))
+    long["layer"] = long["layer"].str.split(".").str[-1]
+    sns.barplot(long, x="layer", y="value", hue="part", ax=axis, legend="auto" if len(value) > 1 else False)
+    axis.set(xlabel="", ylabel=unit)
+    axis.tick_params(axis="x", rotation=45 if len(frame) > 10 else 0)
+    if len(value) > 1:
+        axis.legend(title=None)
+    if title:
+        axis.set_title(title)
+    return figure
+
+
+def layer_epoch_map(maps: Mapping[str, pd.DataFrame], label: str, states: Sequence[str] | None = None) -> Figure:
+    """Layer × epoch heat maps, the layer nearest the input at the bottom.
+
+    Args:
+        maps: title → table with layers as index (input first) and epochs as columns.
+        label: what the colour means.
+        states: for integer tables: the names of 0, 1, …; drawn as two or more flat colours with a legend.
+    """
+    tallest = max(len(table) for table in maps.values())
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, axes = _canvas(columns, rows, width=4.6, height=max(2.2, 0.32 * tallest + 1.0))
+    flat = list(axes.flat)
+    for axis, (title, table) in zip(flat, maps.items(), strict=False):
+        shown = table.iloc[::-1].rename(index=lambda name: str(name).removeprefix("features."))
+        options: dict[str, Any] = {"cmap": "viridis", "cbar_kws": {"label": label}}
+        if states is not None:
+            palette = ["#d9d9d9", *sns.color_palette("colorblind", max(1, len(states) - 1))]
+            options = {"cmap": ListedColormap(palette[: len(states)]), "vmin": -0.5, "vmax": len(states) - 0.5,
+                       "cbar": False}
+        sns.heatmap(shown, ax=axis, linewidths=0.5, linecolor="white", **options)
+        axis.set(title=title, xlabel="epoch", ylabel="")
+        axis.tick_params(axis="y", rotation=0)
+        axis.tick_params(axis="x", rotation=0)
+        axis.grid(False)
+    for axis in flat[len(maps):]:
+        axis.set_visible(False)
+    if states is not None:
+        handles = [plt.Rectangle((0, 0), 1, 1, color=palette[i]) for i in range(len(states))]
+        figure.legend(handles, list(states), loc="outside lower center", ncols=len(states))
+    return figure
+
+
+def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, percent: bool = False,
+                 error: str | None = None, xlabel: str = "", title: str = "") -> Figure:
+    """Grouped bars with their values written on them.
+
+    Args:
+        frame: long table.
+        x, y, hue: its columns.
+        error: column of half-widths of intervals.
+        percent: y is a share, shown in per cent.
+    """
+    figure, axes = _canvas(width=max(6.0, 0.55 * len(frame)))
+    axis = axes[0][0]
+    groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
+    width = 0.8 / len(hues)
+    for number, name in enumerate(hues):
+        part = frame[frame[hue] == name].set_index(x).reindex(groups)
+        places = np.arange(len(groups)) + (number - (len(hues) - 1) / 2) * width
+        errors = part[error] if error else None
+        bars = axis.bar(places, part[y], width, label=name, yerr=errors,
+                        error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.3"})
+        axis.bar_label(bars, fmt=(lambda v: f"{v:.0%}") if percent else "{:.3g}", fontsize=8, padding=2)
+    axis.set_xticks(np.arange(len(groups)), [str(group) for group in groups])
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.margins(y=0.12)
+    if percent:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.legend(loc="best")
+    return figure
+
+
+def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel: str, ylabel: str) -> Figure:
+    """Cost against accuracy, a point with its name for each candidate, one panel for each value of `panel`.
+
+    Args:
+        frame: a row a candidate, with columns x, y, label, panel and, for intervals, `x ±` and `y ±` named so.
+    """
+    panels = list(dict.fromkeys(frame[panel]))
+    columns = min(2, len(panels))
+    figure, axes = _canvas(columns, -(-len(panels) // columns), width=5.6)
+    flat = list(axes.flat)
+    for axis, name in zip(flat, panels, strict=False):
+        part = frame[frame[panel] == name]
+        kinds = list(dict.fromkeys(frame[label]))
+        for colour, kind in zip(sns.color_palette("colorblind", len(kinds)), kinds, strict=True):
+            point = part[part[label] == kind]
+            axis.errorbar(point[x], point[y], xerr=point.get(f"{x} ±"), yerr=point.get(f"{y} ±"), fmt="o",
+                          color=colour, elinewidth=0.8, capsize=2)
+            for _, row in point.iterrows():
+                axis.annotate(str(row[label]), (row[x], row[y]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=name)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.margins(x=0.18, y=0.15)
+    for axis in flat[len(panels):]:
+        axis.set_visible(False)
+    return figure

@@ -1,0 +1,320 @@
+"""A paper's tables and claims as data, and what a measurement says of a claim."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import textwrap
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from layerlab.errors import LayerlabError, sentence, unknown
+from layerlab.measure import mean_interval
+from layerlab.registry import Plugin
+
+Verdict = Literal["reproduced", "holds at reduced scale", "differs", "not run"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Table(_Data):
+    """A table of the paper, cell by cell.
+
+    Attributes:
+        id: as the paper numbers it.
+        title: the caption.
+        columns: headings.
+        rows: cells, numbers or texts.
+    """
+
+    id: str
+    title: str
+    columns: list[str]
+    rows: list[list[float | int | str]]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """As a table, indexed by the first column."""
+        return pd.DataFrame(self.rows, columns=self.columns).set_index(self.columns[0])
+
+
+class Claim(_Data):
+    """A number that the paper claims.
+
+    Attributes:
+        id: short name, `[a-z0-9-]+`.
+        statement: one line, in words.
+        value: the published number.
+        unit: `%`, `points`, `×`, ….
+        where: table, figure or section.
+        neutral: the value that means no effect (0 for a saving, 1 for a speed-up): a measurement at reduced scale
+            holds when it lies on the paper's side of it, its whole interval included.
+        tolerance: how far a measurement under the paper's conditions may be off, in the claim's unit.
+        analytic: follows from shapes alone, so that every run meets its conditions.
+        conditions: what the number was obtained under; compared with a run's conditions by name.
+    """
+
+    id: str
+    statement: str
+    value: float
+    unit: str
+    where: str
+    neutral: float | None = None
+    tolerance: float = Field(gt=0)
+    analytic: bool = False
+    conditions: dict[str, Any] = {}
+
+
+class Profile(_Data):
+    """A set of values for the notebook's parameters.
+
+    Attributes:
+        description: what it runs on and how long it takes.
+        parameters: name → value.
+    """
+
+    description: str
+    parameters: dict[str, Any]
+
+
+class Paper(_Data):
+    """What a plugin's `paper.toml` says.
+
+    Attributes:
+        title, authors, year, venue, link: bibliographic.
+        summary: the paper in three sentences.
+        formula: its central equation, in LaTeX.
+        notebook: file name, beside `paper.toml`.
+        tables, claims, profiles: see their classes.
+    """
+
+    title: str
+    authors: str
+    year: int
+    venue: str
+    link: str = ""
+    summary: str
+    formula: str
+    notebook: str
+    tables: list[Table] = []
+    claims: list[Claim]
+    profiles: dict[str, Profile]
+    strategy: str = ""
+    folder: Path = Path()
+
+    @property
+    def notebook_file(self) -> Path:
+        """The notebook that reproduces the paper.
+
+        Raises:
+            LayerlabError: it is not there.
+        """
+        file = (self.folder / self.notebook).resolve()
+        if not file.is_file():
+            raise LayerlabError(f"The notebook {self.folder / self.notebook} of {self.strategy!r} is missing; "
+                                "install its plugin anew.")
+        return file
+
+    def table(self, id: str) -> Table:
+        """The table that the paper numbers so.
+
+        Raises:
+            LayerlabError: there is none.
+        """
+        found = {table.id: table for table in self.tables}
+        if id not in found:
+            raise unknown("table", id, found)
+        return found[id]
+
+    def claim(self, id: str) -> Claim:
+        """The claim of that id.
+
+        Raises:
+            LayerlabError: there is none.
+        """
+        found = {claim.id: claim for claim in self.claims}
+        if id not in found:
+            raise unknown("claim", id, found)
+        return found[id]
+
+    def profile(self, name: str) -> Profile:
+        """The run profile of that name.
+
+        Raises:
+            LayerlabError: there is none.
+        """
+        if name not in self.profiles:
+            raise unknown("profile", name, self.profiles)
+        return self.profiles[name]
+
+
+def read_paper(file: Path, strategy: str) -> Paper:
+    """Read a `paper.toml`.
+
+    Raises:
+        LayerlabError: missing, no TOML, or not of `Paper`'s form.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return Paper(**content, strategy=strategy, folder=file.parent)
+    except FileNotFoundError:
+        raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise LayerlabError(f"{file} cannot be read: {error}.") from None
+    except ValidationError as error:
+        raise LayerlabError(sentence(error, str(file))) from None
+
+
+def load_paper(strategy: str | Plugin) -> Paper:
+    """The paper of an installed strategy: `paper.toml` in the package of its class.
+
+    Raises:
+        LayerlabError: no such strategy, or no readable paper.
+    """
+    if isinstance(strategy, str):
+        from layerlab import strategies
+
+        strategy = strategies[strategy]
+    package = strategy.load().__module__.partition(".")[0]
+    return read_paper(Path(str(importlib.resources.files(package))) / "paper.toml", strategy.name)
+
+
+def judge(claim: Claim, values: Sequence[float], conditions: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """What measured values say of a claim.
+
+    Args:
+        values: one a seed, in the claim's unit; a value that is not finite means that what the claim speaks of did not
+            happen with that seed (a target accuracy never reached, say).
+        conditions: what they were measured under.
+
+    Returns:
+        (verdict, why in a few words).
+    """
+    if not values:
+        return "not run", ""
+    if not all(math.isfinite(value) for value in values):
+        missing = sum(not math.isfinite(value) for value in values)
+        return "differs", f"did not happen in {missing} of {len(values)} runs"
+    mean, half = mean_interval(values)
+    same = claim.analytic or (
+        bool(claim.conditions) and all(conditions.get(name) == wanted for name, wanted in claim.conditions.items())
+    )
+    if same:
+        off = mean - claim.value
+        if abs(off) <= claim.tolerance:
+            return "reproduced", f"within {claim.tolerance:g} {claim.unit}"
+        return "differs", f"off by {off:+.3g} {claim.unit}"
+    if claim.neutral is None:
+        return "differs", "no direction to compare at reduced scale"
+    sign = math.copysign(1, claim.value - claim.neutral)
+    if (mean - claim.neutral) * sign <= 0:
+        return "differs", "other direction"
+    if len(values) > 1 and (mean - claim.neutral) * sign <= half:
+        return "differs", "interval includes no effect"
+    return "holds at reduced scale", "one seed" if len(values) == 1 else "same direction"
+
+
+class ClaimResult(BaseModel):
+    """One row of the scoreboard: a claim and what one notebook run measured of it.
+
+    Attributes:
+        paper: the strategy's name.
+        claim, statement, where, unit, paper_value: from the claim.
+        measured: mean over seeds; None when not run or never reached.
+        interval: half-width of the 95 % interval; None for one seed.
+        values: one a seed; None where it did not happen.
+        seeds, profile, conditions: of the run.
+        machine, versions, commit: where the number comes from.
+        verdict, reason: see `judge`.
+        mlflow_run: id of the notebook's run.
+    """
+
+    paper: str
+    claim: str
+    statement: str
+    where: str
+    unit: str
+    paper_value: float
+    measured: float | None = None
+    interval: float | None = None
+    values: list[float | None] = []
+    seeds: list[int] = []
+    profile: str
+    conditions: dict[str, Any] = {}
+    machine: str = ""
+    versions: dict[str, str] = {}
+    commit: str = ""
+    verdict: Verdict = "not run"
+    reason: str = ""
+    mlflow_run: str = ""
+
+    @property
+    def measured_text(self) -> str:
+        """`mean ± half-width unit`, or why there is none."""
+        if self.measured is None:
+            return "—" if self.verdict == "not run" else "never"
+        spread = f" ± {self.interval:.2g}" if self.interval is not None else ""
+        return f"{self.measured:.4g}{spread} {self.unit}"
+
+    @property
+    def setting_text(self) -> str:
+        """Where it was measured: dataset, network, seeds."""
+        if self.verdict == "not run":
+            return self.profile
+        named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "exact"
+        return ", ".join([self.profile, *named, seeds])
+
+
+SCOREBOARD = ("claim", "where", "paper", "measured", "run", "verdict")
+
+
+def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
+    """The rows as a table of texts, with the columns of `SCOREBOARD`."""
+    rows = [
+        {
+            "claim": f"{result.paper}: {result.statement}",
+            "where": result.where,
+            "paper": f"{result.paper_value:g} {result.unit}",
+            "measured": result.measured_text,
+            "run": result.setting_text,
+            "verdict": result.verdict + (f" ({result.reason})" if result.reason else ""),
+        }
+        for result in results
+    ]
+    return pd.DataFrame(rows, columns=list(SCOREBOARD))
+
+
+def scoreboard_text(results: Sequence[ClaimResult], width: int = 120) -> str:
+    """The scoreboard for a terminal of that many columns, verdicts in colour."""
+    frame = scoreboard(results)
+    fixed = {"where": 9, "paper": 11, "measured": 15, "run": 18, "verdict": 24}
+    widths = {"claim": max(24, width - sum(fixed.values()) - 2 * len(fixed))} | fixed
+    colours = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
+    lines = ["  ".join(click.style(name.ljust(size), bold=True) for name, size in widths.items())]
+    for _, row in frame.iterrows():
+        cells = {name: textwrap.wrap(str(row[name]), size) or [""] for name, size in widths.items()}
+        colour = colours[str(row["verdict"]).split()[0]]
+        for line in range(max(len(cell) for cell in cells.values())):
+            parts = []
+            for name, size in widths.items():
+                text = (cells[name][line] if line < len(cells[name]) else "").ljust(size)
+                parts.append(click.style(text, fg=colour) if name == "verdict" else text)
+            lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def scoreboard_markdown(results: Sequence[ClaimResult]) -> str:
+    """The scoreboard as a Markdown table."""
+    frame = scoreboard(results)
+    lines = ["| " + " | ".join(SCOREBOARD) + " |", "|" + " --- |" * len(SCOREBOARD)]
+    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in frame.to_numpy()]
+    return "\n".join(lines) + "\n"

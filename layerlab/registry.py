@@ -1,0 +1,157 @@
+"""Which strategies are installed: the entry points of group `layerlab.strategies`, in whatever distribution."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import entrypoints
+
+from layerlab.errors import LayerlabError, unknown
+from layerlab.strategy import Strategy
+
+GROUP = "layerlab.strategies"
+
+
+@dataclass
+class Plugin:
+    """One installed strategy, loaded when first asked for.
+
+    Attributes:
+        name: the entry point's name.
+        target: what it points to, `module:Class`.
+        distribution: the name of the distribution that installs it.
+        version: that distribution's version.
+    """
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+
+    @cached_property
+    def _loaded(self) -> tuple[type[Strategy] | None, str]:
+        module, _, attribute = self.target.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        # A plugin may fail in any way at import; it must not take the others down with it.
+        except (Exception, SystemExit) as error:
+            return None, f"{type(error).__name__}: {error}"
+        if not (isinstance(found, type) and issubclass(found, Strategy)):
+            return None, f"{self.target} is not a subclass of layerlab.Strategy"
+        if found.name != self.name:
+            return None, f"its class is named {found.name!r} but its entry point {self.name!r}; make them the same"
+        return found, ""
+
+    @property
+    def broken(self) -> str:
+        """Why it cannot be used, or an empty string."""
+        return self._loaded[1]
+
+    def load(self) -> type[Strategy]:
+        """The strategy's class.
+
+        Raises:
+            LayerlabError: it does not import, or is no strategy; with the reason.
+        """
+        strategy, reason = self._loaded
+        if strategy is None:
+            raise LayerlabError(
+                f"Plugin {self.name!r} of distribution {self.distribution!r} is broken ({reason}); "
+                f"mend or uninstall {self.distribution}."
+            )
+        return strategy
+
+
+class Registry:
+    """The installed strategies by name. Iterates over names; `registry[name]` is a `Plugin`."""
+
+    def __init__(self, plugins: list[Plugin]) -> None:
+        self._plugins: dict[str, list[Plugin]] = {}
+        for plugin in plugins:
+            self._plugins.setdefault(plugin.name, []).append(plugin)
+
+    def __iter__(self):
+        return iter(sorted(self._plugins))
+
+    def __len__(self) -> int:
+        return len(self._plugins)
+
+    def __getitem__(self, name: str) -> Plugin:
+        """The plugin of that name.
+
+        Raises:
+            LayerlabError: unknown (lists what is installed), or claimed by two distributions (names both).
+        """
+        found = self._plugins.get(name)
+        if not found:
+            raise unknown("strategy", name, self._plugins, "Install a plugin with pip to add one.")
+        if len(found) > 1:
+            owners = " and ".join(repr(plugin.distribution) for plugin in found)
+            raise LayerlabError(
+                f"Two distributions install a strategy named {name!r}: {owners}; uninstall one of them."
+            )
+        return found[0]
+
+    def every(self) -> list[Plugin]:
+        """All plugins, those of a doubled name included, by name."""
+        return [plugin for name in self for plugin in self._plugins[name]]
+
+    def __call__(self, name: str, **settings: Any) -> Strategy:
+        """Make a strategy: `strategies("lars-skip", alpha=2)`."""
+        return self[name].load()(**settings)
+
+
+def installed() -> Registry:
+    """Look up what is installed now.
+
+    The `entrypoints` package gives up on one malformed `entry_points.txt` of any distribution at all; then the
+    standard library's reader, which survives it, is used and the offender is named in a warning.
+    """
+    try:
+        points = entrypoints.get_group_all(GROUP)
+        plugins = [
+            Plugin(
+                point.name,
+                f"{point.module_name}:{point.object_name or ''}",
+                point.distro.name if point.distro else "?",
+                point.distro.version if point.distro else "?",
+            )
+            for point in points
+        ]
+    except Exception as error:  # noqa: BLE001 (configparser's and its own errors, depending on the damage)
+        offenders = ", ".join(_malformed()) or f"unknown ({error})"
+        warnings.warn(
+            f"A malformed entry_points.txt is installed, by: {offenders}. Strategies are found all the same; "
+            "reinstall that package to be rid of this warning.",
+            stacklevel=2,
+        )
+        plugins = [
+            Plugin(point.name, point.value, point.dist.name if point.dist else "?",
+                   point.dist.version if point.dist else "?")
+            for point in importlib.metadata.entry_points(group=GROUP)
+        ]
+    # An editable install can be seen through two folders of sys.path; the same target of the same owner is one plugin.
+    unique = {(plugin.name, plugin.distribution.replace("_", "-").lower(), plugin.target): plugin for plugin in plugins}
+    return Registry(list(unique.values()))
+
+
+def _malformed() -> list[str]:
+    """Names of the distributions whose entry_points.txt the `entrypoints` package cannot read."""
+    names = []
+    for distribution in importlib.metadata.distributions():
+        text = distribution.read_text("entry_points.txt")
+        if text is None:
+            continue
+        parser = entrypoints.CaseSensitiveConfigParser(delimiters=("=",))
+        try:
+            parser.read_string(text)
+        except Exception:  # noqa: BLE001
+            names.append(distribution.name or str(getattr(distribution, "_path", "?")))
+    return names

@@ -1,0 +1,214 @@
+"""The contract: what a training strategy is, which hooks it has, and the `Run` that it shares with `fit`.
+
+A strategy is a pydantic model. Its fields are its settings; its hooks carry the names known from Lightning. A hook
+that a strategy does not define is never called, so it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from layerlab.errors import LayerlabError, sentence
+
+HOOKS = ("on_fit_start", "on_epoch_start", "training_step", "on_after_backward", "on_epoch_end", "on_fit_end")
+
+
+class Batches(Protocol):
+    """What a run reads batches from: `layerlab.data.Split`, or anything of this shape that a strategy puts there."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass: shuffled and augmented from `generator`, dropping the uneven rest, or in order without one."""
+        ...
+
+
+@dataclass(eq=False)
+class Run:
+    """The one mutable thing that `fit` and its strategies share.
+
+    Attributes:
+        model: the network that predicts and that a user deploys.
+        training_model: the network that trains. The same object as `model` unless a strategy separates the two.
+        optimizer: holds every parameter of `model`, frozen or not; a frozen one has no gradient and is skipped.
+        schedule: the learning-rate schedule; `fit` steps it.
+        data: where the training batches come from. A strategy may replace it between epochs.
+        test_data: what `model` is evaluated on after each epoch.
+        loss: maps (logits, labels) to a scalar.
+        example: one training batch's images as the network sees them, shape (batch, channels, height, width).
+        epochs: the number of epochs of the whole run.
+        epoch: the current epoch, counted from 1; 0 before the first.
+        step: optimizer steps taken so far, over all epochs.
+        steps_per_epoch: optimizer steps in the current epoch.
+        device: where model and data are.
+        generator: the CPU generator behind shuffling and augmentation.
+        history: one row an epoch of everything logged, including `logged` of the epochs that are finished.
+        logged: what strategies logged in the current epoch.
+    """
+
+    model: nn.Module
+    training_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    data: Batches
+    test_data: Batches
+    loss: Callable[[Tensor, Tensor], Tensor]
+    example: Tensor
+    epochs: int
+    device: torch.device
+    generator: torch.Generator
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    batch_size: int = 0
+    epoch: int = 0
+    step: int = 0
+    steps_per_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    logged: dict[str, float] = field(default_factory=dict)
+    after_backward: list[Callable[[Run], None]] = field(default_factory=list)
+    _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
+    _stopped: list[nn.Parameter] = field(default_factory=list)
+
+    def log(self, name: str, value: float) -> None:
+        """Log a number for the current epoch, by convention as `strategy/what`; the last value in an epoch counts."""
+        self.logged[name] = float(value)
+
+    def freeze(self, owner: str, modules: Iterable[nn.Module]) -> None:
+        """Make `modules` all that `owner` keeps frozen from now on; an empty set thaws what it had frozen.
+
+        A frozen module's parameters get no gradient, so the optimizer leaves them, their momentum and their decay
+        alone, and backward ends where nothing further towards the input learns. Its batch-norm statistics stand still
+        too. Several owners' sets add up. Parameters that the user froze beforehand are never touched.
+        """
+        self._frozen[owner] = {inner for module in modules for inner in module.modules()}
+        self.apply_freezing()
+
+    @property
+    def frozen(self) -> set[nn.Module]:
+        """Every module that some strategy keeps frozen at present."""
+        return set().union(*self._frozen.values()) if self._frozen else set()
+
+    def apply_freezing(self) -> None:
+        """Put `requires_grad` and the batch norms' modes where `frozen` wants them; `fit` does so after each train()."""
+        for parameter in self._stopped:
+            parameter.requires_grad_(True)
+        self._stopped.clear()
+        frozen = self.frozen
+        for module in self.training_model.modules():
+            tracks = getattr(module, "running_mean", None) is not None
+            if module not in frozen:
+                if tracks and self.training_model.training:
+                    module.train()
+                continue
+            if tracks:
+                module.eval()
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self._stopped.append(parameter)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step."""
+        loss.backward()
+        for hook in self.after_backward:
+            hook(self)
+
+
+class Strategy(BaseModel):
+    """A method that changes how a network is trained. Subclass it; the fields are the settings.
+
+    `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's.
+
+    State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
+    one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
+    tensors, numbers, strings, lists and dicts (checkpoints are read with `weights_only=True`).
+
+    Raises:
+        LayerlabError: a setting that does not exist or does not validate, in one sentence.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    name: ClassVar[str] = ""
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise LayerlabError(sentence(error, type(self).name or type(self).__name__)) from None
+
+    def on_fit_start(self, run: Run) -> None:
+        """Once, before the first epoch and again after an interruption: adapt the model, the data, the optimizer."""
+
+    def on_load_checkpoint(self, run: Run) -> None:
+        """After an interruption, with `load_state_dict` done and before the weights are loaded.
+
+        A strategy that had changed the network's structure, the data or the optimizer makes the same change again.
+        """
+
+    def on_epoch_start(self, run: Run) -> None:
+        """Before each epoch; the network is in training mode."""
+
+    def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        """Replace the whole step (forward, `run.backward`, update). At most one strategy of a run defines it.
+
+        Args:
+            x: images, (batch, channels, height, width), normalised and augmented.
+            y: labels, (batch,), int64.
+
+        Returns:
+            The batch's mean loss, a scalar; `fit` detaches it.
+        """
+        raise TypeError(f"{type(self).__name__} does not replace the training step")
+
+    def on_after_backward(self, run: Run) -> None:
+        """After each backward: the gradients are there, the optimizer has not stepped."""
+
+    def on_epoch_end(self, run: Run) -> None:
+        """After each epoch's last step, before the evaluation."""
+
+    def on_fit_end(self, run: Run) -> None:
+        """Once at the end: leave `run.model` as the network that a user deploys."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on after an interruption at the end of an epoch."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    @classmethod
+    def defines(cls, hook: str) -> bool:
+        """Whether this strategy has a hook of its own."""
+        return getattr(cls, hook) is not getattr(Strategy, hook)
+
+
+def check_composition(strategies: Iterable[Strategy]) -> None:
+    """Refuse strategies that cannot run together.
+
+    Raises:
+        LayerlabError: two of them replace the training step, or one is given twice.
+    """
+    strategies = list(strategies)
+    for strategy in strategies:
+        if not isinstance(strategy, Strategy):
+            raise LayerlabError(f"{strategy!r} is no strategy: pass objects of layerlab.Strategy, such as LarsSkip().")
+    names = [strategy.name for strategy in strategies]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise LayerlabError(f"Strategy {twice[0]!r} is given twice in one fit; give it once.")
+    stepping = [strategy.name for strategy in strategies if strategy.defines("training_step")]
+    if len(stepping) > 1:
+        raise LayerlabError(
+            f"Strategies {stepping[0]!r} and {stepping[1]!r} cannot run together: both replace the training step "
+            "(hook training_step); use one of them at a time."
+        )

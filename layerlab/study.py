@@ -1,0 +1,215 @@
+"""A notebook's session: a paper under a profile, with its runs, tables, figures and claims in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from layerlab import tracking
+from layerlab.checkpoint import write_atomically, write_json
+from layerlab.errors import LayerlabError, unknown
+from layerlab.measure import commit, machine_name, mean_interval, versions
+from layerlab.papers import ClaimResult, Paper, judge, load_paper, scoreboard
+from layerlab.training import Comparison, compare
+
+OUTPUT = "LAYERLAB_OUTPUT"
+RECORD = "study.json"
+RESULTS = "claims.json"
+
+
+def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
+    """`runs/<strategy>/<profile>` in the workbook's folder; other parameters than the profile's get one of their own."""
+    name = profile
+    if overrides:
+        text = json.dumps(dict(overrides), sort_keys=True, default=str)
+        name += "-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return tracking.workbook_folder() / "runs" / strategy / name
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`; or nothing."""
+    file = folder / RECORD
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+class Study:
+    """What a paper's notebook works with.
+
+    Everything it makes lies in one folder and in one MLflow run with the training runs grouped under it. An
+    interrupted study that is opened again goes on in both.
+
+    Args:
+        strategy: name of the installed strategy whose paper this is.
+        profile: one of the paper's.
+        output: the folder. Default: `$LAYERLAB_OUTPUT`, else `runs/<strategy>/<profile>` in the workbook's folder.
+        parameters: the notebook's parameters; those that are None take the profile's value.
+
+    Attributes:
+        paper: tables, claims, profiles.
+        parameters: the values in force, as attributes.
+        folder: the output folder.
+        run_id: of the notebook's MLflow run.
+
+    Raises:
+        LayerlabError: unknown strategy, profile or parameter; a folder that cannot be written.
+    """
+
+    def __init__(
+        self, strategy: str, profile: str = "quick", output: str | Path | None = None, **parameters: Any
+    ) -> None:
+        self.paper: Paper = load_paper(strategy)
+        self.profile = profile
+        values = dict(self.paper.profile(profile).parameters)
+        for name, value in parameters.items():
+            if name not in values:
+                raise unknown("parameter", name, values)
+            if value is not None:
+                values[name] = value
+        self.parameters = SimpleNamespace(**values)
+        overrides = {name: value for name, value in parameters.items() if value is not None}
+        self.folder = Path(
+            output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)
+        ).resolve()
+        values = json.loads(json.dumps(values, default=str))
+        record = read_record(self.folder)
+        # A finished study is done anew; one that was interrupted goes on, if it is the same one.
+        if record and not record["finished"] and record["parameters"] == values:
+            self.attempt = record["attempt"]
+        else:
+            self.attempt = uuid.uuid4().hex
+            (self.folder / RESULTS).unlink(missing_ok=True)
+            if record and not record["finished"] and "mlflow_run" in record:
+                tracking.end_open_runs(strategy, record["mlflow_run"])
+        self._record = {"attempt": self.attempt, "finished": False, "profile": profile, "parameters": values}
+        write_json(self.folder / RECORD, self._record)
+        self._tags = {"paper": strategy, "profile": profile, "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
+        self.run_id = tracking.start_run(
+            strategy, f"{strategy} · {profile} · notebook", self.attempt,
+            self._tags | tracking.common_tags() | {"kind": "notebook"},
+        )
+        self._record["mlflow_run"] = self.run_id
+        write_json(self.folder / RECORD, self._record)
+        self._results: list[ClaimResult] = []
+
+    def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
+        """`layerlab.compare`, checkpointed in the study's folder and logged under its run.
+
+        Args:
+            title: names the checkpoints; unique in the notebook.
+            table: the table or figure of the paper that this is for, as a tag.
+        """
+        tracker = tracking.Tracker(self.paper.strategy, self._tags | {"table": table or title}, self.run_id)
+        return compare(
+            *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
+        )
+
+    def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """Keep a table as CSV in the folder and in MLflow; gives it back for display."""
+        text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex))
+        self._keep(f"tables/{name}.csv", text.encode())
+        return frame
+
+    def figure(self, name: str, figure: Any) -> Any:
+        """Keep a matplotlib figure as PNG in the folder and in MLflow; gives it back for display."""
+        import matplotlib.pyplot as plt
+
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=144, bbox_inches="tight")
+        self._keep(f"figures/{name}.png", stream.getvalue())
+        # Otherwise the inline backend shows it a second time.
+        plt.close(figure)
+        return figure
+
+    def claim(
+        self, id: str, values: float | Sequence[float], *, seeds: Sequence[int] = (),
+        conditions: Mapping[str, Any] | None = None,
+    ) -> ClaimResult:
+        """Set measured values beside a claim.
+
+        Args:
+            id: of the claim in paper.toml.
+            values: one a seed, in the claim's unit; not finite where it did not happen.
+            seeds: the seeds.
+            conditions: what it was measured under, `dataset` and `network` among them.
+        """
+        claim = self.paper.claim(id)
+        numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
+        verdict, reason = judge(claim, numbers, conditions or {})
+        happened = numbers and all(map(math.isfinite, numbers))
+        mean, half = mean_interval(numbers) if happened else (None, None)
+        result = ClaimResult(
+            paper=self.paper.strategy, claim=id, statement=claim.statement, where=claim.where, unit=claim.unit,
+            paper_value=claim.value, measured=mean,
+            interval=half if half is not None and math.isfinite(half) else None,
+            values=[value if math.isfinite(value) else None for value in numbers], seeds=list(seeds),
+            profile=self.profile, conditions=dict(conditions or {}), machine=machine_name(), versions=versions(),
+            commit=commit(tracking.workbook_folder()), verdict=verdict, reason=reason, mlflow_run=self.run_id,
+        )
+        self._results.append(result)
+        return result
+
+    @property
+    def results(self) -> list[ClaimResult]:
+        """Every claim of the paper in its order: what was measured of it, or a row that says `not run`."""
+        rows = []
+        for claim in self.paper.claims:
+            found = [result for result in self._results if result.claim == claim.id]
+            rows += found or [ClaimResult(
+                paper=self.paper.strategy, claim=claim.id, statement=claim.statement, where=claim.where,
+                unit=claim.unit, paper_value=claim.value, profile=self.profile,
+            )]
+        return rows
+
+    def finish(self) -> pd.DataFrame:
+        """Write the claims' results, close the MLflow run, and give the scoreboard for display.
+
+        What says that a study is done is `finished` in its record, written when everything else is.
+        """
+        from mlflow.entities import Metric
+
+        results = self.results
+        stamp = time.time_ns() // 1_000_000
+        metrics = [
+            Metric(f"claim/{r.claim}" + (f"/{r.conditions['dataset']}" if "dataset" in r.conditions else ""),
+                   r.measured, stamp, 0)
+            for r in results if r.measured is not None
+        ]
+        tracking.client().log_batch(self.run_id, metrics=metrics)
+        content = [result.model_dump() for result in results]
+        tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json")
+        tracking.client().set_terminated(self.run_id, "FINISHED")
+        write_json(self.folder / RESULTS, content)
+        self._record["finished"] = True
+        write_json(self.folder / RECORD, self._record)
+        shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
+        board = scoreboard(results)
+        board["claim"] = board["claim"].str.removeprefix(f"{self.paper.strategy}: ")
+        return board
+
+    def _keep(self, name: str, content: bytes) -> None:
+        write_atomically(self.folder / name, lambda stream: stream.write(content))
+        tracking.log_file(self.run_id, content, name)
+
+
+def read_results(folder: Path) -> list[ClaimResult]:
+    """The claims' results that a finished study left in its folder.
+
+    Raises:
+        LayerlabError: there are none.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        raise LayerlabError(f"{folder} holds no finished run (no {RESULTS}); run `layerlab reproduce` first.")
+    return [ClaimResult(**row) for row in json.loads(file.read_text())]

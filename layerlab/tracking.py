@@ -1,0 +1,234 @@
+"""MLflow: where runs are logged, and the observer that logs a fit.
+
+A fit is one run, found by its tags. Metrics are written with the time stamps that the history keeps, so that writing
+an epoch again after an interruption changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from layerlab.errors import LayerlabError
+from layerlab.measure import commit, machine_name, versions
+from layerlab.training import Fit, FitResult, describe
+
+PREFIX = "layerlab."
+
+
+def workbook_folder() -> Path:
+    """Where this workbook keeps runs and the tracking database.
+
+    `$LAYERLAB_HOME`, else the nearest folder upwards from here that has a `notebooks` folder or a tracking database,
+    else the current folder.
+    """
+    if home := os.environ.get("LAYERLAB_HOME"):
+        return Path(home).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "mlflow.db").exists() or (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def tracking_uri() -> str:
+    """`$MLFLOW_TRACKING_URI`, else a sqlite database in the workbook's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workbook_folder() / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep alembic's and MLflow's start-up lines out of notebooks."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@cache
+def _client(uri: str) -> Any:
+    """A client for a tracking URI, whose sqlite database exists and is migrated.
+
+    Processes that meet an empty database at once crash in MLflow's migration, so the first one makes it under a lock.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_quiet())
+            if uri.startswith("sqlite:///"):
+                database = Path(uri.removeprefix("sqlite:///"))
+                database.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(f"{database}.lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(uri)
+            client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise LayerlabError(
+            f"Runs cannot be tracked at {uri} ({str(error).splitlines()[0]}); set MLFLOW_TRACKING_URI to a database "
+            "or server that can be written."
+        ) from None
+    return client
+
+
+def client() -> Any:
+    """The MLflow client of `tracking_uri`.
+
+    Raises:
+        LayerlabError: the database or server cannot be reached.
+    """
+    return _client(tracking_uri())
+
+
+def experiment_id(name: str) -> str:
+    """The experiment of that name, made if need be, with its artifacts beside the database."""
+    from mlflow.exceptions import MlflowException
+
+    found = client().get_experiment_by_name(name)
+    if found is None:
+        uri = tracking_uri()
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        try:
+            return client().create_experiment(name, artifact_location=location)
+        except MlflowException:
+            # Another process was faster.
+            found = client().get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def common_tags() -> dict[str, str]:
+    """Where a run was made: commit, machine, versions."""
+    return {
+        "commit": commit(workbook_folder()),
+        "machine": machine_name(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+
+
+def start_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str]) -> str:
+    """The run of this attempt: the one that an interrupted process had begun, or a new one. Returns its id."""
+    number = experiment_id(experiment)
+    found = client().search_runs([number], f"tags.`{PREFIX}attempt` = '{attempt}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client().update_run(run_id, status="RUNNING")
+        return run_id
+    run = client().create_run(number, run_name=name, tags={**tags, f"{PREFIX}attempt": attempt})
+    return run.info.run_id
+
+
+class Tracker:
+    """Logs every fit that it observes as an MLflow run of its own.
+
+    Args:
+        experiment: MLflow's experiment.
+        tags: for every run, such as paper, table and profile.
+        parent: id of the run to group them under.
+    """
+
+    def __init__(self, experiment: str, tags: Mapping[str, str] | None = None, parent: str | None = None) -> None:
+        self.experiment = experiment
+        self.tags = dict(tags or {})
+        self.parent = parent
+        self._runs: dict[Fit, str] = {}
+        self._written: dict[Fit, int] = {}
+
+    def on_fit_start(self, fit: Fit) -> None:
+        """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""
+        from mlflow.entities import Dataset, DatasetInput, Param
+
+        attempt = fit.checkpoint.attempt() if fit.checkpoint is not None else uuid.uuid4().hex
+        tags = self.tags | common_tags() | {
+            "strategy": "+".join(strategy.name for strategy in fit.strategies) or "none",
+            "arm": fit.name,
+            "seed": str(fit.seed),
+            "dataset": fit.data.name,
+            "data": fit.data.fingerprint,
+        }
+        if self.parent:
+            tags["mlflow.parentRunId"] = self.parent
+        run_id = start_run(self.experiment, f"{fit.name} · {fit.data.name} · seed {fit.seed}", attempt, tags)
+        self._runs[fit], self._written[fit] = run_id, 0
+        params = describe(fit.settings) | {
+            "seed": fit.seed,
+            "network": type(fit.run.model).__name__,
+            "parameters": sum(p.numel() for p in fit.run.model.parameters()),
+            "augment": fit.data.train.augment,
+            "train_images": len(fit.data.train),
+            "image": "×".join(map(str, fit.data.shape)),
+        }
+        for strategy in fit.strategies:
+            params |= {f"{strategy.name}/{key}": value for key, value in describe(strategy).items()}
+        client().log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        source = Dataset(fit.data.name, fit.data.fingerprint, "local", f'{{"uri": "{fit.data.source}"}}')
+        client().log_inputs(run_id, [DatasetInput(source)])
+        self._write(fit)
+
+    def on_epoch_end(self, fit: Fit, row: dict[str, Any]) -> None:
+        """Log the epoch's metrics."""
+        self._write(fit)
+
+    def on_fit_end(self, fit: Fit, result: FitResult) -> None:
+        """Close the run."""
+        client().set_terminated(self._runs[fit], "FINISHED")
+
+    def on_exception(self, fit: Fit, error: BaseException) -> None:
+        """Close the run as failed, or as killed when a person stopped it."""
+        client().set_terminated(self._runs[fit], "FAILED" if isinstance(error, Exception) else "KILLED")
+
+    def _write(self, fit: Fit) -> None:
+        from mlflow.entities import Metric
+
+        rows = fit.run.history[self._written[fit] :]
+        metrics = [
+            Metric(name, float(value), row["timestamp"], row["epoch"])
+            for row in rows
+            for name, value in row.items()
+            if name not in ("epoch", "timestamp")
+        ]
+        for start in range(0, len(metrics), 1000):
+            client().log_batch(self._runs[fit], metrics=metrics[start : start + 1000])
+        self._written[fit] += len(rows)
+
+
+def track(experiment: str = "explore", **tags: str) -> Tracker:
+    """An observer for `fit` that logs to MLflow: `fit(…, observers=[track("my experiment", idea="a")])`."""
+    return Tracker(experiment, tags)
+
+
+def log_file(run_id: str, content: bytes, name: str) -> None:
+    """Put a file into a run's artifacts, replacing one of that name; `name` may have folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(name).name
+        path.write_bytes(content)
+        inside = str(Path(name).parent)
+        client().log_artifact(run_id, str(path), None if inside == "." else inside)
+
+
+def end_open_runs(experiment: str, parent: str, status: str = "FAILED") -> None:
+    """Close a notebook's run and the runs under it that a dead process left running."""
+    number = experiment_id(experiment)
+    for run in client().search_runs([number], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=5000):
+        if run.info.status == "RUNNING":
+            client().set_terminated(run.info.run_id, status)
+    client().set_terminated(parent, status)

@@ -1,0 +1,276 @@
+"""What the notebook shows: the paper's accountings, savings, times to an accuracy, skip maps, the threshold sweep."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from layerlab import Dataset, Strategy, measure, prefixes
+from layerlab_lars_skip.strategy import LarsSkip
+
+
+def shares(costs: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """conv1's and conv2's part of VGG-F under every accounting that Figs. 2 and 3 may mean.
+
+    Args:
+        costs: batch size → `layerlab.measure.layer_costs`.
+
+    Returns:
+        Indexed by accounting: `share of conv1 and conv2`, in per cent.
+    """
+    one = next(iter(costs.values()))
+    conv = one[one["kind"] == "conv"]
+    first = conv.iloc[0]
+
+    def share(frame: pd.DataFrame, column: str) -> float:
+        return 100 * frame[column].iloc[:2].sum() / frame[column].sum()
+
+    training = 3 * conv["forward_macs"].sum() - first["dx_macs"]
+    rows = {
+        "MACs of the convolutions (Fig. 2)": share(conv, "forward_macs"),
+        "MACs of training them, without conv1's dX": 100 * (
+            3 * conv["forward_macs"].iloc[:2].sum() - first["dx_macs"]) / training,
+        "MACs, fully connected layers included": share(one, "forward_macs"),
+        "operand traffic of the convolutions: each MAC reads its operands (Fig. 3)": share(conv, "forward_operands"),
+    }
+    for batch, frame in costs.items():
+        part = frame[frame["kind"] == "conv"]
+        rows[f"traffic of the convolutions, each tensor moved once, batch {batch}"] = share(part, "forward_tensors")
+    return pd.DataFrame({"share of conv1 and conv2": rows})
+
+
+def skipping_macs(costs: pd.DataFrame, skipped: int, autograd: bool) -> float:
+    """MACs of training the convolutions when the first `skipped` get no backward, as a share of full training's.
+
+    Args:
+        costs: from `layer_costs`.
+        skipped: 0 to the number of convolutions.
+        autograd: whether the input gradient of the first layer that learns is saved too, as backward in PyTorch does,
+            rather than counted, as the paper's arithmetic does (conv1's own dX is counted there).
+    """
+    macs = costs.loc[costs["kind"] == "conv", "forward_macs"].to_numpy()
+    saved = 2 * macs[:skipped].sum()
+    if autograd and 0 < skipped < len(macs):
+        saved += macs[skipped]
+    return 1 - saved / (3 * macs.sum())
+
+
+def measure_prefixes(
+    build: Callable[[], nn.Module], data: Dataset, batch_size: int, rounds: int, channels_last: bool = True
+) -> pd.DataFrame:
+    """Cost of a training step for each prefix of skipped convolutions, measured by turns.
+
+    Returns:
+        One row a prefix, 0 convolutions first: `skipped`, `up to`, `forward_flops`, `backward_flops`, `flops`
+        (relative to the step in which everything learns: the ideal), `seconds`, and `time` with `time low` and
+        `time high` (median and quartiles of the ratio to that step, round by round).
+    """
+    device = data.train.labels.device
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, y = next(data.train.batches(batch_size, torch.Generator().manual_seed(0), memory_format=memory_format))
+    network = build().to(device, memory_format=memory_format)
+    layers: list[tuple[str, list[nn.Module]]] = [("none", []), *prefixes(network, x)]
+    steps: dict[str, Callable[[], object]] = {}
+    rows = []
+    for skipped in range(len(layers)):
+        model = copy.deepcopy(network)
+        frozen = [] if skipped == 0 else prefixes(model, x)[skipped - 1][1]
+        for module in frozen:
+            module.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        with measure.Meter() as meter:
+            step()
+        cost = meter.cost
+        assert cost is not None
+        steps[str(skipped)] = step
+        rows.append({"skipped": skipped, "up to": layers[skipped][0].rpartition(".")[2],
+                     "forward_flops": cost.forward_flops, "backward_flops": cost.backward_flops})
+    turns = measure.time_by_turns(steps, rounds, device=str(device))
+    for row in rows:
+        turn = turns[str(row["skipped"])]
+        row["flops"] = (row["forward_flops"] + row["backward_flops"]) / (
+            rows[0]["forward_flops"] + rows[0]["backward_flops"])
+        row["seconds"] = turn.median
+        row["time"], row["time low"], row["time high"] = turn.ratio(turns["0"])
+    return pd.DataFrame(rows)
+
+
+def time_to(result: Any, metric: str, target: float) -> float:
+    """Seconds of training after which `metric` first reaches `target`; infinite if it never does."""
+    seconds = 0.0
+    for row in result.history:
+        seconds += row["time/epoch_seconds"]
+        if row[metric] >= target:
+            return seconds
+    return math.inf
+
+
+def speedup(comparison: Any, metric: str, baseline: str, arm: str) -> list[float]:
+    """Table II, a value a seed: the baseline's time to its best `metric` over the arm's time to the same value.
+
+    A seed in which the arm never gets there gives NaN.
+    """
+    ratios = []
+    for seed in comparison.seeds:
+        full = comparison.results[baseline, seed]
+        best = max(row[metric] for row in full.history)
+        reached = time_to(comparison.results[arm, seed], metric, best)
+        ratios.append(time_to(full, metric, best) / reached if math.isfinite(reached) else math.nan)
+    return ratios
+
+
+def saving(comparison: Any, metrics: Sequence[str], baseline: str, arm: str) -> list[float]:
+    """Per cent of the sum of `metrics` over the whole run that the arm saves against the baseline, a value a seed."""
+    def spent(result: Any) -> float:
+        return math.fsum(row[metric] for row in result.history for metric in metrics)
+
+    return [100 * (1 - spent(comparison.results[arm, seed]) / spent(comparison.results[baseline, seed]))
+            for seed in comparison.seeds]
+
+
+def paper_saving(comparison: Any, costs: pd.DataFrame, arm: str) -> list[float]:
+    """The MAC saving over the run in the paper's arithmetic (see `skipping_macs`), from the epochs' skips, in %."""
+    return [
+        100 * (1 - sum(skipping_macs(costs, int(row["lars-skip/skipped_layers"]), autograd=False)
+                       for row in comparison.results[arm, seed].history) / len(comparison.results[arm, seed].history))
+        for seed in comparison.seeds
+    ]
+
+
+def skip_map(result: Any) -> pd.DataFrame:
+    """Which layer was skipped (1) or learned (0) in which epoch: layers in forward order × epochs."""
+    layers = result.strategies[0].layers
+    return pd.DataFrame(
+        {row["epoch"]: [int(index < row["lars-skip/skipped_layers"]) for index in range(len(layers))]
+         for row in result.history},
+        index=[layer.removeprefix("features.") for layer in layers],
+    )
+
+
+def sweep_arms(alphas: Sequence[float]) -> dict[str, Strategy | tuple[()]]:
+    """Arms of the threshold sweep: full learning, each α, the rule without a threshold, the other readings of nw."""
+    lowest = min(alphas)
+    arms: dict[str, Strategy | tuple[()]] = {"full learning": ()}
+    arms |= {f"α = {alpha:g}": LarsSkip(alpha=alpha) for alpha in alphas}
+    arms["own history"] = LarsSkip(rule="own-history")
+    arms[f"α = {lowest:g}, keep nw"] = LarsSkip(alpha=lowest, memory="keep")
+    arms[f"α = {lowest:g}, forget after 2"] = LarsSkip(alpha=lowest, memory="keep", forget_after=2)
+    return arms
+
+
+def accuracy_within(result: Any, budget: float, metric: str = "test/top1") -> float:
+    """Accuracy once `budget` training FLOPs are spent, interpolated between epochs' ends; 0 before the first."""
+    spent, last = 0.0, 0.0
+    for row in result.history:
+        cost = row["cost/forward_flops"] + row["cost/backward_flops"]
+        if spent + cost > budget:
+            return last + (row[metric] - last) * (budget - spent) / cost
+        spent, last = spent + cost, row[metric]
+    return last
+
+
+def sweep_table(comparison: Any, title: str) -> pd.DataFrame:
+    """The sweep on one dataset and network: final top-1, FLOPs and seconds relative to full learning, and top-1 at
+    equal FLOPs (those that the cheapest arm spends in all), means over seeds with half-widths of 95 % intervals."""
+    def flops(result: Any) -> float:
+        return math.fsum(row["cost/forward_flops"] + row["cost/backward_flops"] for row in result.history)
+
+    baseline = comparison.arms[0]
+    rows = []
+    for arm in comparison.arms:
+        row: dict[str, Any] = {"where": title, "arm": arm}
+        parts: dict[str, list[float]] = {"top-1": [], "FLOPs": [], "seconds": [], "top-1 at equal FLOPs": []}
+        for seed in comparison.seeds:
+            result, full = comparison.results[arm, seed], comparison.results[baseline, seed]
+            budget = min(flops(comparison.results[other, seed]) for other in comparison.arms)
+            parts["top-1"].append(result.final["test/top1"])
+            parts["FLOPs"].append(flops(result) / flops(full))
+            parts["seconds"].append(result.frame["seconds"].iloc[-1] / full.frame["seconds"].iloc[-1])
+            parts["top-1 at equal FLOPs"].append(accuracy_within(result, budget))
+        for name, values in parts.items():
+            row[name], row[f"{name} ±"] = measure.mean_interval(values)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rule_against_sweep(table: pd.DataFrame, rule: str = "own history") -> pd.DataFrame:
+    """For each place of a sweep: the best hand-set α by top-1 at equal FLOPs, beside the rule and full learning."""
+    score = "top-1 at equal FLOPs"
+    rows = []
+    for where, part in table.groupby("where", sort=False):
+        fixed = part[part["arm"].str.fullmatch(r"α = [\d.]+")]
+        best = fixed.loc[fixed[score].idxmax()]
+        scores = part.set_index("arm")[score]
+        rows.append({"where": where, "best α": best["arm"].removeprefix("α = "), "with it": best[score],
+                     rule: scores[rule], "full learning": scores["full learning"]})
+    return pd.DataFrame(rows)
+
+
+def gain(comparison: Any, metric: str, baseline: str, arm: str) -> list[float]:
+    """Points of final `metric` (a share) that the arm has more than the baseline, a value a seed."""
+    return [100 * (comparison.results[arm, seed].final[metric] - comparison.results[baseline, seed].final[metric])
+            for seed in comparison.seeds]
+
+
+def table_1(published: pd.DataFrame, runs: Mapping[str, Any]) -> pd.DataFrame:
+    """Table I, published beside measured: final top-1, top-5 and seconds, mean ± half-width of the 95 % interval."""
+    rows = [{"dataset": "imagenet (paper)", "method": method, **{column: f"{value:g}" for column, value in row.items()}}
+            for method, row in published.iterrows()]
+    for name, comparison in runs.items():
+        for arm in comparison.arms:
+            results = [comparison.results[arm, seed] for seed in comparison.seeds]
+            rows.append({
+                "dataset": name, "method": arm,
+                "top-1": _spread([result.final["test/top1"] for result in results], 3),
+                "top-5": _spread([result.final["test/top5"] for result in results], 3),
+                "time [s]": _spread([result.frame["seconds"].iloc[-1] for result in results], 1),
+                "seeds": str(len(results)),
+            })
+    return pd.DataFrame(rows).fillna("").set_index(["dataset", "method"])
+
+
+def table_2(published: pd.DataFrame, runs: Mapping[str, Any], baseline: str, arm: str) -> pd.DataFrame:
+    """Table II, published beside measured; a seed that never reached the baseline's best is counted, not averaged."""
+    table = published.rename(columns={"speed-up": "imagenet (paper)"}).map(lambda value: f"{value:g}×")
+    for name, comparison in runs.items():
+        cells = []
+        for metric in ("test/top1", "test/top5"):
+            ratios = speedup(comparison, metric, baseline, arm)
+            reached = [ratio for ratio in ratios if math.isfinite(ratio)]
+            text = f"{_spread(reached, 2)}×" if reached else "never"
+            cells.append(text if len(reached) == len(ratios) else f"{text} ({len(reached)} of {len(ratios)} seeds)")
+        table[name] = cells
+    return table
+
+
+def savings(runs: Mapping[str, Any], costs: pd.DataFrame, baseline: str, arm: str) -> pd.DataFrame:
+    """Figs. 6 and 7 and their seconds, as shares saved over the run: means with half-widths of 95 % intervals."""
+    rows = []
+    for name, comparison in runs.items():
+        parts = {
+            "MACs, paper's arithmetic": paper_saving(comparison, costs, arm),
+            "FLOPs, measured": saving(comparison, ["cost/forward_flops", "cost/backward_flops"], baseline, arm),
+            "bytes moved, measured": saving(comparison, ["cost/bytes_moved"], baseline, arm),
+            "seconds, measured": saving(comparison, ["time/epoch_seconds"], baseline, arm),
+        }
+        for what, values in parts.items():
+            mean, half = measure.mean_interval([value / 100 for value in values])
+            rows.append({"dataset": name, "what": what, "saved": mean, "±": half})
+    return pd.DataFrame(rows, columns=["dataset", "what", "saved", "±"])
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean, half = measure.mean_interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")

@@ -1,0 +1,146 @@
+"""Layer skip learning: convolutions whose weights hardly moved in an epoch are left out of the next backward pass.
+
+Y. Miyauchi et al., "Layer Skip Learning using LARS variables for 39% Faster Conversion Time and Lower Bandwidth",
+IEEE ICECS 2018. Section III, equations (1) to (3), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor, nn
+
+from layerlab import LayerlabError, Run, Strategy, prefixes
+
+
+def lars_variable(weight: Tensor, before: Tensor) -> float:
+    """nw = ‖w‖₂ / ‖w − w_before‖₂, equations (1) to (3): large where a layer moved little for its size.
+
+    Args:
+        weight: a layer's weights at the end of an epoch, any shape.
+        before: the same at the epoch's start.
+
+    Returns:
+        nw ≥ 0; infinite for a layer that did not move.
+    """
+    moved = torch.linalg.vector_norm(weight.double() - before.double()).item()
+    size = torch.linalg.vector_norm(weight.double()).item()
+    return size / moved if moved > 0 else math.inf
+
+
+class LarsSkip(Strategy):
+    """Skip the backward pass of the convolutions up to the last one whose LARS variable exceeds a threshold.
+
+    After each epoch, nw of every convolution that learned in it is measured. In the next epoch, the last convolution
+    l with nw > α and every layer nearer the input get no backward pass and no update (Algorithm 1); the convolutions
+    after l and the fully connected layers learn. A skipped layer has not moved, so its nw is not defined for that
+    epoch: `memory` says what counts instead.
+    """
+
+    name: ClassVar[str] = "lars-skip"
+
+    alpha: float = Field(2.0, ge=0)
+    """Threshold of rule `fixed`; infinite never skips."""
+    rule: Literal["fixed", "own-history"] = "fixed"
+    """`fixed`: nw > alpha, the paper's. `own-history`: nw above the geometric mean of the layer's own nw of all epochs
+    in which it learned, so that no threshold has to be found for a dataset or a network."""
+    memory: Literal["forget", "keep"] = "forget"
+    """What a skipped layer's nw counts as: `forget`, undefined, so that it learns again and is measured; `keep`, the
+    last one measured."""
+    forget_after: int | None = Field(None, ge=1)
+    """With `keep`: forget it after this many skipped epochs in a row. Default: never."""
+
+    _layers: list[tuple[str, list[nn.Module]]] = PrivateAttr(default_factory=list)
+    _before: dict[int, Tensor] = PrivateAttr(default_factory=dict)
+    _edge: int = PrivateAttr(0)
+    _latest: list[float | None] = PrivateAttr(default_factory=list)
+    _age: list[int] = PrivateAttr(default_factory=list)
+    _log_sum: list[float] = PrivateAttr(default_factory=list)
+    _count: list[int] = PrivateAttr(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """How many convolutions, from the input on, the next epoch skips."""
+        return self._edge
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the network's convolutions in forward order."""
+        return [name for name, _ in self._layers]
+
+    def on_fit_start(self, run: Run) -> None:
+        """Find the convolutions in forward order.
+
+        Raises:
+            LayerlabError: the network has none.
+        """
+        self._layers = prefixes(run.model, run.example)
+        if not self._layers:
+            raise LayerlabError(
+                f"lars-skip needs convolutions, and {type(run.model).__name__} has none; use another network."
+            )
+        count = len(self._layers)
+        self._edge = 0
+        self._latest, self._age = [None] * count, [0] * count
+        self._log_sum, self._count = [0.0] * count, [0] * count
+
+    def on_epoch_start(self, run: Run) -> None:
+        run.freeze(self.name, self._layers[self._edge - 1][1] if self._edge else ())
+        self._before = {
+            index: self._weight(run, index).detach().clone() for index in range(self._edge, len(self._layers))
+        }
+        run.log("lars-skip/skipped_layers", self._edge)
+
+    def on_epoch_end(self, run: Run) -> None:
+        variables = {index: lars_variable(self._weight(run, index).detach(), before)
+                     for index, before in self._before.items()}
+        self._before = {}
+        for index, value in variables.items():
+            if math.isfinite(value):
+                run.log(f"lars-skip/nw/{self._layers[index][0]}", value)
+        self.decide(variables)
+
+    def decide(self, variables: dict[int, float]) -> int:
+        """Algorithm 1: choose the next epoch's edge from this epoch's nw.
+
+        Args:
+            variables: index of a convolution in forward order → its nw; those that were skipped are missing.
+
+        Returns:
+            The number of convolutions to skip.
+        """
+        self._edge = 0
+        for index in range(len(self._latest)):
+            if index in variables:
+                self._latest[index], self._age[index] = variables[index], 0
+                if 0 < variables[index] < math.inf:
+                    self._log_sum[index] += math.log(variables[index])
+                    self._count[index] += 1
+            else:
+                self._age[index] += 1
+                forgotten = self.forget_after is not None and self._age[index] >= self.forget_after
+                if self.memory == "forget" or forgotten:
+                    self._latest[index] = None
+            value = self._latest[index]
+            if value is not None and value > self._threshold(index):
+                self._edge = index + 1
+        return self._edge
+
+    def _threshold(self, index: int) -> float:
+        if self.rule == "fixed":
+            return self.alpha
+        return math.exp(self._log_sum[index] / self._count[index]) if self._count[index] else math.inf
+
+    def _weight(self, run: Run, index: int) -> Tensor:
+        return run.model.get_submodule(self._layers[index][0]).weight  # pyright: ignore[reportReturnType]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"edge": self._edge, "latest": self._latest, "age": self._age, "log_sum": self._log_sum,
+                "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._edge, self._latest, self._age = state["edge"], list(state["latest"]), list(state["age"])
+        self._log_sum, self._count = list(state["log_sum"]), list(state["count"])
