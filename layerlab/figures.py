@@ -71,13 +71,16 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
     return figure
 
 
-def layer_bars(frame: pd.DataFrame, value: Mapping[str, str], unit: str, title: str = "") -> Figure:
+def layer_bars(
+    frame: pd.DataFrame, value: Mapping[str, str], unit: str, title: str = "", log: bool = False
+) -> Figure:
     """Bars of one or several quantities per layer.
 
     Args:
         frame: a row a layer with a column `layer`, in forward order.
         value: column → label.
         unit: of the y axis.
+        log: logarithmic y axis, for quantities that are magnitudes apart.
     """
     figure, axes = _canvas(width=max(6.0, 0.75 * len(frame)))
     axis = axes[0][0]
@@ -87,8 +90,11 @@ def layer_bars(frame: pd.DataFrame, value: Mapping[str, str], unit: str, title: 
     sns.barplot(long, x="layer", y="value", hue="part", ax=axis, legend="auto" if len(value) > 1 else False)
     axis.set(xlabel="", ylabel=unit)
     axis.tick_params(axis="x", rotation=45 if len(frame) > 10 else 0)
+    if log:
+        axis.set_yscale("log")
     if len(value) > 1:
-        axis.legend(title=None)
+        axis.get_legend().remove()
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     if title:
         axis.set_title(title)
     return figure
@@ -153,15 +159,17 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
     axis.margins(y=0.12)
     if percent:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel: str, ylabel: str) -> Figure:
+def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel: str, ylabel: str,
+             percent: bool = True) -> Figure:
     """Cost against accuracy, a point with its name for each candidate, one panel for each value of `panel`.
 
     Args:
         frame: a row a candidate, with columns x, y, label, panel and, for intervals, `x ±` and `y ±` named so.
+        percent: x is a share, shown in per cent; y always is.
     """
     panels = list(dict.fromkeys(frame[panel]))
     columns = min(2, len(panels))
@@ -174,9 +182,13 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
             point = part[part[label] == kind]
             axis.errorbar(point[x], point[y], xerr=point.get(f"{x} ±"), yerr=point.get(f"{y} ±"), fmt="o",
                           color=colour, elinewidth=0.8, capsize=2)
-            for _, row in point.iterrows():
-                axis.annotate(str(row[label]), (row[x], row[y]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        # Candidates that ended at the same point share one label.
+        for (right, up), same in part.groupby([x, y]):
+            axis.annotate(" = ".join(map(str, same[label])), (right, up), xytext=(5, 4), textcoords="offset points",
+                          fontsize=8)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=name)
+        if percent:
+            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.margins(x=0.18, y=0.15)
     for axis in flat[len(panels):]:

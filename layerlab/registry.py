@@ -120,7 +120,8 @@ def installed() -> Registry:
             Plugin(
                 point.name,
                 f"{point.module_name}:{point.object_name or ''}",
-                point.distro.name if point.distro else "?",
+                # Taken from the folder's name, where a dash is written as an underscore.
+                point.distro.name.replace("_", "-") if point.distro else "?",
                 point.distro.version if point.distro else "?",
             )
             for point in points
