@@ -105,6 +105,8 @@ def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the results (one NAME only).")
 def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], output: Path | None) -> None:
     """Run the notebooks of papers (all installed ones by default) and print the scoreboard."""
+    from tqdm import tqdm
+
     from layerlab import strategies
     from layerlab.notebooks import reproduce as run
     from layerlab.papers import scoreboard_text
@@ -117,15 +119,15 @@ def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], 
     for name in chosen:
         strategies[name].load()
     results, problems = [], []
-    for number, name in enumerate(chosen, 1):
-        if len(chosen) > 1:
-            click.echo(f"[{number}/{len(chosen)}] ", err=True, nl=False)
-        try:
-            results += run(name, profile, parameters, output)
-        except LayerlabError as error:
-            if len(chosen) == 1:
-                raise
-            problems.append(f"{name}: {error}")
+    with tqdm(total=len(chosen), desc="notebooks", unit="notebook", leave=False, disable=None) as bar:
+        for name in chosen:
+            try:
+                results += run(name, profile, parameters, output, bar=1)
+            except LayerlabError as error:
+                if len(chosen) == 1:
+                    raise
+                problems.append(f"{name}: {error}")
+            bar.update()
     click.echo("\n" + scoreboard_text(results, min(160, shutil.get_terminal_size((120, 24)).columns)))
     click.echo("\nTables, figures and the executed notebooks are in runs/; `make ui` compares the runs in MLflow.")
     if problems:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from layerlab import tracking
 from layerlab.errors import LayerlabError, unknown
 from layerlab.papers import ClaimResult, Paper, load_paper
@@ -28,6 +30,7 @@ def reproduce(
     parameters: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     show: bool = True,
+    bar: int = 0,
 ) -> list[ClaimResult]:
     """Run the notebook of an installed strategy's paper.
 
@@ -40,6 +43,7 @@ def reproduce(
         parameters: notebook parameters that override the profile's.
         output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
         show: progress bars on a terminal, lines elsewhere.
+        bar: the line below the cursor at which the bars start.
 
     Returns:
         The claims' results.
@@ -60,11 +64,13 @@ def reproduce(
     _check_writable(folder)
     final = folder / f"{strategy}.ipynb"
     partial, failed = folder / f"{strategy}.partial.ipynb", folder / f"{strategy}.failed.ipynb"
-    with _alone(folder), _quiet_papermill(), _environment(folder) as events, _drawn(strategy, profile, events, show):
+    with _alone(folder), _quiet_papermill(), _environment(folder) as events, _drawn(strategy, profile, events, show, bar):
         failed.unlink(missing_ok=True)
         try:
             papermill.execute_notebook(
-                paper.notebook_file, partial, {"profile": profile, **parameters}, progress_bar=False, cwd=None,
+                paper.notebook_file, partial, {"profile": profile, **parameters}, progress_bar=False,
+                # The kernel listens on this machine only; its warning about that would stand between the bars.
+                extra_arguments=["--IPKernelApp.log_level=40"],
             )
         except papermill.PapermillExecutionError as error:
             _close_failed(folder, strategy)
@@ -173,15 +179,15 @@ def _quiet_papermill() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _drawn(strategy: str, profile: str, events: Path, show: bool) -> Iterator[None]:
+def _drawn(strategy: str, profile: str, events: Path, show: bool, bar: int) -> Iterator[None]:
     """Draw the kernel's progress from its event file while the block runs."""
     if not show:
         yield
         return
     plain = not sys.stderr.isatty()
     start = time.monotonic()
-    print(f"{strategy} ({profile}): running its notebook", file=sys.stderr, flush=True)
-    bars = Bars(plain=plain)
+    tqdm.write(f"{strategy} ({profile}): running its notebook", file=sys.stderr)
+    bars = Bars(position=bar, plain=plain)
     stop = threading.Event()
 
     def follow() -> None:
@@ -205,4 +211,4 @@ def _drawn(strategy: str, profile: str, events: Path, show: bool) -> Iterator[No
         stop.set()
         thread.join()
         bars.close()
-        print(f"{strategy} ({profile}): {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        tqdm.write(f"{strategy} ({profile}): {time.monotonic() - start:.0f} s", file=sys.stderr)

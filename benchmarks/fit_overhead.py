@@ -1,0 +1,106 @@
+"""What `fit` costs over a hand-written PyTorch loop that does the same work: the ratio of seconds an epoch, by turns.
+
+Run: python benchmarks/fit_overhead.py [--rounds 21] [--device cpu]
+The goal is a ratio of at most 1.02 on both networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from torch import nn
+
+from layerlab import build_model
+from layerlab.data import Dataset, Split
+from layerlab.measure import Turns, machine_name, synchronise
+from layerlab.training import Fit
+
+
+def random_images(n: int, channels: int, side: int, device: torch.device) -> Dataset:
+    """A resident dataset of noise: what is timed does not depend on what the images show."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(0, 10, (n,), generator=generator).to(device)
+    split = Split(images, labels, (127.0,) * channels, (64.0,) * channels)
+    test = Split(images[:512], labels[:512], split.mean, split.std)
+    return Dataset("noise", split, test, 10, "noise", "random numbers").augmented("crop-flip", 4)
+
+
+class ByHand:
+    """The loop that a practitioner would write: resident uint8 tensor, crop and flip, forward, backward, step."""
+
+    def __init__(self, model: nn.Module, data: Dataset, batch_size: int, lr: float) -> None:
+        self.images, self.labels = data.train.images, data.train.labels
+        self.model, self.batch_size = model.to(self.labels.device).train(), batch_size
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, foreach=True)
+        self.generator = torch.Generator().manual_seed(0)
+        device, channels = self.labels.device, self.images.shape[1]
+        mean, std = torch.tensor(data.train.mean, device=device), torch.tensor(data.train.std, device=device)
+        self.shift, self.scale = (-mean / std).view(1, channels, 1, 1), (1 / std).view(1, channels, 1, 1)
+
+    def epoch(self) -> float:
+        """Train one epoch; returns its seconds."""
+        images, labels, batch_size, device = self.images, self.labels, self.batch_size, self.labels.device
+        n, height, width = len(labels), *images.shape[-2:]
+        synchronise(device)
+        start = time.perf_counter()
+        order = torch.randperm(n, generator=self.generator).to(device)
+        rows, columns = torch.randint(9, (2, n), generator=self.generator).to(device)
+        flips = torch.rand(n, generator=self.generator).to(device) < 0.5
+        total = torch.zeros((), device=device)
+        for i in range(n // batch_size):
+            part = slice(i * batch_size, (i + 1) * batch_size)
+            index = order[part]
+            padded = nn.functional.pad(images[index], [4] * 4)
+            windows = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+            batch = windows[torch.arange(batch_size, device=device), rows[part], columns[part]]
+            batch = torch.where(flips[part].view(-1, 1, 1, 1), batch.flip(-1), batch)
+            x, y = torch.addcmul(self.shift, batch.float(), self.scale), labels[index]
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = nn.functional.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+        synchronise(device)
+        return time.perf_counter() - start
+
+
+def compare(name: str, build, data: Dataset, batch_size: int, rounds: int) -> None:
+    """Print fit's seconds an epoch over the hand-written loop's, round by round by turns."""
+    warmup = 2
+    job = Fit(build, data, epochs=rounds + warmup, batch_size=batch_size, lr=0.001)
+    torch.manual_seed(0)
+    hand = ByHand(build(), data, batch_size, 0.001)
+    seconds: dict[str, list[float]] = {"fit": [], "hand": []}
+    for turn in range(rounds + warmup):
+        pair = {}
+        for side in ("fit", "hand") if turn % 2 == 0 else ("hand", "fit"):
+            pair[side] = job.train_epoch()["time/epoch_seconds"] if side == "fit" else hand.epoch()
+        if turn >= warmup:
+            for side, value in pair.items():
+                seconds[side].append(value)
+    fit, by_hand = Turns(tuple(seconds["fit"])), Turns(tuple(seconds["hand"]))
+    middle, low, high = fit.ratio(by_hand)
+    steps = len(data.train) // batch_size
+    print(f"{name}: fit / by hand = {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {rounds} rounds of {steps} steps); "
+          f"{fit.median / steps * 1e3:.3f} against {by_hand.median / steps * 1e3:.3f} ms a step", flush=True)
+
+
+def main() -> None:
+    """Both networks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    print(f"{machine_name()}, torch {torch.__version__}")
+    compare("MLP 784-128-128-10, batch 128", lambda: build_model("mlp", image_size=28, width=128),
+            random_images(25_600, 1, 28, device), 128, options.rounds)
+    compare("VGG-F at 64×64, batch 32", lambda: build_model("vgg-f", num_classes=10, image_size=64, width=1024),
+            random_images(640 if device.type == "cpu" else 12_800, 3, 64, device), 32, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

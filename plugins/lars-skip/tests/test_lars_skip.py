@@ -1,0 +1,213 @@
+"""LARS skip: the variable, Algorithm 1, and that skipping is real."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from layerlab_lars_skip import LarsSkip, analysis
+from layerlab_lars_skip.strategy import lars_variable
+from torch import nn
+
+from layerlab import LayerlabError, Run, build_model, fit, load_dataset, measure
+from layerlab.training import Fit
+
+OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.01, progress=False)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("digits", image_size=16, limit=256, test_limit=64, device="cpu")
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )
+
+
+def test_the_variable_on_a_worked_example():
+    # ‖(3, 4)‖ = 5, ‖(3, 4) − (3, 2)‖ = 2.
+    assert lars_variable(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 2.0])) == 2.5
+    assert lars_variable(torch.ones(2, 2), torch.ones(2, 2)) == math.inf
+
+
+def _decide(script: list[list[float | None]], **settings: Any) -> list[int]:
+    """Edges after each epoch of a script of nw, one list a layer position; None where the layer was skipped."""
+    strategy = LarsSkip(**settings)
+    data = load_dataset("digits", limit=64, device="cpu")
+    model = nn.Sequential(*[nn.Conv2d(1, 1, 1) for _ in script[0]], nn.Flatten(), nn.Linear(64, 10))
+    Fit(model, data, strategy, batch_size=64)
+    edges = []
+    for epoch in script:
+        assert [value is None for value in epoch] == [index < strategy.skipped for index in range(len(epoch))]
+        edges.append(strategy.decide({index: value for index, value in enumerate(epoch) if value is not None}))
+    return edges
+
+
+def test_the_decision_follows_algorithm_1():
+    script = [
+        [1.0, 1.5, 1.9],  # none above 2: all learn
+        [3.0, 1.0, 1.0],  # layer 1
+        [None, 1.0, 1.0],  # skipped, so undefined: all learn again
+        [1.0, 5.0, 1.0],  # layer 2 takes layer 1 along
+        [None, None, 2.0],  # 2.0 does not exceed 2
+        [1.0, 1.0, 2.1],  # the last takes all along
+        [None, None, None],
+    ]
+    assert _decide(script, alpha=2.0) == [0, 1, 0, 2, 0, 3, 0]
+
+
+def test_a_skipped_prefix_can_grow_while_it_is_skipped():
+    assert _decide([[3.0, 1.0, 1.0], [None, 1.0, 4.0], [None, None, None]], alpha=2.0) == [1, 3, 0]
+
+
+def test_keeping_the_last_variable_skips_for_ever_and_forgetting_ends_it():
+    script = [[3.0, 1.0], *[[None, 1.0]] * 4]
+    assert _decide(script, memory="keep") == [1, 1, 1, 1, 1]
+    assert _decide([[3.0, 1.0], [None, 1.0], [None, 1.0], [3.0, 1.0]], memory="keep", forget_after=2) == [1, 1, 0, 1]
+
+
+def test_the_rule_without_a_threshold_compares_a_layer_with_itself():
+    # Layer 1 slows down (its nw rises above its own geometric mean), layer 2 speeds up, whatever their size.
+    script = [[1.0, 1000.0], [4.0, 100.0], [None, 10.0], [1.0, 1.0]]
+    assert _decide(script, rule="own-history") == [0, 1, 0, 0]
+
+
+def test_an_infinite_threshold_trains_bit_for_bit_as_no_strategy(data):
+    plain = fit(network, data, epochs=3, **OPTIONS)
+    never = fit(network, data, LarsSkip(alpha=math.inf), epochs=3, **OPTIONS)
+    for (name, a), b in zip(plain.model.state_dict().items(), never.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    skipping = fit(network, data, LarsSkip(alpha=0), epochs=3, **OPTIONS)
+    assert not torch.equal(plain.model[0].weight, skipping.model[0].weight)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_skipped_weights_and_momentum_do_not_move_and_the_others_do(data, optimizer):
+    class Watch(LarsSkip):
+        def on_epoch_start(self, run: Run) -> None:
+            super().on_epoch_start(run)
+            object.__setattr__(self, "before", self._snapshot(run))
+
+        def on_epoch_end(self, run: Run) -> None:
+            moved = {name for name, value in self._snapshot(run).items()
+                     if any(not torch.equal(a, b) for a, b in zip(value, self.before.get(name, value), strict=True))}
+            seen.append((self.skipped, moved))
+            super().on_epoch_end(run)
+
+        def _snapshot(self, run: Run) -> dict[str, list[torch.Tensor]]:
+            found = {}
+            for name, parameter in run.model.named_parameters():
+                state = run.optimizer.state.get(parameter, {})
+                found[name] = [parameter.detach().clone(), *(
+                    value.clone() for value in state.values() if isinstance(value, torch.Tensor))]
+            for name, value in run.model.named_buffers():
+                found[name] = [value.clone()]
+            return found
+
+    seen: list[tuple[int, set[str]]] = []
+    fit(network, data, Watch(alpha=0), epochs=3, optimizer=optimizer, **OPTIONS)
+    # α = 0 skips everything in every second epoch.
+    assert [skipped for skipped, _ in seen] == [0, 3, 0]
+    assert seen[1][1] == {"11.weight", "11.bias"}
+    assert {"0.weight", "1.weight", "1.running_mean", "7.weight"} <= seen[2][1]
+
+
+def test_resume_in_the_middle_of_a_skip(data, tmp_path):
+    options = dict(epochs=4, batch_size=64, lr=0.01)
+    whole = fit(network, data, LarsSkip(alpha=0), progress=False, **options)
+    assert [row["lars-skip/skipped_layers"] for row in whole.history] == [0, 3, 0, 3]
+    first = Fit(network, data, LarsSkip(alpha=0), checkpoint=tmp_path, **options)
+    first.train_epoch()
+    again = fit(network, data, LarsSkip(alpha=0), checkpoint=tmp_path, progress=False, **options)
+    assert [row["lars-skip/skipped_layers"] for row in again.history] == [0, 3, 0, 3]
+    for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_backward_flops_fall_by_exactly_the_skipped_layers_share():
+    data = load_dataset("digits", image_size=64, channels=3, limit=64, test_limit=16, device="cpu")
+    table = analysis.measure_prefixes(
+        lambda: build_model("vgg-f", num_classes=10, image_size=64, width=32), data, 4, rounds=2)
+    costs = measure.layer_costs(build_model("vgg-f", num_classes=10, image_size=64, width=32), (3, 64, 64), 4)
+    macs = costs["forward_macs"].tolist()
+    for skipped in range(6):
+        # dW of every layer that learns; dX of every one but the first of them.
+        wanted = 2 * (sum(macs[skipped:]) + sum(macs[skipped + 1:]))
+        assert table["backward_flops"][skipped] == wanted
+        assert table["forward_flops"][skipped] == 2 * sum(macs)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "densenet121", "mobilenet_v2"])
+def test_it_works_on_torchvisions_networks(name):
+    data = load_dataset("digits", image_size=32, channels=3, limit=16, test_limit=8, device="cpu")
+    result = fit(lambda: build_model(name, num_classes=10), data, LarsSkip(alpha=0), epochs=2, batch_size=8,
+                 lr=1e-4, progress=False)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in result.model.modules())
+    assert result.history[1]["lars-skip/skipped_layers"] == convolutions
+    assert result.history[1]["cost/backward_flops"] < 0.05 * result.history[0]["cost/backward_flops"]
+
+
+@pytest.mark.parametrize("settings", [{"alpha": -1}, {"alpha": "much"}, {"rule": "other"}, {"forget_after": 0}])
+def test_bad_settings_get_one_sentence(settings):
+    with pytest.raises(LayerlabError, match=f"lars-skip: setting '{next(iter(settings))}' .*, got "):
+        LarsSkip(**settings)
+
+
+def test_a_network_without_convolutions_is_refused(data):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    with pytest.raises(LayerlabError, match="lars-skip needs convolutions, and Sequential has none"):
+        fit(model, data, LarsSkip(), epochs=1, **OPTIONS)
+
+
+def test_the_papers_numbers_of_figures_2_and_3():
+    model = build_model("vgg-f")
+    table = analysis.shares({batch: measure.layer_costs(model, (3, 224, 224), batch) for batch in (1, 32)})
+    values = table["share of conv1 and conv2"].tolist()
+    # 55.06 %, 53.48 % without conv1's dX, 50.60 % with the FC layers; unique tensors 33 % and 65 %.
+    assert values == pytest.approx([55.06, 53.48, 50.60, 55.06, 33, 65], abs=0.6)
+
+
+def test_savings_of_skipped_prefixes_worked_out():
+    costs = measure.layer_costs(build_model("vgg-f"), (3, 224, 224))
+    plain = [round(100 * (1 - analysis.skipping_macs(costs, n, False)), 1) for n in range(6)]
+    autograd = [round(100 * (1 - analysis.skipping_macs(costs, n, True)), 1) for n in range(6)]
+    assert plain == [0.0, 6.8, 36.7, 46.7, 56.7, 66.7]
+    assert autograd == [0.0, 21.8, 41.7, 51.7, 61.7, 66.7]
+
+
+class _Result:
+    def __init__(self, accuracies: list[float], seconds: float) -> None:
+        self.history = [{"test/top1": a, "time/epoch_seconds": seconds, "cost/forward_flops": 1, "cost/backward_flops": 1}
+                        for a in accuracies]
+
+
+class _Comparison:
+    def __init__(self, full: _Result, mine: _Result) -> None:
+        self.results, self.seeds = {("full", 0): full, ("mine", 0): mine}, [0]
+
+
+def test_time_to_the_baselines_best():
+    full = _Result([0.1, 0.4, 0.5, 0.45], 10.0)
+    assert analysis.speedup(_Comparison(full, _Result([0.2, 0.5, 0.6, 0.6], 5.0)), "test/top1", "full", "mine") == [3.0]
+    never = analysis.speedup(_Comparison(full, _Result([0.2, 0.3, 0.4, 0.49], 5.0)), "test/top1", "full", "mine")
+    assert math.isnan(never[0])
+
+
+def test_accuracy_within_a_budget():
+    result = _Result([0.2, 0.4, 0.6], 1.0)
+    assert [analysis.accuracy_within(result, flops) for flops in (0, 1, 2, 3, 6, 9)] == pytest.approx(
+        [0, 0.1, 0.2, 0.3, 0.6, 0.6])
+
+
+def test_the_rule_is_set_beside_the_best_threshold():
+    table = pd.DataFrame({"where": ["a"] * 4, "arm": ["full learning", "α = 2", "α = 4", "own history"],
+                          "top-1 at equal FLOPs": [0.3, 0.5, 0.6, 0.55]})
+    (row,) = analysis.rule_against_sweep(table).to_dict("records")
+    assert (row["best α"], row["with it"], row["own history"], row["full learning"]) == ("4", 0.6, 0.55, 0.3)

@@ -1,0 +1,63 @@
+"""The command line: what it shows, and exit status 2 with one sentence for bad input."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from layerlab.cli import main
+
+
+def _call(*arguments: str, status: int = 0) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_help_explains_each_command_in_a_line():
+    text = _call("--help")
+    for line in ("list ", "describe ", "reproduce ", "data ", "publish "):
+        assert any(row.strip().startswith(line) and len(row.split()) > 3 for row in text.splitlines()), line
+
+
+def test_list_names_strategy_distribution_and_paper():
+    assert "lars-skip  layerlab-lars-skip 0.1.0  Layer Skip Learning" in _call("list")
+
+
+def test_describe_shows_settings_profiles_and_claims():
+    text = _call("describe", "lars-skip")
+    for part in ("alpha = 2.0", "Threshold of rule", "quick:", "top1-gain", "Table I", "notebook"):
+        assert part in text
+
+
+def test_data_says_what_is_here(tmp_path):
+    text = _call("data", "--root", str(tmp_path))
+    assert "digits" in text
+    assert "embedded" in text
+    assert text.count("missing") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce", "lars-skp"], "Unknown strategy 'lars-skp'. Did you mean 'lars-skip'?"),
+        (["reproduce", "lars-skip", "--profile", "quik"], "Unknown profile 'quik'. Did you mean 'quick'?"),
+        (["reproduce", "lars-skip", "-p", "alhpa=1"], "Did you mean 'alpha'?"),
+        (["reproduce", "lars-skip", "-p", "alpha"], "is not of the form key=value"),
+        (["reproduce", "lars-skip", "--output", "/dev/null/x"], "cannot be written"),
+        (["describe", "nothing"], "Unknown strategy 'nothing'"),
+        (["publish", "/dev/null"], "holds no finished run"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_a_sentence(arguments, message):
+    text = _call(*arguments, status=2)
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_a_negative_alpha_is_refused_by_the_strategy_through_the_notebook(tmp_path):
+    out = tmp_path / "out"
+    text = _call("reproduce", "lars-skip", "-p", "alpha=-1", "--output", str(out), status=2)
+    assert "lars-skip: setting 'alpha' should be greater than or equal to 0, got -1" in text
+    assert not list(out.glob("*.ipynb"))
+    assert not (out / "claims.json").exists()

@@ -1,0 +1,121 @@
+"""Costs against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from layerlab import build_model
+from layerlab.measure import Meter, layer_costs, mean_interval, time_by_turns
+
+
+def _measure(model: nn.Module, x: torch.Tensor) -> object:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
+    with Meter(model, optimizer, x) as meter:
+        model(x).sum().backward()
+        optimizer.step()
+    return meter.cost
+
+
+def test_a_linear_layer_by_hand():
+    batch, inputs, outputs = 4, 6, 5
+    layer = nn.Linear(inputs, outputs, bias=False)
+    cost = _measure(layer, torch.randn(batch, inputs))
+    assert cost.forward_flops == 2 * batch * inputs * outputs
+    # The input needs no gradient, so backward is dW alone.
+    assert cost.backward_flops == 2 * batch * inputs * outputs
+    x = torch.randn(batch, inputs, requires_grad=True)
+    assert _measure(layer, x).backward_flops == 2 * 2 * batch * inputs * outputs
+
+
+def test_a_convolution_by_hand():
+    batch, before, after, kernel, size = 2, 3, 8, 3, 10
+    layer = nn.Conv2d(before, after, kernel)
+    side = size - kernel + 1
+    macs = batch * after * side * side * before * kernel * kernel
+    cost = _measure(layer, torch.randn(batch, before, size, size))
+    assert cost.forward_flops == 2 * macs
+    assert cost.backward_flops == 2 * macs
+    x = torch.randn(batch, before, size, size, requires_grad=True)
+    assert _measure(layer, x).backward_flops == 2 * 2 * macs
+
+
+def test_bytes_moved_by_hand():
+    weight = torch.randn(6, 5, requires_grad=True)
+    x = torch.randn(4, 6)
+    with Meter() as meter:
+        y = x @ weight
+        y.backward(torch.ones_like(y))
+        with torch.no_grad():
+            weight.sub_(weight.grad)
+    x_, w_, y_ = 4 * 6, 6 * 5, 4 * 5
+    # ones_like writes y once; the product reads x and w and writes y.
+    assert meter.cost.forward_bytes == 4 * (x_ + w_ + y_ + 2 * y_)
+    assert meter.cost.backward_bytes == 4 * (x_ + y_ + w_)
+    # In place: reads w and its gradient, writes w.
+    assert meter.cost.update_bytes == 4 * 3 * w_
+
+
+def test_peak_memory_by_hand():
+    weight = nn.Parameter(torch.randn(100, 50))
+    holder = nn.ParameterList([weight])
+    x = torch.randn(10, 100)
+    with Meter(holder, x) as meter:
+        y = x @ weight
+        (y * y).sum().backward()
+    floats = weight.numel() + x.numel()
+    # At the end of backward: dw (all of weight), y, its gradient; sums and products of y's size come and go.
+    assert 4 * (2 * weight.numel() + x.numel() + y.numel()) <= meter.cost.peak_memory_bytes
+    assert meter.cost.peak_memory_bytes <= 4 * (floats + weight.numel() + 5 * y.numel() + 8)
+
+
+def test_frozen_layers_are_measured_and_backward_ends_at_their_edge():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    x = torch.randn(4, 8)
+    full = _measure(model, x)
+    model[0].requires_grad_(False)
+    less = _measure(model, x)
+    macs = 4 * 8 * 8
+    assert less.forward_flops == full.forward_flops
+    # dW of the first and dX of the second layer are gone.
+    assert full.backward_flops - less.backward_flops == 2 * 2 * macs
+
+
+def test_recomputation_in_backward_counts_as_backward():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    with Meter() as meter:
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert (meter.cost.forward_flops, meter.cost.backward_flops) == (2 * 256, 3 * 2 * 256)
+
+
+@pytest.mark.parametrize("name", ["vgg-f", "resnet18", "mobilenet_v2", "densenet121"])
+def test_layer_costs_add_up_to_what_a_real_forward_pass_counts(name):
+    options = {"image_size": 64, "width": 128} if name == "vgg-f" else {}
+    model = build_model(name, num_classes=10, **options).eval()
+    table = layer_costs(model, (3, 64, 64), batch_size=2)
+    with Meter() as meter, torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert 2 * table["forward_macs"].sum() == meter.cost.forward_flops
+
+
+def test_interval_by_hand():
+    # Student's t for two degrees of freedom at 97.5 %: 4.302653.
+    mean, half = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.302653 * 1.0 / math.sqrt(3), rel=1e-5)
+    assert math.isnan(mean_interval([1.0])[1])
+
+
+def test_turns_alternate():
+    calls = []
+    turns = time_by_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=4, warmup=1)
+    assert "".join(calls) == "ab" + "abbaabba"
+    assert len(turns["a"].seconds) == 4
+    middle, low, high = turns["a"].ratio(turns["a"])
+    assert (middle, low, high) == (1, 1, 1)

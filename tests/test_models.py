@@ -1,0 +1,75 @@
+"""Networks by name, and the order of their layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from layerlab import LayerlabError, build_model, forward_order, prefixes
+from layerlab.measure import layer_costs
+
+
+def test_vgg_f_is_the_published_network():
+    table = layer_costs(build_model("vgg-f"), (3, 224, 224)).set_index("layer")
+    macs = table["forward_macs"].tolist()
+    assert macs[:5] == [67_744_512, 298_598_400, 99_680_256, 99_680_256, 99_680_256]
+    assert sum(macs[5:]) == pytest.approx(58.6e6, rel=1e-3)
+
+
+def test_layers_come_in_forward_order_not_as_declared(residual):
+    model = residual()
+    names = [name for name, _ in forward_order(model, torch.randn(2, 1, 8, 8))]
+    assert names == ["conv1", "bn1", "conv2", "bn2", "classifier"]
+    assert [name for name, _ in model.named_modules() if name in names][0] == "classifier"
+
+
+def test_tracing_leaves_no_trace(residual):
+    model = residual().train()
+    before = model.bn1.running_mean.clone()
+    forward_order(model, torch.randn(2, 1, 8, 8))
+    assert model.training
+    assert model.bn1.training
+    assert torch.equal(model.bn1.running_mean, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_prefix_takes_its_normalisation_along(residual):
+    model = residual()
+    found = prefixes(model, torch.randn(2, 1, 8, 8))
+    assert [name for name, _ in found] == ["conv1", "conv2"]
+    assert found[0][1] == [model.conv1, model.bn1]
+    assert found[1][1] == [model.conv1, model.bn1, model.conv2, model.bn2]
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "densenet121", "mobilenet_v2", "vit_b_16"])
+def test_backward_ends_at_the_edge_of_a_frozen_prefix_of_any_network(name):
+    model = build_model(name, num_classes=3, **({"image_size": 32} if name.startswith("vit") else {}))
+    x = torch.randn(2, 3, 32, 32)
+    layers = prefixes(model, x)
+    assert len(layers) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    _, frozen = layers[len(layers) // 2]
+    for module in frozen:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    model(x).sum().backward()
+    names = {module: n for n, module in model.named_modules()}
+    assert all(p.grad is None for module in frozen for p in module.parameters(recurse=False))
+    learning = [names[m] for _, m in forward_order(model, x) if m not in set(frozen)]
+    assert learning
+    assert all(p.grad is not None for n in learning for p in model.get_submodule(n).parameters(recurse=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet8", {}, r"Unknown model 'resnet8'. Did you mean 'resnet\d+'\?"),
+        ("vgg-f", {"image_size": 32}, "at least 48 pixels"),
+        ("mlp", {"size": 3}, r"'mlp' cannot be built.*it takes num_classes, image_size"),
+        ("resnet18", {"size": 3}, "'resnet18' cannot be built"),
+        ("resnet18", {"channels": 1}, "takes 3-channel images"),
+    ],
+)
+def test_bad_input(name, options, message):
+    with pytest.raises(LayerlabError, match=message):
+        build_model(name, **options)

@@ -1,0 +1,229 @@
+"""A notebook is done when our record says so, and never because papermill does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import layerlab
+from layerlab import LayerlabError, tracking
+from layerlab.notebooks import reproduce
+from layerlab.study import read_results
+
+PAPER = """
+title = "A paper"
+authors = "A. Author"
+year = 2020
+venue = "A venue"
+summary = "A summary."
+formula = "x"
+notebook = "notebook.ipynb"
+[[claims]]
+id = "gain"
+statement = "a gain"
+value = 3.0
+unit = "points"
+where = "Table I"
+neutral = 0.0
+tolerance = 0.5
+[profiles.quick]
+description = "seconds"
+[profiles.quick.parameters]
+epochs = 4
+pause = 0.0
+"""
+OPEN = "from layerlab import Study\nstudy = Study('fake', profile, epochs=epochs, pause=pause)\np = study.parameters"
+TRAIN = """
+import sys
+from layerlab import load_dataset
+sys.path.insert(0, TESTS)
+from conftest import Residual
+from freezer import Freezer
+run = study.compare("main", Residual, load_dataset("digits", device="cpu"), {"plain": (), "frozen": Freezer(seconds=p.pause)},
+                    epochs=p.epochs, batch_size=256)
+gains = [100 * (run.results["frozen", 0].final["test/top1"] - run.results["plain", 0].final["test/top1"])]
+study.claim("gain", gains, seeds=[0], conditions={"dataset": "digits"})
+"""
+FINISH = "study.finish()"
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Install a strategy `fake` whose paper's notebook has the given cells after the parameters."""
+    site = tmp_path / "site"
+    package = site / "fake_paper"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(textwrap.dedent("""
+        from layerlab import Strategy
+        class Fake(Strategy):
+            name = "fake"
+    """))
+    info = site / "fake_paper-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-paper\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[layerlab.strategies]\nfake = fake_paper:Fake\n")
+    (package / "paper.toml").write_text(PAPER)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.delitem(vars(layerlab), "strategies", raising=False)
+    monkeypatch.delitem(sys.modules, "fake_paper", raising=False)
+
+    def write(*cells: str) -> Path:
+        parameters = nbformat.v4.new_code_cell(
+            "profile = 'quick'  # profile\nepochs = None  # epochs\npause = None  # seconds a step",
+            metadata={"tags": ["parameters"]})
+        book = nbformat.v4.new_notebook(
+            cells=[parameters, *(nbformat.v4.new_code_cell(c.replace("TESTS", repr(str(Path(__file__).parent))))
+                                 for c in cells)],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        nbformat.write(book, package / "notebook.ipynb")
+        return site
+
+    yield write
+    vars(layerlab).pop("strategies", None)
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+
+
+def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
+    fake(OPEN, TRAIN, FINISH)
+    out = tmp_path / "out"
+    (result,) = reproduce("fake", output=out, show=False)
+    assert result.claim == "gain"
+    assert result.measured is not None
+    assert result.machine
+    assert result.versions["torch"]
+    assert read_results(out) == [result]
+    assert _files(out) == {"fake.ipynb", "claims.json", "study.json"}
+    client = tracking.client()
+    runs = client.search_runs([tracking.experiment_id("fake")])
+    (notebook,) = [run for run in runs if run.data.tags.get("kind") == "notebook"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == notebook.info.run_id]
+    assert sorted(run.data.tags["arm"] for run in children) == ["frozen", "plain"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {item.path for item in client.list_artifacts(notebook.info.run_id)} == {"claims.json", "fake.ipynb"}
+    executed = nbformat.read(out / "fake.ipynb", 4)
+    assert executed.cells[-1].outputs
+
+
+def test_plain_papermill_runs_the_same_notebook(fake, tmp_path):
+    import papermill
+
+    site = fake(OPEN, TRAIN, FINISH)
+    papermill.execute_notebook(site / "fake_paper" / "notebook.ipynb", tmp_path / "out.ipynb", {"epochs": 1},
+                               progress_bar=False)
+    (folder,) = (tmp_path / "home" / "runs" / "fake").iterdir()
+    assert read_results(folder)[0].measured is not None
+
+
+@pytest.mark.parametrize("ending", ["import sys; sys.exit(0)", "pass"])
+def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, ending):
+    fake(OPEN, ending)
+    with pytest.raises(LayerlabError, match=r"(ended before its claims were written|SystemExit).*fake.failed.ipynb"):
+        reproduce("fake", output=tmp_path / "out", show=False)
+    assert _files(tmp_path / "out") == {"fake.failed.ipynb", "study.json"}
+    (run,) = tracking.client().search_runs([tracking.experiment_id("fake")])
+    assert run.info.status == "FAILED"
+
+
+def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
+    fake(OPEN, "raise ValueError('something broke')", FINISH)
+    with pytest.raises(LayerlabError, match=r"failed in cell 3 \(ValueError: something broke\).*fake.failed.ipynb"):
+        reproduce("fake", output=tmp_path / "out", show=False)
+    assert "something broke" in (tmp_path / "out" / "fake.failed.ipynb").read_text()
+
+
+def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
+    fake(OPEN, "import os, signal\nif p.pause: os.kill(os.getpid(), signal.SIGKILL)", TRAIN, FINISH)
+    with pytest.raises(LayerlabError, match="lost its kernel"):
+        reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out", show=False)
+    assert "claims.json" not in _files(tmp_path / "out")
+    assert "fake.ipynb" not in _files(tmp_path / "out")
+    fake(OPEN, TRAIN, FINISH)
+    (result,) = reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out", show=False)
+    assert result.measured is not None
+    # The interrupted notebook run was taken up again, not doubled.
+    runs = tracking.client().search_runs([tracking.experiment_id("fake")], "tags.kind = 'notebook'")
+    assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+def test_everything_killed_in_the_middle_ends_as_if_undisturbed(fake, tmp_path):
+    site = fake(OPEN, TRAIN, FINISH)
+    out = tmp_path / "out"
+    (wanted,) = reproduce("fake", parameters={"pause": 0.05}, output=tmp_path / "undisturbed", show=False)
+    command = [sys.executable, "-m", "layerlab.cli", "reproduce", "fake", "-p", "pause=0.05", "--output", str(out)]
+    job = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(site)}, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/*/main/frozen-seed0/state.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    # The kernel has a session of its own, and ends when its parent is gone.
+    assert "claims.json" not in _files(out)
+    time.sleep(2)
+    (result,) = reproduce("fake", parameters={"pause": 0.05}, output=out, show=False)
+    assert result.values == wanted.values
+    runs = tracking.client().search_runs([tracking.experiment_id("fake")], order_by=["attributes.start_time"])
+    assert len(runs) == 6
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if run.data.tags.get("kind") != "notebook":
+            history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
+            assert [metric.step for metric in history] == [1, 2, 3, 4]
+
+
+def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finished(fake, tmp_path):
+    fake(OPEN, "from layerlab import load_dataset\nload_dataset('no-such-data')", FINISH)
+    with pytest.raises(LayerlabError, match=r"^Unknown dataset 'no-such-data'"):
+        reproduce("fake", output=tmp_path / "out", show=False)
+    assert _files(tmp_path / "out") == {"study.json"}
+    assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
+
+
+def test_an_old_result_does_not_survive_a_new_run_that_fails(fake, tmp_path):
+    fake(OPEN, TRAIN, FINISH)
+    reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out", show=False)
+    fake(OPEN, "1 / 0", FINISH)
+    with pytest.raises(LayerlabError, match="ZeroDivisionError"):
+        reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out", show=False)
+    with pytest.raises(LayerlabError, match="no finished run"):
+        read_results(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "fke"}, r"Unknown strategy 'fke'. Did you mean 'fake'\?"),
+        ({"profile": "quik"}, r"Unknown profile 'quik'. Did you mean 'quick'\?"),
+        ({"parameters": {"epoch": 3}}, r"Unknown parameter of the fake notebook 'epoch'. Did you mean 'epochs'\?"),
+        ({"output": "/dev/null/out"}, r"output folder /dev/null/out cannot be written.*--output"),
+    ],
+)
+def test_bad_input_before_anything_runs(fake, tmp_path, arguments, message):
+    fake(OPEN, FINISH)
+    with pytest.raises(LayerlabError, match=message):
+        reproduce(**{"strategy": "fake", "output": tmp_path / "out", "show": False} | arguments)
+    assert not (tmp_path / "out").exists() or not _files(tmp_path / "out")
+
+
+def test_two_runs_in_one_folder_are_refused(fake, tmp_path):
+    import fcntl
+
+    fake(OPEN, FINISH)
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LayerlabError, match=f"Another run is at work in {out}"):
+            reproduce("fake", output=out, show=False)

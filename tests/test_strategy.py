@@ -1,0 +1,141 @@
+"""The contract: settings, hooks in order, composition."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from freezer import Freezer
+from pydantic import Field
+from torch import nn
+
+from layerlab import LayerlabError, Run, Strategy, fit
+
+
+class Recorder(Strategy):
+    name: ClassVar[str] = "recorder"
+    strength: float = Field(1.0, ge=0)
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        object.__setattr__(self, "events", [])
+
+    def on_fit_start(self, run: Run) -> None:
+        self.events.append("fit start")
+
+    def on_epoch_start(self, run: Run) -> None:
+        self.events.append(f"epoch {run.epoch} start")
+
+    def on_after_backward(self, run: Run) -> None:
+        assert all(p.grad is not None for p in run.model.parameters())
+        self.events.append("after backward")
+
+    def on_epoch_end(self, run: Run) -> None:
+        self.events.append(f"epoch {run.epoch} end")
+
+    def on_fit_end(self, run: Run) -> None:
+        self.events.append("fit end")
+
+
+class Stepper(Strategy):
+    name: ClassVar[str] = "stepper"
+
+    def training_step(self, run: Run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = run.loss(run.training_model(x), y)
+        run.backward(loss)
+        run.optimizer.step()
+        return loss
+
+
+def test_hooks_are_called_in_order(digits, residual):
+    # Strategies are copied for a comparison, so the list is read from the result's own.
+    result = fit(residual(), digits, Recorder(), epochs=2, batch_size=512, progress=False)
+    steps = ["after backward"] * (len(digits.train) // 512)
+    assert result.strategies[0].events == [
+        "fit start", "epoch 1 start", *steps, "epoch 1 end", "epoch 2 start", *steps, "epoch 2 end", "fit end",
+    ]
+
+
+def test_a_replaced_step_calls_the_other_strategies_after_backward_and_trains_the_same(digits, residual):
+    torch.manual_seed(0)
+    model = residual()
+    plain = fit(model, digits, Recorder(), epochs=1, batch_size=512, progress=False)
+    stepped = fit(model, digits, [Stepper(), Recorder()], epochs=1, batch_size=512, progress=False)
+    assert stepped.strategies[1].events == plain.strategies[0].events
+    assert stepped.final["train/loss"] == plain.final["train/loss"]
+
+
+def test_two_strategies_that_replace_the_step_are_refused_with_the_reason(digits, residual):
+    class Other(Stepper):
+        name: ClassVar[str] = "other"
+
+    with pytest.raises(LayerlabError, match=r"'stepper' and 'other' cannot run together.*training_step"):
+        fit(residual(), digits, [Stepper(), Other()], epochs=1, progress=False)
+
+
+def test_one_strategy_twice_is_refused(digits, residual):
+    with pytest.raises(LayerlabError, match="given twice"):
+        fit(residual(), digits, [Recorder(), Recorder()], epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": -1}, r"recorder: setting 'strength' should be greater than or equal to 0, got -1"),
+        ({"strengh": 1}, r"recorder has no setting 'strengh'"),
+    ],
+)
+def test_settings_that_do_not_validate_get_one_sentence(settings, message):
+    with pytest.raises(LayerlabError, match=message):
+        Recorder(**settings)
+
+
+def test_frozen_sets_of_two_strategies_add_up_and_the_users_own_are_never_thawed(digits, residual):
+    class Second(Strategy):
+        name: ClassVar[str] = "second"
+
+        def on_epoch_start(self, run: Run) -> None:
+            run.freeze(self.name, [run.model.conv2])
+            trainable = {n for n, p in run.model.named_parameters() if p.requires_grad}
+            object.__setattr__(self, "seen", trainable)
+
+    model = residual()
+    model.classifier.bias.requires_grad_(False)
+    result = fit(model, digits, [Freezer(), Second()], epochs=2, batch_size=512, progress=False)
+    # In epoch 2 the freezer holds conv1 and bn1, the other conv2.
+    assert result.strategies[1].seen == {"bn2.weight", "bn2.bias", "classifier.weight"}
+    assert [n for n, p in result.model.named_parameters() if not p.requires_grad] == ["classifier.bias"]
+
+
+def test_a_frozen_layer_takes_its_batch_norm_along(digits, residual):
+    class Watch(Freezer):
+        name: ClassVar[str] = "freezer"
+
+        def on_epoch_end(self, run: Run) -> None:
+            super().on_epoch_end(run)
+            run.log("freezer/mean", run.model.bn1.running_mean.sum().item())
+            run.log("freezer/weight", run.model.conv1.weight.sum().item())
+
+    history = fit(residual(), digits, Watch(), epochs=4, batch_size=128, progress=False).history
+    for name in ("freezer/mean", "freezer/weight"):
+        values = [row[name] for row in history]
+        # Frozen in epochs 2 to 4 (2, 4, 2 modules: conv1 and bn1 first), learning in the first.
+        assert values[1] == values[0]
+        assert values[3] == values[0]
+    thawed = fit(residual(), digits, Watch(), epochs=5, batch_size=128, progress=False).history
+    assert thawed[4]["freezer/mean"] != thawed[3]["freezer/mean"]
+    assert thawed[4]["freezer/weight"] != thawed[3]["freezer/weight"]
+
+
+def test_the_network_is_left_as_the_user_would_have_it(digits, residual):
+    model = residual()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = fit(model, digits, Freezer(), epochs=2, batch_size=512, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not result.model.training
+    assert all(p.requires_grad and p.grad is None for p in result.model.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks for module in result.model.modules())
+    fresh: nn.Module = residual()
+    fresh.load_state_dict(result.model.state_dict())

@@ -1,0 +1,140 @@
+"""fit: deterministic, in every precision and memory format, alone or by turns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import same_weights
+from freezer import Freezer
+from torch import nn
+
+from layerlab import LayerlabError, build_model, compare, evaluate, fit, load_dataset
+
+QUICK = dict(epochs=2, batch_size=256, progress=False)
+
+
+def test_two_runs_give_identical_weights_and_another_seed_others(digits, residual):
+    data = digits.augmented("crop-flip", 1)
+    first = fit(residual, data, Freezer(), **QUICK)
+    torch.rand(3)  # the global random state must not matter
+    second = fit(residual, data, Freezer(), **QUICK)
+    assert same_weights(first.model, second.model)
+    assert not same_weights(first.model, fit(residual, data, Freezer(), seed=1, **QUICK).model)
+
+
+def test_the_callers_random_state_is_left_alone(digits, residual):
+    torch.manual_seed(7)
+    wanted = torch.rand(4)
+    torch.manual_seed(7)
+    fit(residual, digits, **QUICK)
+    assert torch.equal(torch.rand(4), wanted)
+
+
+def test_by_turns_gives_what_each_gives_alone(digits, residual):
+    together = compare(residual, digits, {"plain": (), "frozen": Freezer()}, seeds=[0, 1], **QUICK)
+    for seed in (0, 1):
+        assert same_weights(together.results["plain", seed].model, fit(residual, digits, seed=seed, **QUICK).model)
+        alone = fit(residual, digits, Freezer(), seed=seed, **QUICK)
+        assert same_weights(together.results["frozen", seed].model, alone.model)
+    summary = together.summary.set_index("arm")
+    assert summary.loc["plain", "seeds"] == 2
+    assert summary.loc["frozen", "TFLOP"] < summary.loc["plain", "TFLOP"]
+
+
+def test_several_seeds_in_one_call(digits, residual):
+    results = fit(residual, digits, seed=[0, 5], **QUICK)
+    assert [result.seed for result in results] == [0, 5]
+
+
+def test_measuring_changes_nothing(digits, residual):
+    measured = fit(residual, digits, Freezer(), **QUICK)
+    plain = fit(residual, digits, Freezer(), measure=False, **QUICK)
+    assert same_weights(measured.model, plain.model)
+    assert "cost/forward_flops" not in plain.final
+
+
+def test_a_plain_loop_written_by_hand_gives_the_same_weights(digits, residual):
+    torch.manual_seed(4)
+    model = residual()
+    model.drop.p = 0.0
+    result = fit(model, digits, seed=4, lr=0.05, momentum=0.9, weight_decay=5e-4, **QUICK)
+    by_hand = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, foreach=True)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(2):
+        for x, y in digits.train.batches(256, generator):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(by_hand(x), y).backward()
+            optimizer.step()
+    assert same_weights(result.model, by_hand)
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"channels_last": True}, {"optimizer": "adamw"},
+                                      {"schedule": "cosine", "schedule_each": "step"}, {"label_smoothing": 0.1}])
+def test_settings_train(digits, residual, settings):
+    result = fit(residual, digits, Freezer(), **{**QUICK, "epochs": 6, "batch_size": 64, "lr": 0.02, **settings})
+    assert result.final["test/top1"] > 0.35
+    assert result.final["train/loss"] < 0.8 * result.history[0]["train/loss"]
+
+
+def test_own_optimizer_schedule_and_loss(digits, residual):
+    result = fit(
+        residual, digits, optimizer=lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3),
+        schedule=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        loss=nn.MultiMarginLoss(), **QUICK,
+    )
+    assert result.final["train/loss"] < 1.0
+
+
+def test_compiled_layers_that_were_frozen_learn_again_as_in_eager(digits, residual):
+    options = dict(epochs=5, batch_size=256, progress=False, lr=0.02)
+    eager = fit(residual, digits, Freezer(), **options)
+    compiled = fit(residual, digits, Freezer(), compile=True, **options)
+    # 0, 2, 4, 2 and again 0 frozen modules: the first layers freeze and thaw.
+    assert [row["freezer/frozen"] for row in compiled.history] == [0, 2, 4, 2, 0]
+    for (name, a), b in zip(eager.model.state_dict().items(), compiled.model.state_dict().values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=2e-4, rtol=1e-3), name
+    assert not any(module._compiled_call_impl for module in compiled.model.modules())
+
+
+def test_accuracy_and_loss_are_those_of_the_predictions(digits, residual):
+    model = residual()
+    row = evaluate(model, digits.test)
+    x, y = next(digits.test.batches(len(digits.test)))
+    logits = model(x)
+    assert row["test/top1"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    order = logits.argsort(1, descending=True)[:, :5]
+    assert row["test/top5"] == pytest.approx((order == y[:, None]).any(1).float().mean().item())
+    assert row["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1}, "fit: setting 'lr' should be greater than or equal to 0, got -1"),
+        ({"learning_rate": 1}, "fit has no setting 'learning_rate'"),
+        ({"epochs": 0}, "'epochs' should be greater than or equal to 1"),
+        ({"batch_size": 10**6}, "batch_size 1000000 is larger than the 1433 training images"),
+        ({"precision": "float8"}, "setting 'precision' should be 'float32' or 'bfloat16'"),
+        ({"device": "cuda:99"}, "Device 'cuda:99' is not available here"),
+        ({"strategies": ["lars-skip"]}, "is no strategy"),
+        ({"lr": 1e30}, "Training diverged.*lower the learning rate"),
+    ],
+)
+def test_bad_input_gets_one_sentence(digits, residual, change, message):
+    with pytest.raises(LayerlabError, match=message):
+        fit(residual, digits, **QUICK | change)
+
+
+def test_a_network_that_does_not_fit_the_data_is_refused_with_its_shape():
+    data = load_dataset("digits", device="cpu")
+    with pytest.raises(LayerlabError, match=r"does not take images of shape \(1, 8, 8\)"):
+        fit(build_model("mlp", image_size=28), data, **QUICK)
+    with pytest.raises(LayerlabError, match="10 classes"):
+        fit(build_model("mlp", num_classes=7, image_size=8), data, **QUICK)
+
+
+def test_help_shows_every_setting():
+    assert "label_smoothing (0.0): Of the cross-entropy." in (fit.__doc__ or "")
