@@ -1,0 +1,91 @@
+"""Memory reorder: the same gradients from less memory.
+
+A. Ike et al., "Technologies for Practical Application of Deep Learning", Fujitsu Sci. Tech. J. 53 (2017), section 4;
+K. Shirahata et al., "Memory reduction method for deep neural network training", IEEE MLSP 2016.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from layerlab import LayerlabError, Run, Strategy
+from layerlab_memory_reorder.executor import Takeover
+from layerlab_memory_reorder.plan import Order
+
+
+class MemoryReorder(Strategy):
+    """Train with plain PyTorch's gradients and updates, in an order that needs less memory.
+
+    In each convolution's and linear layer's backward, the larger of the two gradients (of the input, of the weights) is
+    arranged to need no memory of its own: a large input gradient goes last and takes over the layer's input's memory;
+    a large weight gradient goes last, is made in slabs, and each slab is applied at once and freed. Gradients do not
+    outlive their update. It replaces the training step, and `run.optimizer` holds all state, as without it.
+    """
+
+    name: ClassVar[str] = "memory-reorder"
+
+    order: Order = "larger-first"
+    """`larger-first`: each layer in the order that needs less. `weight-first`: the weight gradient first in all."""
+    slab: int = Field(16 * 2**20, ge=0)
+    """Bytes of a linear layer's weight gradient that exist at a time where it goes last; 0: whole, and first."""
+    at_once: int = Field(2**18, ge=0)
+    """Weights of at least this many bytes are updated during backward; the small rest at the step's end, together."""
+    fuse: bool = True
+    """ReLU and max pooling keep signs and places (2 bytes a result) instead of activations where nothing else reads
+    these."""
+    checkpointing: bool = False
+    """Blocks keep only their input and are computed again in backward: less memory for about a third more time."""
+
+    _takeover: Takeover | None = PrivateAttr(None)
+    _epoch: int = PrivateAttr(-1)
+
+    def on_fit_start(self, run: Run) -> None:
+        """Refuse what needs the gradients after backward.
+
+        Raises:
+            LayerlabError: another strategy has the hook on_after_backward; an optimizer that needs all gradients at
+                once, or functions registered around its step.
+        """
+        self._release()
+        if run.after_backward:
+            owners = {type(getattr(hook, "__self__", hook)).__name__ for hook in run.after_backward}
+            raise LayerlabError(
+                f"memory-reorder frees each gradient as soon as it is applied, and {', '.join(sorted(owners))} reads "
+                "gradients after backward (hook on_after_backward), as clipping the whole model's gradient would; use "
+                "them in separate fits."
+            )
+        self._take(run)
+        self._release()
+
+    def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        if self._takeover is None or self._epoch != run.epoch:
+            # At the first step, when every strategy has adapted the network and its freezing for this epoch.
+            self._release()
+            self._takeover = self._take(run)
+            self._takeover.attach()
+            self._epoch = run.epoch
+        run.optimizer.zero_grad(set_to_none=True)
+        with run.autocast():
+            loss = run.loss(run.training_model(x), y)
+        run.backward(loss)
+        self._takeover.finish()
+        return loss
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Leave the network plain: evaluation, checkpoints and other strategies see nothing of this one."""
+        self._release()
+
+    def on_fit_end(self, run: Run) -> None:
+        self._release()
+
+    def _take(self, run: Run) -> Takeover:
+        return Takeover(run.training_model, run.optimizer, run.example, self.order, self.slab, self.at_once, self.fuse,
+                        self.checkpointing)
+
+    def _release(self) -> None:
+        if self._takeover is not None:
+            self._takeover.detach()
+        self._takeover = None
