@@ -116,11 +116,26 @@ _FREE = {torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default, tor
          torch.ops.aten.empty_strided.default, torch.ops.aten.empty_like.default}
 
 
+class _Phase(ModuleTracker):
+    """Knows whether backward runs, and nothing of modules.
+
+    Following modules takes gradient hooks on all their inputs and outputs, which keep alive what activation
+    checkpointing frees: a peak measured so would be far too high.
+    """
+
+    def __enter__(self) -> _Phase:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
 class _Flops(FlopCounterMode):
-    """A FlopCounterMode that remembers how much of its total fell into backward."""
+    """A FlopCounterMode that remembers how much of its total fell into backward, and counts by no module."""
 
     def __init__(self) -> None:
         super().__init__(display=False)
+        self.mod_tracker = _Phase()
         self.backward = 0
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:

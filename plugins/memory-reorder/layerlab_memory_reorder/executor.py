@@ -300,6 +300,41 @@ class _MaxPool(Function):
         return dx, None, None
 
 
+class _ResponseNorm(Function):
+    """Local response normalisation that keeps its operand and computes the rest again, some images at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.LocalResponseNorm) -> Tensor:
+        ctx.module, ctx.x, ctx.version = module, x.detach(), x._version
+        y = torch.empty_like(x)
+        for part, result in zip(_few(x), _few(y), strict=True):
+            result.copy_(_response_norm(module, part))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        if ctx.x is None:
+            raise _gone()
+        x, ctx.x = ctx.x, None
+        _same_version(x, ctx.version)
+        dx = torch.empty_like(x)
+        for part, given, result in zip(_few(x), _few(dy), _few(dx), strict=True):
+            part = part.detach().requires_grad_()
+            with torch.enable_grad():
+                again = _response_norm(ctx.module, part)
+            result.copy_(torch.autograd.grad(again, part, given)[0])
+        return dx, None
+
+
+def _response_norm(module: nn.LocalResponseNorm, x: Tensor) -> Tensor:
+    return F.local_response_norm(x, module.size, module.alpha, module.beta, module.k)
+
+
+def _few(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(max(1, _CHUNK * len(x) // max(1, x.numel())))
+
+
 def _format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -339,14 +374,16 @@ class Takeover:
     the place of `optimizer.step()`.
 
     Attributes:
-        model: the network; layers that are not convolution, linear, ReLU or max pooling keep PyTorch's backward.
+        model: the network; layers that are not convolution, linear, ReLU, max pooling or local response
+            normalisation keep PyTorch's backward.
         optimizer: see `Updater`.
         example: images as the network takes them; two of them are run through it in evaluation mode.
         order: `larger-first`, or `weight-first` in every layer.
         slab: bytes of a linear layer's weight gradient that exist at a time where it goes last; 0: all of it, and it
             goes first.
         at_once: weights of fewer bytes are updated at the step's end, all together.
-        fuse: ReLU and max pooling keep signs and places instead of activations, where nothing else needs these.
+        fuse: ReLU and max pooling keep signs and places instead of activations, where nothing else needs these; local
+            response normalisation keeps its operand alone.
         checkpointing: blocks keep their input only and are computed again in backward.
     """
 
@@ -392,6 +429,8 @@ class Takeover:
                 self._patch(module, _parametric_forward(_Layer(module, self, module in readers)))
             elif type(module) is nn.MaxPool2d and self.fuse and _pool_settings(module) is not None:
                 self._patch(module, _pool_forward(module, module in readers))
+            elif type(module) is nn.LocalResponseNorm and self.fuse:
+                self._patch(module, _norm_forward(module))
         if self.checkpointing:
             checkpoint_blocks(self.model, self.example, self._patch)
 
@@ -475,12 +514,13 @@ def _parametric_forward(layer: _Layer) -> Callable[..., Tensor]:
         weight, bias = module.weight, module.bias
         if not x.is_floating_point() or (not isinstance(module, nn.Linear) and x.dim() != weight.dim()):
             return original(x)
-        if torch.is_autocast_enabled(x.device.type):
-            # Outside the function, so that autograd casts the gradients back.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            return _Parametric.apply(x, weight, bias, layer)  # type: ignore[return-value]
+        # Cast outside the function, so that autograd casts the gradients back.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
             return _Parametric.apply(x, weight, bias, layer)  # type: ignore[return-value]
 
     return forward
@@ -509,6 +549,13 @@ def _pool_forward(module: nn.MaxPool2d, masks: bool) -> Callable[..., Tensor]:
                 raise LayerlabError("memory-reorder cannot pool images this wide; set fuse=False.")
             return original(x)
         return _MaxPool.apply(x, settings, masks)  # type: ignore[return-value]
+
+    return forward
+
+
+def _norm_forward(module: nn.LocalResponseNorm) -> Callable[..., Tensor]:
+    def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return _ResponseNorm.apply(x, module)  # type: ignore[return-value]
 
     return forward
 
@@ -599,7 +646,9 @@ def checkpoint_blocks(
 
             def run(original: Callable[..., Any], x: Tensor, stretches: Any = stretches) -> Tensor:
                 for stretch in stretches:
-                    x = _checkpointed(stretch, stretch, x, reentrant)
+                    few = sum(isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for layer in stretch) < 2
+                    # With one convolution, ReLU and pooling, this package's functions keep little but the input.
+                    x = stretch(x) if reentrant and few else _checkpointed(stretch, stretch, x, reentrant)
                 return x
         else:
             def run(original: Callable[..., Any], x: Tensor, block: nn.Module = block) -> Tensor:

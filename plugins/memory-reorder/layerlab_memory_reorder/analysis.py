@@ -1,0 +1,543 @@
+"""What the notebook shows: plans, measured peaks and times of a step against the peers, what fits, accuracies."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerlab import LayerlabError, build_model, measure
+from layerlab_memory_reorder import plan as plans
+from layerlab_memory_reorder.executor import Takeover, checkpoint_blocks
+
+USERS, PLAIN, FUSED = "PyTorch, gradients kept", "PyTorch, gradients freed first", "PyTorch, optimizer in backward"
+CHECKPOINTING, OURS, BOTH = "activation checkpointing", "memory-reorder", "memory-reorder + checkpointing"
+ARMS = (USERS, PLAIN, FUSED, CHECKPOINTING, OURS, BOTH)
+"""Ways of doing a training step. `PyTorch, gradients kept`: until zero_grad, called after the forward pass as in
+PyTorch's tutorials; `freed first`: zero_grad before the forward pass, as `layerlab.fit` does; `optimizer in backward`:
+one optimizer a parameter, stepped and freed by `register_post_accumulate_grad_hook`, PyTorch's own best; `activation
+checkpointing`: `torch.utils.checkpoint`, blocks as in `executor.checkpoint_blocks`."""
+
+STATES = {"sgd": 1, "adamw": 2}
+_IMAGENET = (3, 224, 224)
+
+
+def caffe_alexnet(num_classes: int = 1000) -> nn.Sequential:
+    """AlexNet as Caffe's `bvlc_alexnet` trains it, for images of 227 × 227: two groups, local response normalisation.
+
+    The published prototxt's shapes; torchvision's `alexnet` has 64 first filters, no groups and no normalisation.
+    """
+    def norm() -> nn.Module:
+        return nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
+
+    return nn.Sequential(
+        nn.Sequential(
+            nn.Conv2d(3, 96, 11, 4), nn.ReLU(inplace=True), norm(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(inplace=True), norm(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+        ),
+        nn.Flatten(),
+        nn.Sequential(
+            nn.Linear(9216, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
+            nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5),
+            nn.Linear(4096, num_classes),
+        ),
+    )
+
+
+def network(name: str, image_size: int = 224, **options: Any) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network without memory for its weights (meta device), and the shape of its images.
+
+    Args:
+        name: `caffe-alexnet` or any name of `layerlab.build_model`.
+        image_size: pixels of a side; 227 for `caffe-alexnet`, whatever is given.
+        options: for `build_model`.
+    """
+    with torch.device("meta"):
+        if name == "caffe-alexnet":
+            return caffe_alexnet(**options), (3, 227, 227)
+        return build_model(name, **options), (3, image_size, image_size)
+
+
+# ------------------------------------------------------------------------------------ planned
+
+
+def worked_out(traced: plans.Network) -> dict[str, float]:
+    """The simplest accounting of section 4: every diff in its own data's memory, no lives, no masks.
+
+    Returns:
+        Bytes: `conventional`; `kept` (all weight diffs beside each other); `shared` (room for the largest alone).
+    """
+    data = sum(traced.activations.values())
+    weights = sum(traced.weights.values())
+    return {"conventional": 2 * weights + 2 * data - traced.activations[traced.input],
+            "kept": 2 * weights + data, "shared": weights + max(traced.weights.values()) + data}
+
+
+def planned_savings(networks: Sequence[str], batches: Sequence[int]) -> pd.DataFrame:
+    """Section 4's claim, network by network and batch by batch; every plan is walked by the checker.
+
+    Returns:
+        One row a network and batch: `network`, `batch`, `conventional GB`, and in per cent of it saved: by the simplest
+        accounting with weight diffs `kept (sums)` and `shared (sums)`; by the exact plans `kept`, `shared`, `slabs`,
+        `forward reuse`; and `masks`, what their masks take.
+    """
+    rows = []
+    for name in networks:
+        model, shape = network(name)
+        for batch in batches:
+            traced = plans.trace(model, shape, batch)
+            base = plans.conventional(traced)
+            sums = worked_out(traced)
+            exact = {
+                "kept": plans.reordered(traced, "kept", "weight-first"),
+                "shared": plans.reordered(traced, "shared", "weight-first"),
+                "slabs": plans.reordered(traced, "slabs"),
+                "forward reuse": plans.reordered(traced, "slabs", forward_reuse=True),
+            }
+            for each in (base, *exact.values()):
+                plans.check(each)
+            masks = sum(block.bytes for block in exact["shared"].blocks if block.kind == "mask")
+            rows.append({
+                "network": name, "batch": batch, "conventional GB": base.total / 1e9,
+                "kept (sums)": 100 * (1 - sums["kept"] / sums["conventional"]),
+                "shared (sums)": 100 * (1 - sums["shared"] / sums["conventional"]),
+                **{label: 100 * (1 - each.total / base.total) for label, each in exact.items()},
+                "masks": 100 * masks / base.total,
+            })
+    return pd.DataFrame(rows)
+
+
+def small_example() -> tuple[plans.Network, dict[str, plans.Plan]]:
+    """Figures 3 and 4's kind of network, small enough to read: convolutions with more data than weights, then linear
+    layers with more weights than data; and its two plans."""
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(1, 16, 5, padding=2))
+    model.add_module("pool1", nn.MaxPool2d(2))
+    model.add_module("conv2", nn.Conv2d(16, 32, 5, padding=2))
+    model.add_module("pool2", nn.MaxPool2d(2))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("fc1", nn.Linear(32 * 49, 256))
+    model.add_module("fc2", nn.Linear(256, 10))
+    traced = plans.trace(model, (1, 28, 28), 8)
+    return traced, {"conventional": plans.conventional(traced),
+                    "reordered": plans.reordered(traced, "shared", "larger-first")}
+
+
+# ------------------------------------------------------------------------------------ measured
+
+
+class Step:
+    """A training step of one of `ARMS`, on a network of its own.
+
+    Args:
+        arm: one of `ARMS`.
+        model: copied to `device`.
+        input_shape: of one image.
+        batch_size: images a step.
+        optimizer: `sgd` (momentum 0.9) or `adamw`.
+        device: `meta` runs the same code without computing or allocating anything, for its peak alone; `cpu`; `cuda`.
+        classes: of the random labels.
+        settings: for `Takeover`.
+
+    Raises:
+        LayerlabError: unknown arm or optimizer, or a device that is not there.
+    """
+
+    def __init__(
+        self, arm: str, model: nn.Module, input_shape: tuple[int, ...], batch_size: int, optimizer: str = "sgd",
+        device: str = "meta", classes: int = 1000, **settings: Any,
+    ) -> None:
+        if arm not in ARMS:
+            raise LayerlabError(f"Unknown way of doing a step {arm!r}; known: {', '.join(ARMS)}.")
+        if optimizer not in STATES:
+            raise LayerlabError(f"Peaks are measured with {' or '.join(STATES)}, not {optimizer!r}.")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise LayerlabError("There is no CUDA device here; use device 'cpu' or 'meta'.")
+        self.arm, self.device = arm, torch.device(device)
+        is_meta = next(model.parameters()).is_meta
+        if is_meta and device != "meta":
+            # Weights that were never made: any values do for memory and time.
+            self.model = copy.deepcopy(model).to_empty(device=device)
+            with torch.no_grad():
+                for tensor in (*self.model.parameters(), *self.model.buffers()):
+                    tensor.uniform_(-0.03, 0.03) if tensor.is_floating_point() else tensor.zero_()
+                for name, buffer in self.model.named_buffers():
+                    if name.endswith("running_var"):
+                        buffer.fill_(1)
+        else:
+            self.model = copy.deepcopy(model).to(device)
+        self.model.train()
+        self.x = torch.empty(batch_size, *input_shape, device=device)
+        self.y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        if device != "meta":
+            self.x.normal_()
+            self.y.random_(classes)
+        parameters = list(self.model.parameters())
+        self._stack = ExitStack()
+        self._takeover: Takeover | None = None
+        self.optimizer = _optimizer(optimizer, parameters)
+        if arm == FUSED:
+            self._each = {p: _optimizer(optimizer, [p]) for p in parameters}
+            for parameter in parameters:
+                self._stack.callback(parameter.register_post_accumulate_grad_hook(self._at_once).remove)
+        elif arm in (OURS, BOTH):
+            self._takeover = Takeover(self.model, self.optimizer, self.x[:2], checkpointing=arm == BOTH, **settings)
+            self._stack.enter_context(self._takeover)
+        elif arm == CHECKPOINTING:
+            checkpoint_blocks(self.model, self.x, self._patch, reentrant=False)
+
+    def __call__(self) -> Tensor:
+        """One step; returns the detached loss."""
+        if self.arm != USERS:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        if self.arm == USERS:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self._takeover is not None:
+            self._takeover.finish()
+        elif self.arm != FUSED:
+            self.optimizer.step()
+        return loss.detach()
+
+    def peak(self) -> int:
+        """The most bytes allocated at once in a step after the first: weights, optimizer state, gradients, activations.
+
+        The CUDA allocator's number on a GPU; elsewhere the live tensors', without what a kernel takes for itself.
+        """
+        self()
+        holders = [self.optimizer, *(self._each.values() if self.arm == FUSED else ())]
+        with measure.Meter(self.model, *holders, self.x, self.y) as meter:
+            self()
+        assert meter.cost is not None
+        assert meter.cost.peak_memory_bytes is not None
+        return meter.cost.peak_memory_bytes
+
+    def close(self) -> None:
+        """Give the network back its own forward and remove all hooks."""
+        self._stack.close()
+
+    def _at_once(self, parameter: nn.Parameter) -> None:
+        self._each[parameter].step()
+        parameter.grad = None
+
+    def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        original = module.forward
+        module.forward = lambda *arguments: forward(original, *arguments)  # type: ignore[method-assign]
+        self._stack.callback(delattr, module, "forward")
+
+
+def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "sgd":
+        # No weight decay: PyTorch's foreach SGD adds it to a copy of the gradients, which would make every arm that
+        # updates several or large weights at once look worse than it needs to be.
+        return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, foreach=True)
+    return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+
+
+def measured_peak(
+    model: nn.Module, input_shape: tuple[int, ...], batch_size: int, arm: str = OURS, **options: Any
+) -> int:
+    """Peak bytes of one training step; `options` and errors as of `Step`. Infinite memory is assumed but on a GPU.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: on a GPU that is too small.
+    """
+    step = Step(arm, model, input_shape, batch_size, **options)
+    try:
+        return step.peak()
+    finally:
+        step.close()
+
+
+def peaks(networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta") -> pd.DataFrame:
+    """Peaks of all arms beside the conventional plan.
+
+    Args:
+        networks: name → batch sizes.
+        optimizer, device: as for `Step`.
+
+    Returns:
+        One row a network, batch and arm, `conventional plan` first: `network`, `batch`, `arm`, `peak GB`, and
+        `saved`, in per cent of the conventional plan with the same optimizer state (the paper's own accounting has
+        none; its 0.6 GB are without).
+    """
+    rows = []
+    for name, batches in networks.items():
+        model, shape = network(name)
+        for batch in batches:
+            base = plans.conventional(plans.trace(model, shape, batch), STATES[optimizer]).total
+            found = {"conventional plan": base}
+            found |= {arm: measured_peak(model, shape, batch, arm, optimizer=optimizer, device=device) for arm in ARMS}
+            rows += [{"network": name, "batch": batch, "arm": arm, "peak GB": peak / 1e9,
+                      "saved": 100 * (1 - peak / base)} for arm, peak in found.items()]
+    return pd.DataFrame(rows)
+
+
+def timed(
+    networks: Mapping[str, int], rounds: int, image_size: int = 224, device: str = "cpu", optimizer: str = "sgd"
+) -> pd.DataFrame:
+    """Peaks and seconds of all arms, computed for real, by turns in one process.
+
+    Args:
+        networks: name → batch size.
+        rounds: timed rounds after one untimed.
+        image_size: of all networks but `caffe-alexnet`.
+        device: `cpu` or `cuda`.
+        optimizer: as for `Step`.
+
+    Returns:
+        One row a network and arm: `network`, `batch`, `arm`, `peak MB` as measured, `dry run MB` (the same step on the
+        meta device), `seconds` (median), and `time` with `time low` and `time high`: median and quartiles of the ratio
+        to PyTorch with its optimizer in backward, round by round.
+    """
+    rows = []
+    for name, batch in networks.items():
+        model, shape = network(name, image_size)
+        steps = {}
+        part = []
+        for arm in ARMS:
+            dry = measured_peak(model, shape, batch, arm, optimizer=optimizer)
+            steps[arm] = Step(arm, model, shape, batch, optimizer, device)
+            part.append({"network": name, "batch": batch, "arm": arm, "peak MB": steps[arm].peak() / 1e6,
+                         "dry run MB": dry / 1e6})
+        turns = measure.time_by_turns(steps, rounds, warmup=1, device=device)
+        for row in part:
+            turn = turns[row["arm"]]
+            row["seconds"] = turn.median
+            row["time"], row["time low"], row["time high"] = turn.ratio(turns[FUSED])
+        for step in steps.values():
+            step.close()
+        rows += part
+    return pd.DataFrame(rows)
+
+
+def targets(measured: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """This project's own targets for the executor, computed from `peaks` and `timed`.
+
+    Returns:
+        `target`, `where`, `wanted`, `measured`, `met`.
+    """
+    rows = []
+
+    def note(target: str, where: str, wanted: str, value: float, met: bool) -> None:
+        rows.append({"target": target, "where": where, "wanted": wanted, "measured": value, "met": met})
+
+    for (name, batch), part in measured.groupby(["network", "batch"], sort=False):
+        peak = part.set_index("arm")["peak GB"]
+        where = f"{name}, batch {batch}"
+        if ("alexnet" in name and batch == 256) or (name == "vgg16" and batch >= 40):
+            saved = 100 * (1 - peak[OURS] / peak["conventional plan"])
+            note("below the conventional plan", where, "≥ 40 %", saved, saved >= 40)
+        note("below PyTorch's own best", where, "> 0 %", 100 * (1 - peak[OURS] / peak[FUSED]), peak[OURS] < peak[FUSED])
+        note("with checkpointing the lowest of all", where, "> 0 %",
+             100 * (1 - peak[BOTH] / peak.drop(BOTH).min()), peak[BOTH] < peak.drop(BOTH).min())
+    for name, part in times.groupby("network", sort=False):
+        row = part.set_index("arm").loc[OURS]
+        note("time against PyTorch's own best", f"{name}, batch {row['batch']}", "≤ 1.05 ×", row["time"],
+             row["time"] <= 1.05)
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------ what fits
+
+
+def largest_batch(
+    model: nn.Module, memory: int, input_shape: tuple[int, ...] = _IMAGENET, arm: str = OURS, **options: Any
+) -> int:
+    """The largest batch whose training step stays within `memory`, found by search on the measured peak.
+
+    The reverse, the memory that a batch needs, is `measured_peak`.
+
+    Args:
+        model: any network.
+        memory: bytes.
+        input_shape: of one image.
+        arm: one of `ARMS`.
+        options: as of `Step`; on the default device `meta` nothing is computed.
+
+    Returns:
+        Images; 0 when not even one fits.
+    """
+    return _largest(lambda batch: measured_peak(model, input_shape, batch, arm, **options), memory)
+
+
+def largest_network(
+    build: Callable[[int], nn.Module], memory: int, batch_size: int, input_shape: tuple[int, ...] = _IMAGENET,
+    arm: str = OURS, **options: Any,
+) -> int:
+    """The largest size whose network trains within `memory` at a given batch, found by search on the measured peak.
+
+    Args:
+        build: makes a network from a whole-numbered size (a width, a number of blocks), growing with it.
+        memory: bytes.
+        batch_size, input_shape, arm, options: as of `largest_batch`.
+
+    Returns:
+        The size; 0 when not even size 1 fits.
+    """
+    def peak(size: int) -> float:
+        with torch.device("meta"):
+            model = build(size)
+        return measured_peak(model, input_shape, batch_size, arm, **options)
+
+    return _largest(peak, memory)
+
+
+def largest_planned_batch(
+    model: nn.Module, memory: int, input_shape: tuple[int, ...], make: Callable[[plans.Network], plans.Plan]
+) -> int:
+    """The largest batch whose plan fits, as `largest_batch`, from the plan instead of a measurement."""
+    return _largest(lambda batch: make(plans.trace(model, input_shape, batch)).total, memory)
+
+
+def _largest(peak: Callable[[int], float], memory: float) -> int:
+    def fits(size: int) -> bool:
+        try:
+            return peak(size) <= memory
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+
+    low = 0
+    for exponent in itertools.count():
+        if not fits(2**exponent):
+            high = 2**exponent
+            break
+        low = 2**exponent
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def what_fits(networks: Sequence[str], memory: int, optimizer: str = "sgd", device: str = "meta") -> pd.DataFrame:
+    """The largest batch of each way of training in the same memory.
+
+    Returns:
+        One row a network and arm, `conventional plan` first: `network`, `arm`, `batch`, and `times`, relative to
+        PyTorch with gradients freed first.
+    """
+    rows = []
+    for name in networks:
+        model, shape = network(name)
+        found = {"conventional plan": largest_planned_batch(
+            model, memory, shape, lambda traced: plans.conventional(traced, STATES[optimizer]))}
+        for arm in ARMS:
+            found[arm] = largest_batch(model, memory, shape, arm, optimizer=optimizer, device=device)
+        rows += [{"network": name, "arm": arm, "batch": batch,
+                  "times": batch / found[PLAIN] if found[PLAIN] else math.nan} for arm, batch in found.items()]
+    return pd.DataFrame(rows)
+
+
+def wide_vgg(width: int, num_classes: int = 1000) -> nn.Sequential:
+    """VGG-16's layers with `width` sixty-fourths of its channels and neurons: a network whose size is one number."""
+    layers: list[nn.Module] = []
+    before = 3
+    for channels, count in ((width, 2), (2 * width, 2), (4 * width, 3), (8 * width, 3), (8 * width, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU(inplace=True)]
+            before = channels
+        layers.append(nn.MaxPool2d(2))
+    hidden = 64 * width
+    return nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Sequential(
+        nn.Linear(49 * before, hidden), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(hidden, num_classes)))
+
+
+def deep_vgg(extra: int, num_classes: int = 1000) -> nn.Sequential:
+    """VGG-16 with `extra` - 1 more convolutions in each of its five stages."""
+    layers: list[nn.Module] = []
+    before = 3
+    for channels, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count + extra - 1):
+            layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU(inplace=True)]
+            before = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Sequential(
+        nn.Linear(25088, 4096), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(inplace=True),
+        nn.Dropout(), nn.Linear(4096, num_classes)))
+
+
+def larger_networks(memory: int, batch_size: int, optimizer: str = "sgd", device: str = "meta") -> pd.DataFrame:
+    """How much larger a VGG fits at the same batch and memory: more layers a stage, and more neurons a layer.
+
+    Returns:
+        One row a direction and arm, conventional plan first: `grown`, `arm`, `convolutions`, `parameters` (millions),
+        `times`: the conventional plan's number of convolutions (deeper) or parameters (wider) into this one's.
+    """
+    rows = []
+    for grown, build in (("deeper", deep_vgg), ("wider", wide_vgg)):
+        def conventional(size: int, build: Callable[[int], nn.Module] = build) -> float:
+            with torch.device("meta"):
+                traced = plans.trace(build(size), _IMAGENET, batch_size)
+            return plans.conventional(traced, STATES[optimizer]).total
+
+        sizes = {"conventional plan": _largest(conventional, memory)}
+        for arm in (PLAIN, FUSED, OURS):
+            sizes[arm] = largest_network(build, memory, batch_size, _IMAGENET, arm, optimizer=optimizer, device=device)
+        part = []
+        for arm, size in sizes.items():
+            with torch.device("meta"):
+                model = build(size)
+            part.append({
+                "grown": grown, "arm": arm,
+                "convolutions": sum(isinstance(module, nn.Conv2d) for module in model.modules()),
+                "parameters": sum(p.numel() for p in model.parameters()) / 1e6})
+        key = "convolutions" if grown == "deeper" else "parameters"
+        for row in part:
+            row["times"] = row[key] / part[0][key]
+        rows += part
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------ accuracy
+
+
+def gain(first: Any, baseline: str, second: Any, arm: str, metric: str = "test/top1") -> list[float]:
+    """Points of final `metric` (a share) that `arm` of one comparison has more than `baseline` of another, a seed each.
+
+    The two may be the same; they must have the same seeds.
+    """
+    return [100 * (second.results[arm, seed].final[metric] - first.results[baseline, seed].final[metric])
+            for seed in first.seeds]
+
+
+def differing_weights(comparison: Any, baseline: str, arm: str) -> list[float]:
+    """The largest difference of any weight after training, relative to the largest weight of its tensor, a seed each."""
+    found = []
+    for seed in comparison.seeds:
+        a, b = (comparison.results[name, seed].model.state_dict() for name in (baseline, arm))
+        found.append(max(((a[key] - b[key]).abs().max() / a[key].abs().max().clamp(min=1e-30)).item()
+                         for key in a if a[key].is_floating_point()))
+    return found
+
+
+def accuracies(runs: Mapping[str, Any]) -> pd.DataFrame:
+    """Final accuracy and peak of every arm: means with half-widths of 95 % intervals.
+
+    Args:
+        runs: title → comparison.
+    """
+    rows = []
+    for title, comparison in runs.items():
+        for arm in comparison.arms:
+            results = [comparison.results[arm, seed] for seed in comparison.seeds]
+            row: dict[str, Any] = {"training": title, "arm": arm, "seeds": len(results)}
+            row["top-1"], row["top-1 ±"] = measure.mean_interval([each.final["test/top1"] for each in results])
+            row["peak MB"] = max(r.get("cost/peak_memory_bytes", math.nan) for r in results[0].history) / 1e6
+            row["seconds"], row["seconds ±"] = measure.mean_interval(
+                [each.frame["seconds"].iloc[-1] for each in results])
+            rows.append(row)
+    return pd.DataFrame(rows)
