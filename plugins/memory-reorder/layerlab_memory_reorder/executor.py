@@ -555,6 +555,9 @@ def _pool_forward(module: nn.MaxPool2d, masks: bool) -> Callable[..., Tensor]:
 
 def _norm_forward(module: nn.LocalResponseNorm) -> Callable[..., Tensor]:
     def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            # Autocast picks another precision for each of its operations.
+            return original(x)
         return _ResponseNorm.apply(x, module)  # type: ignore[return-value]
 
     return forward
