@@ -67,12 +67,12 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
         part = frame[frame["network"] == name]
         for colour, (column, label) in zip(colours, lines.items(), strict=True):
             axis.plot(part["batch"], part[column], marker="o", markersize=4, color=colour, label=label)
-        axis.axhline(published, color="0.3", linewidth=0.9, linestyle="--", label="published: over 40 %")
+        axis.axhline(published, color="0.3", linewidth=0.9, linestyle="--", label="published: over 40 % against the conventional plan")
         axis.set_xscale("log", base=2)
         axis.set_xticks(part["batch"], [str(batch) for batch in part["batch"]])
         axis.minorticks_off()
         axis.set(title=name, xlabel="batch size", ylim=(0, 75))
-    axes[0][0].set_ylabel("saved against the conventional plan [%]")
+    axes[0][0].set_ylabel("saved [%]")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
