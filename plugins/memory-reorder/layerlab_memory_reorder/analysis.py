@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -195,7 +196,7 @@ class Step:
             self._takeover = Takeover(self.model, self.optimizer, self.x[:2], checkpointing=arm == BOTH, **settings)
             self._stack.enter_context(self._takeover)
         elif arm == CHECKPOINTING:
-            checkpoint_blocks(self.model, self.x, self._patch, reentrant=False)
+            checkpoint_blocks(self.model, self._patch, reentrant=False)
 
     def __call__(self) -> Tensor:
         """One step; returns the detached loss."""
@@ -403,23 +404,28 @@ def largest_planned_batch(
 
 
 def _largest(peak: Callable[[int], float], memory: float) -> int:
-    def fits(size: int) -> bool:
+    """The largest whole number whose peak fits; peaks grow, nearly along a line, which is what the guesses use."""
+    @cache
+    def needs(size: int) -> float:
         try:
-            return peak(size) <= memory
+            return peak(size)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return False
+            return math.inf
 
-    low = 0
-    for exponent in itertools.count():
-        if not fits(2**exponent):
-            high = 2**exponent
-            break
-        low = 2**exponent
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    if needs(1) > memory:
+        return 0
+    low, high = 1, 2
+    while needs(high) <= memory:
+        low, high = high, max(2 * high, int(high * memory / needs(high)))
+    for turn in itertools.count():
+        if high - low <= 1:
+            return low
+        share = (memory - needs(low)) / (needs(high) - needs(low))
+        guess = (low + high) // 2 if turn % 3 == 2 else low + int(share * (high - low))
+        guess = min(max(guess, low + 1), high - 1)
+        low, high = (guess, high) if needs(guess) <= memory else (low, guess)
+    raise AssertionError("unreachable")
 
 
 def what_fits(networks: Sequence[str], memory: int, optimizer: str = "sgd", device: str = "meta") -> pd.DataFrame:
@@ -515,7 +521,7 @@ def gain(first: Any, baseline: str, second: Any, arm: str, metric: str = "test/t
 
 
 def differing_weights(comparison: Any, baseline: str, arm: str) -> list[float]:
-    """The largest difference of any weight after training, relative to the largest weight of its tensor, a seed each."""
+    """The largest difference of any weight after training, relative to its tensor's largest, a seed each."""
     found = []
     for seed in comparison.seeds:
         a, b = (comparison.results[name, seed].model.state_dict() for name in (baseline, arm))

@@ -27,7 +27,7 @@ from layerlab_memory_reorder.plan import Order, weight_first
 # Below this, the input gradient is computed by the very call that PyTorch's backward makes; see _input_gradient.
 _SMALL = 2**20
 # Elements of a max pooling's result that are worked on at a time: its winners come as 8 bytes each.
-_CHUNK = 2**19
+_CHUNK = 2**21
 
 
 class Updater:
@@ -255,7 +255,8 @@ class _SignLater(Function):
 
 
 class _MaxPool(Function):
-    """Max pooling that keeps each winner's distance from its window's first element, in 2 bytes, and nothing else.
+    """Max pooling that keeps each winner's distance from its window's first element, in 2 bytes (4 where images
+    are thousands of pixels wide), and nothing else.
 
     PyTorch keeps the whole input and 8 bytes a winner. With `masks`, the gradient of a ReLU before it is computed
     along: a window whose largest value is 0 passes nothing on.
@@ -265,6 +266,8 @@ class _MaxPool(Function):
     def forward(ctx: Any, x: Tensor, settings: tuple[Any, ...], masks: bool) -> Tensor:
         parts, codes = [], []
         base = None
+        farthest = (settings[0][0] - 1) * x.shape[-1] + settings[0][1]
+        dtype = torch.int16 if farthest < 2**15 else torch.int32
         for part in x.split(_images_at_once(x, settings)):
             y, winner = torch.ops.aten.max_pool2d_with_indices(part, *settings)
             if base is None:
@@ -272,7 +275,7 @@ class _MaxPool(Function):
             winner.sub_(base)
             if masks:
                 winner.masked_fill_(y <= 0, -1)
-            codes.append(winner.to(torch.int16))
+            codes.append(winner.to(dtype))
             parts.append(y)
         ctx.codes, ctx.base, ctx.settings, ctx.masks = codes, base, settings, masks
         ctx.shape, ctx.strides = x.shape, x.stride()
@@ -432,7 +435,7 @@ class Takeover:
             elif type(module) is nn.LocalResponseNorm and self.fuse:
                 self._patch(module, _norm_forward(module))
         if self.checkpointing:
-            checkpoint_blocks(self.model, self.example, self._patch)
+            checkpoint_blocks(self.model, self._patch)
 
     def detach(self) -> None:
         """Leave the network as it was before `attach`."""
@@ -542,12 +545,8 @@ def _pool_forward(module: nn.MaxPool2d, masks: bool) -> Callable[..., Tensor]:
     settings = _pool_settings(module)
 
     def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
-        assert settings is not None
-        (height, _), distance = settings[0], (settings[0][0] - 1) * x.shape[-1] + settings[0][1]
-        if x.dim() != 4 or distance >= 2**15 or height > x.shape[-2] + 2 * settings[2][0]:
-            if masks:
-                raise LayerlabError("memory-reorder cannot pool images this wide; set fuse=False.")
-            return original(x)
+        if x.dim() == 3:
+            return _MaxPool.apply(x.unsqueeze(0), settings, masks).squeeze(0)  # type: ignore[union-attr]
         return _MaxPool.apply(x, settings, masks)  # type: ignore[return-value]
 
     return forward
@@ -630,7 +629,7 @@ def _called(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
 
 
 def checkpoint_blocks(
-    model: nn.Module, example: Tensor, patch: Callable[[nn.Module, Callable[..., Any]], None], reentrant: bool = True
+    model: nn.Module, patch: Callable[[nn.Module, Callable[..., Any]], None], reentrant: bool = True
 ) -> None:
     """Let every block of a network keep its input only and compute the rest again in backward.
 
@@ -639,25 +638,30 @@ def checkpoint_blocks(
 
     Args:
         model: the network.
-        example: tells the device.
         patch: gives a module another forward, which gets the original one as its first argument.
         reentrant: as in `torch.utils.checkpoint`; a forward without graph, as this package's functions need it.
     """
     for block in _blocks(model):
-        if isinstance(block, nn.Sequential) and not any(list(child.children()) for child in block):
-            stretches = _stretches(block)
+        plain = isinstance(block, nn.Sequential) and not any(list(child.children()) for child in block)
+        patch(block, _stretch_forward(_stretches(block), reentrant) if plain else _block_forward(block, reentrant))
 
-            def run(original: Callable[..., Any], x: Tensor, stretches: Any = stretches) -> Tensor:
-                for stretch in stretches:
-                    few = sum(isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for layer in stretch) < 2
-                    # With one convolution, ReLU and pooling, this package's functions keep little but the input.
-                    x = stretch(x) if reentrant and few else _checkpointed(stretch, stretch, x, reentrant)
-                return x
-        else:
-            def run(original: Callable[..., Any], x: Tensor, block: nn.Module = block) -> Tensor:
-                return _checkpointed(original, block, x, reentrant)
 
-        patch(block, run)
+def _stretch_forward(stretches: list[nn.Sequential], reentrant: bool) -> Callable[..., Any]:
+    def forward(original: Callable[..., Any], x: Tensor) -> Tensor:
+        for stretch in stretches:
+            few = sum(isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for layer in stretch) < 2
+            # With one convolution, ReLU and pooling, this package's functions keep little but the input.
+            x = stretch(x) if reentrant and few else _checkpointed(stretch, stretch, x, reentrant)
+        return x
+
+    return forward
+
+
+def _block_forward(block: nn.Module, reentrant: bool) -> Callable[..., Any]:
+    def forward(original: Callable[..., Any], x: Any) -> Any:
+        return _checkpointed(original, block, x, reentrant)
+
+    return forward
 
 
 def _checkpointed(call: Callable[..., Any], block: nn.Module, x: Any, reentrant: bool) -> Any:
@@ -705,7 +709,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _stretches(layers: nn.Sequential) -> list[nn.Sequential]:
+def _stretches(layers: Any) -> list[nn.Sequential]:
     """The layers cut after each pooling, or into about √n parts before a convolution where there is none."""
     parts: list[list[nn.Module]] = [[]]
     pools = any(isinstance(layer, nn.MaxPool2d) for layer in layers)

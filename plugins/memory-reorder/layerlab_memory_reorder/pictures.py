@@ -67,7 +67,8 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
         part = frame[frame["network"] == name]
         for colour, (column, label) in zip(colours, lines.items(), strict=True):
             axis.plot(part["batch"], part[column], marker="o", markersize=4, color=colour, label=label)
-        axis.axhline(published, color="0.3", linewidth=0.9, linestyle="--", label="published: over 40 % against the conventional plan")
+        axis.axhline(published, color="0.3", linewidth=0.9, linestyle="--",
+                     label=f"published: over {published:g} % against the conventional plan")
         axis.set_xscale("log", base=2)
         axis.set_xticks(part["batch"], [str(batch) for batch in part["batch"]])
         axis.minorticks_off()

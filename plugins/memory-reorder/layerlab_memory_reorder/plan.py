@@ -99,7 +99,7 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     """
     try:
         return fx.symbolic_trace(model)
-    except Exception as error:  # noqa: BLE001 (fx raises whatever the network's own code makes of a symbolic value)
+    except Exception as error:
         raise LayerlabError(
             f"{type(model).__name__} cannot be traced ({str(error).splitlines()[0][:150]}); a plan needs a network "
             "whose forward pass does not depend on the data."
@@ -130,7 +130,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Ne
     shapes = _Shapes(graph)
     try:
         shapes.run(torch.empty(batch_size, *input_shape, device="meta"))
-    except Exception as error:  # noqa: BLE001 (any layer may refuse the shape in its own way)
+    except Exception as error:
         raise LayerlabError(
             f"{type(model).__name__} does not take images of shape {input_shape} ({str(error).splitlines()[0][:150]})."
         ) from None

@@ -61,6 +61,7 @@ class MemoryReorder(Strategy):
         self._release()
 
     def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        """Forward, backward with its updates, and the update of what is left."""
         if self._takeover is None or self._epoch != run.epoch:
             # At the first step, when every strategy has adapted the network and its freezing for this epoch.
             self._release()
@@ -79,6 +80,7 @@ class MemoryReorder(Strategy):
         self._release()
 
     def on_fit_end(self, run: Run) -> None:
+        """Leave the network as it came."""
         self._release()
 
     def _take(self, run: Run) -> Takeover:

@@ -27,8 +27,8 @@ def test_a_three_layer_network_by_hand():
     assert sum(traced.weights.values()) == 4 * (40 + 74 + 1290)
     data, weights = 512 + 2048 + 1024 + 80, 5616
     assert plan.conventional(traced).total == 2 * weights + 2 * data - 512
-    # The paper's order: forward holds all data. d(3) is made over the logits. fc: dW (5160 bytes; room of its own), then
-    # d(1) over 1. conv2: dW (296) in fc's dW's room, then d(0) over 0. conv1: dW (160), no dX.
+    # The paper's order: forward holds all data. d(3) is made over the logits. fc: dW (5160 bytes, room of its own),
+    # then d(1) over 1. conv2: dW (296) in fc's dW's room, then d(0) over 0. conv1: dW (160), no dX.
     assert plan.reordered(traced, "shared", "weight-first").total == weights + data + 5160
     assert analysis.worked_out(traced) == {
         "conventional": 2 * weights + 2 * data - 512, "kept": 2 * weights + data,
@@ -172,7 +172,7 @@ def test_untraceable_networks_and_wrong_shapes_get_one_sentence():
         plan.trace(three_layers(), (3, 8, 8), 2)
     bad: list[dict[str, Any]] = [{"arm": "other"}, {"optimizer": "lion"}]
     for options in bad:
-        with pytest.raises(LayerlabError, match="known|measured with"):
+        with pytest.raises(LayerlabError, match=r"known|measured with"):
             analysis.Step(**{"arm": analysis.OURS, "model": three_layers(), "input_shape": (1, 8, 8), "batch_size": 2,
                              **options})
 
@@ -180,5 +180,6 @@ def test_untraceable_networks_and_wrong_shapes_get_one_sentence():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_allocators_peak_is_lower_too():
     model, shape = analysis.network("alexnet")
-    ours, best = (analysis.measured_peak(model, shape, 64, arm, device="cuda") for arm in (analysis.OURS, analysis.FUSED))
+    ours, best = (analysis.measured_peak(model, shape, 64, arm, device="cuda")
+                  for arm in (analysis.OURS, analysis.FUSED))
     assert ours < best
