@@ -177,6 +177,7 @@ class Fit:
         self._rng_state = _seeded(seed, self.device)
         self._costs: dict[str, StepCost] = {}
         self._compiled: list[nn.Module] = []
+        self._eager = not self.settings.compile
         with self._turn():
             self.run = self._start(model, loss)
             self.fingerprint = self._fingerprint()
@@ -238,6 +239,7 @@ class Fit:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         energy = Energy(self.device)
+        graphs = _graphs()
         start = time.perf_counter()
         run.training_model.train()
         run.apply_freezing()
@@ -287,13 +289,13 @@ class Fit:
         if joules is not None:
             row["cost/energy_joules"] = joules
         if self._compiled:
-            row["compile/graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            row["compile/graphs"] = _graphs() - graphs
         row |= run.logged
         run.history.append(row)
         return row
 
     def _steps(self, total: Tensor, key: str, untimed: set[int], measured: int) -> tuple[float, float]:
-        """All steps of an epoch; adds their losses to `total`. Returns seconds of the loop, and of its untimed steps."""
+        """All steps of an epoch; adds their losses to `total`. Returns seconds: the loop's, its untimed steps'."""
         run, settings = self.run, self.settings
         step = self._step()
         each_step = run.schedule.step if settings.schedule_each == "step" else None
@@ -362,24 +364,21 @@ class Fit:
         its edge change with it.
         """
         run = self.run
-        if not self.settings.compile:
-            return
-        if run.frozen and _TORCH < (2, 12):
-            if self._compiled:
-                self._uncompile()
-                warnings.warn(
-                    "torch before 2.12 gives a compiled layer that was frozen no gradient after it is thawed; going "
-                    "on eagerly. Install torch 2.12 or later to compile with a strategy that freezes.",
-                    stacklevel=2,
-                )
-            return
-        blocks = [block for block in _blocks(run.training_model)]
+        if run.frozen and not self._eager and _TORCH < (2, 12):
+            self._eager = True
+            self._uncompile()
+            warnings.warn(
+                "torch before 2.12 gives a compiled layer that was frozen no gradient after it is thawed; going on "
+                "eagerly. Install torch 2.12 or later to compile with a strategy that freezes.",
+                stacklevel=2,
+            )
+        blocks = [] if self._eager else _blocks(run.training_model)
         if blocks == self._compiled:
             return
         self._uncompile()
+        takes = inspect.signature(torch.compile).parameters
         options: dict[str, Any] = {"dynamic": False}
         for block in blocks:
-            takes = inspect.signature(torch.compile).parameters
             if "isolate_recompiles" in takes:
                 options["isolate_recompiles"] = True
             if "recompile_limit" in takes:
@@ -593,9 +592,9 @@ def compare(
             fits = []
             for arm, strategies in arms.items():
                 chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
-                folder = None
-                if checkpoint is not None:
-                    folder = Path(checkpoint) / f"{arm or 'fit'}-seed{seed}" if len(arms) * len(seeds) > 1 else Path(checkpoint)
+                folder = Path(checkpoint) if checkpoint is not None else None
+                if folder is not None and len(arms) * len(seeds) > 1:
+                    folder /= f"{arm or 'fit'}-seed{seed}"
                 fits.append(Fit(
                     model, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "", loss=loss,
                     checkpoint=folder, observers=observers, **settings,
@@ -751,6 +750,11 @@ def _schedule(
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.gamma)
 
 
+def _graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo.utils" in sys.modules else 0
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The parts that are compiled one by one: children, and what is inside plain lists of blocks."""
     blocks = []
@@ -796,9 +800,9 @@ def _set_rng(states: list[Tensor], device: torch.device) -> None:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    cudnn = torch.backends.cudnn
+    cudnn, fills = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
     before = (cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled(),
-              torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+              torch.is_deterministic_algorithms_warn_only_enabled())
     cudnn.deterministic, cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -807,7 +811,7 @@ def _deterministic() -> Iterator[None]:
     finally:
         cudnn.deterministic, cudnn.benchmark = before[0], before[1]
         torch.use_deterministic_algorithms(before[2], warn_only=before[3])
-        torch.utils.deterministic.fill_uninitialized_memory = before[4]
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _document(function: Any) -> None:
