@@ -54,7 +54,7 @@ def _hold(folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".study.lock").open("w")  # noqa: SIM115 (held until the process ends)
+        lock = (folder / ".study.lock").open("w")
     except OSError as error:
         raise LayerlabError(
             f"The output folder {folder} cannot be written ({error.strerror}); choose another."

@@ -178,6 +178,7 @@ class Fit:
         self._costs: dict[str, StepCost] = {}
         self._compiled: list[nn.Module] = []
         self._eager = not self.settings.compile
+        self._warm: set[str] = set()
         with self._turn():
             self.run = self._start(model, loss)
             self.fingerprint = self._fingerprint()
@@ -189,8 +190,7 @@ class Fit:
                 self._restore(state)
         if state is not None:
             self._rng_state = [part.cpu() for part in state["rng"]]
-        for observer in self.observers:
-            observer.on_fit_start(self)
+        self._announced = False
 
     @property
     def finished(self) -> bool:
@@ -199,21 +199,31 @@ class Fit:
 
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, write the checkpoint, tell the observers; returns the epoch's row."""
-        try:
-            with self._turn():
-                row = self._epoch()
-            if self.checkpoint is not None:
-                self.checkpoint.save(self._state())
-            for observer in self.observers:
-                observer.on_epoch_end(self, row)
-        except BaseException as error:
+        self._announce()
+        with self._turn():
+            row = self._epoch()
+        # First the checkpoint, then the log: what is logged can always be logged again, identically.
+        if self.checkpoint is not None:
+            self.checkpoint.save(self._state())
+        for observer in self.observers:
+            observer.on_epoch_end(self, row)
+        return row
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the observers, if they know of this fit, that it ends here."""
+        if self._announced:
             for observer in self.observers:
                 observer.on_exception(self, error)
-            raise
-        return row
+
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            for observer in self.observers:
+                observer.on_fit_start(self)
 
     def finish(self) -> FitResult:
         """Let the strategies leave the deployable network, thaw everything, tell the observers."""
+        self._announce()
         with self._turn():
             for strategy in self.strategies:
                 strategy.on_fit_end(self.run)
@@ -249,11 +259,11 @@ class Fit:
         self._compile_blocks()
         key = self._active()
         # The step that is measured, and the one that compiles, do not belong into the epoch's time.
-        untimed = set()
-        if key not in self._costs:
-            untimed = {0} if self._compiled and steps > 1 else set()
-            untimed |= {min(1, steps - 1)} if settings.measure else set()
-        measured = max(untimed) if settings.measure and untimed else -1
+        measured = min(1, steps - 1) if settings.measure and key not in self._costs else -1
+        untimed = {measured} - {-1}
+        if self._compiled and key not in self._warm and steps > 2:
+            self._warm.add(key)
+            untimed.add(0)
         total = torch.zeros((), device=self.device)
         synchronise(self.device)
         before_steps = time.perf_counter() - start
@@ -587,9 +597,10 @@ def compare(
     checked = _settings(settings)
     bars = Progress(len(arms) * len(seeds) * checked.epochs, progress)
     results: dict[tuple[str, int], FitResult] = {}
+    fits: list[Fit] = []
     try:
         for seed in seeds:
-            fits = []
+            fits.clear()
             for arm, strategies in arms.items():
                 chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
                 folder = Path(checkpoint) if checkpoint is not None else None
@@ -610,6 +621,11 @@ def compare(
                                    f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
             for each in fits:
                 results[each.name, seed] = each.finish()
+    except BaseException as error:
+        for each in fits:
+            if (each.name, each.seed) not in results:
+                each.fail(error)
+        raise
     finally:
         bars.close()
     return Comparison(results)
