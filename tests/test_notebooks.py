@@ -46,8 +46,7 @@ TRAIN = """
 import sys
 from layerlab import load_dataset
 sys.path.insert(0, TESTS)
-from conftest import Residual
-from freezer import Freezer
+from helpers import Freezer, Residual
 data = load_dataset("digits", device="cpu")
 run = study.compare("main", Residual, data, {"plain": (), "frozen": Freezer(seconds=p.pause)}, epochs=p.epochs,
                     batch_size=256)

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import same_weights
-from freezer import Freezer
+from helpers import Freezer, same_weights
 from torch import nn
 
 from layerlab import LayerlabError, build_model, compare, evaluate, fit, load_dataset
