@@ -214,3 +214,10 @@ def test_the_rule_is_set_beside_the_best_threshold():
                           "top-1 at equal FLOPs": [0.3, 0.5, 0.6, 0.55]})
     (row,) = analysis.rule_against_sweep(table).to_dict("records")
     assert (row["best α"], row["with it"], row["own history"], row["full learning"]) == ("4", 0.6, 0.55, 0.3)
+
+
+def test_both_methods_at_the_cost_of_the_cheaper_one():
+    full, mine = _Result([0.2, 0.4, 0.6], 10.0), _Result([0.3, 0.5], 10.0)
+    table = analysis.at_equal_cost({"here": _Comparison(full, mine)}, "full", "mine").set_index("at the same")
+    assert table.loc["seconds", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
+    assert table.loc["FLOPs", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
