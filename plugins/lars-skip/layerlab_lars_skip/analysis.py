@@ -208,19 +208,18 @@ def accuracy_within(result: Any, budget: float, costs: Sequence[str] = FLOPS, me
 
 
 def sweep_table(comparison: Any, title: str) -> pd.DataFrame:
-    """The sweep on one dataset and network: final top-1, FLOPs and seconds relative to full learning, and top-1 at
+    """The sweep on one dataset and network: final top-1, FLOPs relative to full learning, and top-1 at
     equal FLOPs (those that the cheapest arm spends in all), means over seeds with half-widths of 95 % intervals."""
     baseline = comparison.arms[0]
     rows = []
     for arm in comparison.arms:
         row: dict[str, Any] = {"where": title, "arm": arm}
-        parts: dict[str, list[float]] = {"top-1": [], "FLOPs": [], "seconds": [], "top-1 at equal FLOPs": []}
+        parts: dict[str, list[float]] = {"top-1": [], "FLOPs": [], "top-1 at equal FLOPs": []}
         for seed in comparison.seeds:
             result, full = comparison.results[arm, seed], comparison.results[baseline, seed]
             budget = min(_spent(comparison.results[other, seed], FLOPS) for other in comparison.arms)
             parts["top-1"].append(result.final["test/top1"])
             parts["FLOPs"].append(_spent(result, FLOPS) / _spent(full, FLOPS))
-            parts["seconds"].append(_spent(result, SECONDS) / _spent(full, SECONDS))
             parts["top-1 at equal FLOPs"].append(accuracy_within(result, budget))
         for name, values in parts.items():
             row[name], row[f"{name} ±"] = measure.mean_interval(values)
