@@ -359,7 +359,7 @@ def _files(
     total = sum(len(source) for source in halves.values()) * channels * side * side
     if budget is None:
         budget = _free_memory(device) / 2
-    digest = hashlib.blake2b("".join(source.digest() for source in halves.values()).encode(), digest_size=16).hexdigest()
+    digest = "-".join(source.digest() for source in halves.values())
     result: dict[str, tuple[Tensor | Streamed, Tensor]] = {}
     for half, source in halves.items():
         if total <= budget:
@@ -448,7 +448,7 @@ class ParquetSource(Source):
 
     @classmethod
     def open(cls, folder: Path, half: str) -> ParquetSource:
-        files = sorted(folder.glob(f"{half}-*.parquet")) or sorted(folder.glob(f"validation-*.parquet"))
+        files = sorted(folder.glob(f"{half}-*.parquet")) or sorted(folder.glob("validation-*.parquet"))
         if not files:
             raise LayerlabError(f"{folder} has no {half}-*.parquet; add the missing half.")
         return cls(files)
@@ -565,20 +565,20 @@ def _resident(source: Source, side: int, channels: int) -> tuple[Tensor, Tensor]
     """Every image of a source, decoded once and kept in the cache under its content's digest."""
 
     def decode() -> np.ndarray:
-        shape = (len(source), side, side) if channels == 1 else (len(source), side, side, 3)
-        images = np.empty(shape, np.uint8)
+        images = np.empty((len(source), channels, side, side), np.uint8)
 
         def one(rows: range) -> None:
             for row in rows:
-                images[row] = _decode(*source.read(row), side, channels)
+                image = _decode(*source.read(row), side, channels)
+                images[row] = image if channels == 1 else image.transpose(2, 0, 1)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for future in [pool.submit(one, range(i, min(i + 256, len(source)))) for i in range(0, len(source), 256)]:
                 future.result()
         return images
 
-    images = _cached(f"{source.digest()}-{side}-{channels}", decode)
-    return _channels_first(images), source.labels()
+    images = _cached(f"{source.digest()}-{channels}x{side}x{side}", decode)
+    return torch.from_numpy(images), source.labels()
 
 
 def _cached(key: str, make: Callable[[], np.ndarray]) -> np.ndarray:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -107,7 +108,9 @@ def experiment_id(name: str) -> str:
         if uri.startswith("sqlite:///"):
             location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
         try:
-            return client().create_experiment(name, artifact_location=location)
+            # Otherwise MLflow's UI opens on its pages for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return client().create_experiment(name, artifact_location=location, tags=tags)
         except MlflowException:
             # Another process was faster.
             found = client().get_experiment_by_name(name)
@@ -150,8 +153,9 @@ class Tracker:
         self.experiment = experiment
         self.tags = dict(tags or {})
         self.parent = parent
-        self._runs: dict[Fit, str] = {}
-        self._written: dict[Fit, int] = {}
+        # Weak, so that a long sweep does not keep every network that it has trained.
+        self._runs: weakref.WeakKeyDictionary[Fit, str] = weakref.WeakKeyDictionary()
+        self._written: weakref.WeakKeyDictionary[Fit, int] = weakref.WeakKeyDictionary()
 
     def on_fit_start(self, fit: Fit) -> None:
         """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""

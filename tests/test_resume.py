@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_weights
-from freezer import Freezer
+from helpers import Freezer, same_weights
 
 from layerlab import LayerlabError, fit, load_dataset
 from layerlab.training import Fit
@@ -21,8 +20,7 @@ from layerlab.training import Fit
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from conftest import Residual
-from freezer import Freezer
+from helpers import Freezer, Residual
 from layerlab import fit, load_dataset
 torch.set_num_threads(1)
 result = fit(Residual, load_dataset("digits", device="cpu").augmented("crop", 1), Freezer(seconds=0.01), epochs=6,
@@ -87,9 +85,10 @@ def test_a_finished_fit_is_not_trained_again(digits, residual, tmp_path):
 
 def test_the_checkpoint_of_other_arguments_is_refused(digits, residual, tmp_path):
     fit(residual, digits, epochs=1, batch_size=256, checkpoint=tmp_path, progress=False)
+    options = {"epochs": 1, "batch_size": 256, "checkpoint": tmp_path, "progress": False}
     for change in ({"lr": 0.1}, {"seed": 1}, {"strategies": Freezer()}):
         with pytest.raises(LayerlabError, match="belongs to a fit with other arguments"):
-            fit(residual, digits, **{"epochs": 1, "batch_size": 256, "checkpoint": tmp_path, "progress": False} | change)
+            fit(residual, digits, **options | change)
     with pytest.raises(LayerlabError, match="other arguments"):
         fit(residual, load_dataset("digits", limit=1000, device="cpu"), epochs=1, batch_size=256, checkpoint=tmp_path,
             progress=False)

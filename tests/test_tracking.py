@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from freezer import Freezer
+from helpers import Freezer
 
 from layerlab import LayerlabError, fit, track, tracking
 from layerlab.training import Fit
@@ -23,7 +23,8 @@ def _runs() -> list:
 
 
 def test_a_fit_is_one_run_with_tags_params_metrics_and_dataset(digits, residual):
-    result = fit(residual, digits, Freezer(), seed=4, observers=[track("test", paper="mine")], progress=False, **OPTIONS)
+    result = fit(residual, digits, Freezer(), seed=4, observers=[track("test", paper="mine")], progress=False,
+                 **OPTIONS)
     (run,) = _runs()
     assert run.info.status == "FINISHED"
     tags = run.data.tags
@@ -62,13 +63,13 @@ def test_a_fit_that_fails_is_marked_so(digits, residual):
 
 def test_processes_that_meet_an_empty_database_at_once_lose_nothing(tmp_path):
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import Residual; from layerlab import *;"
+        "import sys; sys.path.insert(0, sys.argv[1]); from helpers import Residual; from layerlab import *;"
         "fit(Residual, load_dataset('digits', device='cpu'), seed=int(sys.argv[2]), epochs=2, batch_size=512,"
         "observers=[track('test')], progress=False)"
     )
     here = str(Path(__file__).parent)
-    jobs = [subprocess.Popen([sys.executable, "-c", script, here, str(seed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-            for seed in range(4)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    jobs = [subprocess.Popen([sys.executable, "-c", script, here, str(seed)], env=environment) for seed in range(4)]
     assert [job.wait() for job in jobs] == [0] * 4
     runs = _runs()
     assert sorted(run.data.tags["seed"] for run in runs) == ["0", "1", "2", "3"]
@@ -87,5 +88,4 @@ def test_the_uri_of_the_environment_is_honoured(tmp_path, monkeypatch, digits, r
 def test_a_database_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
     with pytest.raises(LayerlabError, match=r"cannot be tracked at sqlite:////dev/null/mlflow.db.*MLFLOW_TRACKING_URI"):
-        track("test")
         tracking.client()
