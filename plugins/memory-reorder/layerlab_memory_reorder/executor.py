@@ -142,10 +142,17 @@ def _gone() -> LayerlabError:
                          "run the forward pass again.")
 
 
-def _same_version(x: Tensor, version: int) -> None:
-    if x._version != version:
+def _taken(ctx: Any) -> Any:
+    """The kept operand, or None where none was needed; the function itself holds it no longer."""
+    x, ctx.x = ctx.x, None
+    if x is None:
+        if ctx.kept:
+            raise _gone()
+        return None
+    if x._version != ctx.version:
         raise RuntimeError("an activation needed for the gradient was modified in place after the forward pass; "
                            "memory-reorder, like PyTorch, cannot compute the gradient from it.")
+    return x
 
 
 class _Parametric(Function):
@@ -169,14 +176,10 @@ class _Parametric(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        layer, x = ctx.layer, ctx.x
-        if ctx.kept and x is None:
-            raise _gone()
-        ctx.x = None
-        if x is not None:
-            _same_version(x, ctx.version)
+        layer: _Layer = ctx.layer
+        x = _taken(ctx)
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         linear = isinstance(layer.module, nn.Linear)
         db = None
@@ -283,7 +286,7 @@ class _MaxPool(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.codes is None:
             raise _gone()
         codes, ctx.codes = ctx.codes, None
@@ -308,7 +311,7 @@ class _ResponseNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.LocalResponseNorm) -> Tensor:
-        ctx.module, ctx.x, ctx.version = module, x.detach(), x._version
+        ctx.module, ctx.x, ctx.version, ctx.kept = module, x.detach(), x._version, True
         y = torch.empty_like(x)
         for part, result in zip(_few(x), _few(y), strict=True):
             result.copy_(_response_norm(module, part))
@@ -316,11 +319,8 @@ class _ResponseNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        if ctx.x is None:
-            raise _gone()
-        x, ctx.x = ctx.x, None
-        _same_version(x, ctx.version)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x = _taken(ctx)
         dx = torch.empty_like(x)
         for part, given, result in zip(_few(x), _few(dy), _few(dx), strict=True):
             part = part.detach().requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -24,7 +25,7 @@ def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory
     """
     sns.set_theme(context="notebook", style="ticks", rc={"axes.spines.top": False, "axes.spines.right": False,
                                                          "figure.constrained_layout.use": True, "font.size": 9})
-    colours = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
+    colours: dict[str, Any] = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
     figure, axes = plt.subplots(1, len(plans), figsize=(6.6 * len(plans), 5.6), squeeze=False, sharey=True)
     tallest = max(plan.total for plan in plans.values())
     for axis, (title, plan) in zip(axes[0], plans.items(), strict=True):
@@ -87,7 +88,7 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
     """
     sns.set_theme(context="notebook", style="ticks", rc={"axes.spines.top": False, "axes.spines.right": False,
                                                          "figure.constrained_layout.use": True, "font.size": 9})
-    groups = list(frame.groupby(["network", "batch"], sort=False))
+    groups: list[Any] = list(frame.groupby(["network", "batch"], sort=False))
     arms = list(dict.fromkeys(frame["arm"]))
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     columns = min(4, len(groups))

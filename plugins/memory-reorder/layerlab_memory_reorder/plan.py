@@ -306,8 +306,8 @@ class Plan:
     @property
     def table(self) -> pd.DataFrame:
         """One row a tensor: `tensor`, `kind`, `bytes`, `offset`, `first`, `last` (operations, by number)."""
-        return pd.DataFrame([vars(block) for block in self.blocks])[
-            ["tensor", "kind", "bytes", "offset", "first", "last"]]
+        return pd.DataFrame([vars(block) for block in self.blocks],
+                            columns=["tensor", "kind", "bytes", "offset", "first", "last"])
 
 
 def conventional(network: Network, states: int = 0) -> Plan:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from layerlab_memory_reorder import MemoryReorder, executor
-from layerlab_memory_reorder.executor import Takeover
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerlab import LayerlabError, Run, Strategy, fit, forward_order, load_dataset
 from layerlab.training import Fit
+from layerlab_memory_reorder import MemoryReorder, executor
+from layerlab_memory_reorder.executor import Takeover
 
 
 @pytest.fixture(autouse=True)

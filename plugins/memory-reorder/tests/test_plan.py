@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from layerlab_memory_reorder import analysis, plan
 from torch import nn
 
 from layerlab import LayerlabError
+from layerlab_memory_reorder import analysis, plan
 
 NETWORKS = ("alexnet", "caffe-alexnet", "vgg16", "resnet50", "googlenet")
 
