@@ -50,7 +50,7 @@ class Layer:
         weight_bytes: of the parameters that it reads.
         weight_names: which those are; a layer called twice or sharing weights names them again.
         mask_bytes: what backward must know of the forward pass besides activations: one bit an element for ReLU and
-            dropout, one byte a result for max pooling (the winner's place in its window).
+            dropout, two bytes a result for max pooling (the winner's place, as the executor keeps it).
         reads_input, reads_output: whether backward needs these activations.
         in_place: writes over its operand, and its input gradient over its output gradient, element by element.
     """
@@ -172,7 +172,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Ne
             name = node.name
         output = inputs[0] if in_place else name
         elements, size = shapes.elements[node], shapes.bytes[node]
-        masks = {"relu": -(-elements // 8), "dropout": -(-elements // 8), "max-pool": elements}
+        masks = {"relu": -(-elements // 8), "dropout": -(-elements // 8), "max-pool": 2 * elements}
         layer = Layer(
             name=name, kind=kind, inputs=inputs, output=output, weight_names=tuple(used),
             weight_bytes=sum(weights[each] for each in used), mask_bytes=masks.get(kind, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +14,12 @@ from layerlab import LayerlabError
 from layerlab_memory_reorder import analysis, plan
 
 NETWORKS = ("alexnet", "caffe-alexnet", "vgg16", "resnet50", "googlenet")
+
+
+@cache
+def traced_at(name: str, batch: int) -> plan.Network:
+    model, shape = analysis.network(name)
+    return plan.trace(model, shape, batch)
 
 
 def three_layers() -> nn.Sequential:
@@ -64,8 +71,7 @@ def test_relu_and_dropout_in_place_and_a_residual_sum():
 @pytest.mark.parametrize("order", ["larger-first", "weight-first"])
 @pytest.mark.parametrize("forward_reuse", [False, True])
 def test_no_plan_reuses_what_is_still_read(name, weight_gradients, order, forward_reuse):
-    model, shape = analysis.network(name)
-    made = plan.reordered(plan.trace(model, shape, 4), weight_gradients, order, forward_reuse)
+    made = plan.reordered(traced_at(name, 4), weight_gradients, order, forward_reuse)
     plan.check(made)
     assert made.total >= made.live_peak
 
@@ -116,7 +122,7 @@ def test_alexnets_memory_at_batch_8():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_measured_peak_is_no_more_than_the_planned_one(name, optimizer):
     model, shape = analysis.network(name)
-    planned = plan.reordered(plan.trace(model, shape, 32), "shared", states=analysis.STATES[optimizer]).total
+    planned = plan.reordered(traced_at(name, 32), "shared", states=analysis.STATES[optimizer]).total
     assert analysis.measured_peak(model, shape, 32, optimizer=optimizer) <= planned
 
 
