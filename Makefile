@@ -15,8 +15,8 @@ reproduce: $(READY)  ## every installed paper at the quick profile, then the sco
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -q
 
-lint: $(READY)  ## ruff and pyright
-	$(BIN)/ruff check . && $(BIN)/pyright
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
 
 ui: $(READY)  ## MLflow on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000

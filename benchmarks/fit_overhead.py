@@ -84,7 +84,8 @@ def compare(name: str, build, data: Dataset, batch_size: int, rounds: int) -> No
     fit, by_hand = Turns(tuple(seconds["fit"])), Turns(tuple(seconds["hand"]))
     middle, low, high = fit.ratio(by_hand)
     steps = len(data.train) // batch_size
-    print(f"{name}: fit / by hand = {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {rounds} rounds of {steps} steps); "
+    print(f"{name}: fit / by hand = {middle:.3f} (quartiles {low:.3f} to {high:.3f}, "
+          f"{rounds} rounds of {steps} steps); "
           f"{fit.median / steps * 1e3:.3f} against {by_hand.median / steps * 1e3:.3f} ms a step", flush=True)
 
 

@@ -56,7 +56,8 @@ def __getattr__(name: str) -> Any:
         value: Any = installed()
     elif name in _PUBLIC:
         module = _PUBLIC[name]
-        value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"layerlab.{name}")
+        loaded = importlib.import_module(module or f"layerlab.{name}")
+        value = getattr(loaded, name) if module else loaded
     else:
         raise AttributeError(f"module 'layerlab' has no attribute {name!r}")
     globals()[name] = value

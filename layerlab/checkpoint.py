@@ -100,7 +100,7 @@ class Checkpoint:
             return None
         try:
             state = torch.load(self.file, map_location=device, weights_only=True)
-        except Exception as error:  # noqa: BLE001 (zip, pickle and runtime errors, depending on the damage)
+        except Exception as error:  # zip, pickle and runtime errors, depending on the damage
             raise LayerlabError(
                 f"The checkpoint {self.file} is damaged ({str(error).splitlines()[0][:120]}); delete the folder "
                 f"{self.folder} to start anew."

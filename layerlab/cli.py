@@ -111,7 +111,10 @@ def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], 
     from layerlab.notebooks import reproduce as run
     from layerlab.papers import scoreboard_text
 
-    chosen = list(names) or [plugin.name for plugin in strategies.every() if not plugin.broken]
+    broken = {} if names else {plugin.name: plugin.broken for plugin in strategies.every() if plugin.broken}
+    for name, reason in broken.items():
+        click.echo(f"Left out: {name} is broken ({reason}).", err=True)
+    chosen = list(names) or [name for name in strategies if name not in broken]
     if output and len(chosen) != 1:
         raise LayerlabError("--output takes the results of one paper; name just one.")
     if not chosen:

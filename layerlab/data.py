@@ -359,7 +359,7 @@ def _files(
     total = sum(len(source) for source in halves.values()) * channels * side * side
     if budget is None:
         budget = _free_memory(device) / 2
-    digest = hashlib.blake2b("".join(source.digest() for source in halves.values()).encode(), digest_size=16).hexdigest()
+    digest = "-".join(source.digest() for source in halves.values())
     result: dict[str, tuple[Tensor | Streamed, Tensor]] = {}
     for half, source in halves.items():
         if total <= budget:
@@ -448,7 +448,7 @@ class ParquetSource(Source):
 
     @classmethod
     def open(cls, folder: Path, half: str) -> ParquetSource:
-        files = sorted(folder.glob(f"{half}-*.parquet")) or sorted(folder.glob(f"validation-*.parquet"))
+        files = sorted(folder.glob(f"{half}-*.parquet")) or sorted(folder.glob("validation-*.parquet"))
         if not files:
             raise LayerlabError(f"{folder} has no {half}-*.parquet; add the missing half.")
         return cls(files)

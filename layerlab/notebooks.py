@@ -64,7 +64,11 @@ def reproduce(
     _check_writable(folder)
     final = folder / f"{strategy}.ipynb"
     partial, failed = folder / f"{strategy}.partial.ipynb", folder / f"{strategy}.failed.ipynb"
-    with _alone(folder), _quiet_papermill(), _environment(folder) as events, _drawn(strategy, profile, events, show, bar):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(folder))
+        stack.enter_context(_quiet_papermill())
+        events = stack.enter_context(_environment(folder))
+        stack.enter_context(_drawn(strategy, profile, events, show, bar))
         failed.unlink(missing_ok=True)
         try:
             papermill.execute_notebook(

@@ -126,7 +126,7 @@ def installed() -> Registry:
             )
             for point in points
         ]
-    except Exception as error:  # noqa: BLE001 (configparser's and its own errors, depending on the damage)
+    except Exception as error:  # configparser's and its own errors, depending on the damage
         offenders = ", ".join(_malformed()) or f"unknown ({error})"
         warnings.warn(
             f"A malformed entry_points.txt is installed, by: {offenders}. Strategies are found all the same; "
@@ -153,6 +153,6 @@ def _malformed() -> list[str]:
         parser = entrypoints.CaseSensitiveConfigParser(delimiters=("=",))
         try:
             parser.read_string(text)
-        except Exception:  # noqa: BLE001
+        except Exception:
             names.append(distribution.name or str(getattr(distribution, "_path", "?")))
     return names

@@ -1,4 +1,4 @@
-"""Results that are kept: finished runs' claims, figures and tables in a folder a paper, with a page that reads alone."""
+"""Results that are kept: claims, figures and tables of finished runs, a folder and a page for each paper."""
 
 from __future__ import annotations
 

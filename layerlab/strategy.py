@@ -102,7 +102,7 @@ class Run:
         return set().union(*self._frozen.values()) if self._frozen else set()
 
     def apply_freezing(self) -> None:
-        """Put `requires_grad` and the batch norms' modes where `frozen` wants them; `fit` does so after each train()."""
+        """Put `requires_grad` and the batch norms' modes where `frozen` wants them, as `fit` does after train()."""
         for parameter in self._stopped:
             parameter.requires_grad_(True)
         self._stopped.clear()

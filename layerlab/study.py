@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -30,12 +31,44 @@ RESULTS = "claims.json"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
-    """`runs/<strategy>/<profile>` in the workbook's folder; other parameters than the profile's get one of their own."""
+    """`runs/<strategy>/<profile>` in the workbook's folder, or one of their own for other parameters."""
     name = profile
     if overrides:
         text = json.dumps(dict(overrides), sort_keys=True, default=str)
         name += "-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     return tracking.workbook_folder() / "runs" / strategy / name
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a study's folder for as long as this one lives.
+
+    The kernel of a run that was killed lives on for a second or two; it is waited for.
+
+    Raises:
+        LayerlabError: another process stays in it, or the folder cannot be written.
+    """
+    if folder in _held:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".study.lock").open("w")
+    except OSError as error:
+        raise LayerlabError(
+            f"The output folder {folder} cannot be written ({error.strerror}); choose another."
+        ) from None
+    for _ in range(100):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            _held[folder] = lock
+            return
+    lock.close()
+    raise LayerlabError(f"Another process is at work in {folder}; wait for it, or choose another output folder.")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -82,6 +115,7 @@ class Study:
         self.folder = Path(
             output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)
         ).resolve()
+        _hold(self.folder)
         values = json.loads(json.dumps(values, default=str))
         record = read_record(self.folder)
         # A finished study is done anew; one that was interrupted goes on, if it is the same one.

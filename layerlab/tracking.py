@@ -11,6 +11,7 @@ import fcntl
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -150,8 +151,9 @@ class Tracker:
         self.experiment = experiment
         self.tags = dict(tags or {})
         self.parent = parent
-        self._runs: dict[Fit, str] = {}
-        self._written: dict[Fit, int] = {}
+        # Weak, so that a long sweep does not keep every network that it has trained.
+        self._runs: weakref.WeakKeyDictionary[Fit, str] = weakref.WeakKeyDictionary()
+        self._written: weakref.WeakKeyDictionary[Fit, int] = weakref.WeakKeyDictionary()
 
     def on_fit_start(self, fit: Fit) -> None:
         """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""

@@ -177,6 +177,8 @@ class Fit:
         self._rng_state = _seeded(seed, self.device)
         self._costs: dict[str, StepCost] = {}
         self._compiled: list[nn.Module] = []
+        self._eager = not self.settings.compile
+        self._warm: set[str] = set()
         with self._turn():
             self.run = self._start(model, loss)
             self.fingerprint = self._fingerprint()
@@ -188,8 +190,7 @@ class Fit:
                 self._restore(state)
         if state is not None:
             self._rng_state = [part.cpu() for part in state["rng"]]
-        for observer in self.observers:
-            observer.on_fit_start(self)
+        self._announced = False
 
     @property
     def finished(self) -> bool:
@@ -198,21 +199,31 @@ class Fit:
 
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, write the checkpoint, tell the observers; returns the epoch's row."""
-        try:
-            with self._turn():
-                row = self._epoch()
-            if self.checkpoint is not None:
-                self.checkpoint.save(self._state())
-            for observer in self.observers:
-                observer.on_epoch_end(self, row)
-        except BaseException as error:
+        self._announce()
+        with self._turn():
+            row = self._epoch()
+        # First the checkpoint, then the log: what is logged can always be logged again, identically.
+        if self.checkpoint is not None:
+            self.checkpoint.save(self._state())
+        for observer in self.observers:
+            observer.on_epoch_end(self, row)
+        return row
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the observers, if they know of this fit, that it ends here."""
+        if self._announced:
             for observer in self.observers:
                 observer.on_exception(self, error)
-            raise
-        return row
+
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            for observer in self.observers:
+                observer.on_fit_start(self)
 
     def finish(self) -> FitResult:
         """Let the strategies leave the deployable network, thaw everything, tell the observers."""
+        self._announce()
         with self._turn():
             for strategy in self.strategies:
                 strategy.on_fit_end(self.run)
@@ -238,6 +249,7 @@ class Fit:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         energy = Energy(self.device)
+        graphs = _graphs()
         start = time.perf_counter()
         run.training_model.train()
         run.apply_freezing()
@@ -247,11 +259,11 @@ class Fit:
         self._compile_blocks()
         key = self._active()
         # The step that is measured, and the one that compiles, do not belong into the epoch's time.
-        untimed = set()
-        if key not in self._costs:
-            untimed = {0} if self._compiled and steps > 1 else set()
-            untimed |= {min(1, steps - 1)} if settings.measure else set()
-        measured = max(untimed) if settings.measure and untimed else -1
+        measured = min(1, steps - 1) if settings.measure and key not in self._costs else -1
+        untimed = {measured} - {-1}
+        if self._compiled and key not in self._warm and steps > 2:
+            self._warm.add(key)
+            untimed.add(0)
         total = torch.zeros((), device=self.device)
         synchronise(self.device)
         before_steps = time.perf_counter() - start
@@ -288,13 +300,13 @@ class Fit:
         if joules is not None:
             row["cost/energy_joules"] = joules
         if self._compiled:
-            row["compile/graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            row["compile/graphs"] = _graphs() - graphs
         row |= run.logged
         run.history.append(row)
         return row
 
     def _steps(self, total: Tensor, key: str, untimed: set[int], measured: int) -> tuple[float, float]:
-        """All steps of an epoch; adds their losses to `total`. Returns seconds of the loop, and of its untimed steps."""
+        """All steps of an epoch; adds their losses to `total`. Returns seconds: the loop's, its untimed steps'."""
         run, settings = self.run, self.settings
         step = self._step()
         each_step = run.schedule.step if settings.schedule_each == "step" else None
@@ -363,24 +375,21 @@ class Fit:
         its edge change with it.
         """
         run = self.run
-        if not self.settings.compile:
-            return
-        if run.frozen and _TORCH < (2, 12):
-            if self._compiled:
-                self._uncompile()
-                warnings.warn(
-                    "torch before 2.12 gives a compiled layer that was frozen no gradient after it is thawed; going "
-                    "on eagerly. Install torch 2.12 or later to compile with a strategy that freezes.",
-                    stacklevel=2,
-                )
-            return
-        blocks = [block for block in _blocks(run.training_model)]
+        if run.frozen and not self._eager and _TORCH < (2, 12):
+            self._eager = True
+            self._uncompile()
+            warnings.warn(
+                "torch before 2.12 gives a compiled layer that was frozen no gradient after it is thawed; going on "
+                "eagerly. Install torch 2.12 or later to compile with a strategy that freezes.",
+                stacklevel=2,
+            )
+        blocks = [] if self._eager else _blocks(run.training_model)
         if blocks == self._compiled:
             return
         self._uncompile()
+        takes = inspect.signature(torch.compile).parameters
         options: dict[str, Any] = {"dynamic": False}
         for block in blocks:
-            takes = inspect.signature(torch.compile).parameters
             if "isolate_recompiles" in takes:
                 options["isolate_recompiles"] = True
             if "recompile_limit" in takes:
@@ -586,24 +595,25 @@ def compare(
         All results, with tables of them.
     """
     if isinstance(model, Mapping) and (missing := [arm for arm in arms if arm not in model]):
-        raise LayerlabError(f"No network is given for {missing[0]!r}; give one for each of {', '.join(map(str, arms))}.")
+        raise LayerlabError(f"No network is given for arm {missing[0]!r}; give one for each arm.")
     if not seeds:
         raise LayerlabError("seeds is empty; give at least one.")
     checked = _settings(settings)
     bars = Progress(len(arms) * len(seeds) * checked.epochs, progress)
     results: dict[tuple[str, int], FitResult] = {}
+    fits: list[Fit] = []
     try:
         for seed in seeds:
-            fits = []
+            fits.clear()
             for arm, strategies in arms.items():
                 chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
-                folder = None
-                if checkpoint is not None:
-                    folder = Path(checkpoint) / f"{arm or 'fit'}-seed{seed}" if len(arms) * len(seeds) > 1 else Path(checkpoint)
                 network = model[arm] if isinstance(model, Mapping) else model
+                folder = Path(checkpoint) if checkpoint is not None else None
+                if folder is not None and len(arms) * len(seeds) > 1:
+                    folder /= f"{arm or 'fit'}-seed{seed}"
                 fits.append(Fit(
-                    network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "", loss=loss,
-                    checkpoint=folder, observers=observers, **settings,
+                    network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
+                    loss=loss, checkpoint=folder, observers=observers, **settings,
                 ))
             bars.done += sum(each.run.epoch for each in fits)
             # Runs that were interrupted at different epochs catch up first.
@@ -616,6 +626,11 @@ def compare(
                                    f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
             for each in fits:
                 results[each.name, seed] = each.finish()
+    except BaseException as error:
+        for each in fits:
+            if (each.name, each.seed) not in results:
+                each.fail(error)
+        raise
     finally:
         bars.close()
     return Comparison(results)
@@ -756,6 +771,11 @@ def _schedule(
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.gamma)
 
 
+def _graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo.utils" in sys.modules else 0
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The parts that are compiled one by one: children, and what is inside plain lists of blocks."""
     blocks = []
@@ -801,9 +821,9 @@ def _set_rng(states: list[Tensor], device: torch.device) -> None:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    cudnn = torch.backends.cudnn
+    cudnn, fills = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
     before = (cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled(),
-              torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+              torch.is_deterministic_algorithms_warn_only_enabled())
     cudnn.deterministic, cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -812,7 +832,7 @@ def _deterministic() -> Iterator[None]:
     finally:
         cudnn.deterministic, cudnn.benchmark = before[0], before[1]
         torch.use_deterministic_algorithms(before[2], warn_only=before[3])
-        torch.utils.deterministic.fill_uninitialized_memory = before[4]
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _document(function: Any) -> None:

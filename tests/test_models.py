@@ -21,7 +21,7 @@ def test_layers_come_in_forward_order_not_as_declared(residual):
     model = residual()
     names = [name for name, _ in forward_order(model, torch.randn(2, 1, 8, 8))]
     assert names == ["conv1", "bn1", "conv2", "bn2", "classifier"]
-    assert [name for name, _ in model.named_modules() if name in names][0] == "classifier"
+    assert next(name for name, _ in model.named_modules() if name in names) == "classifier"
 
 
 def test_tracing_leaves_no_trace(residual):

@@ -48,8 +48,9 @@ from layerlab import load_dataset
 sys.path.insert(0, TESTS)
 from conftest import Residual
 from freezer import Freezer
-run = study.compare("main", Residual, load_dataset("digits", device="cpu"), {"plain": (), "frozen": Freezer(seconds=p.pause)},
-                    epochs=p.epochs, batch_size=256)
+data = load_dataset("digits", device="cpu")
+run = study.compare("main", Residual, data, {"plain": (), "frozen": Freezer(seconds=p.pause)}, epochs=p.epochs,
+                    batch_size=256)
 gains = [100 * (run.results["frozen", 0].final["test/top1"] - run.results["plain", 0].final["test/top1"])]
 study.claim("gain", gains, seeds=[0], conditions={"dataset": "digits"})
 """

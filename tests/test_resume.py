@@ -87,9 +87,10 @@ def test_a_finished_fit_is_not_trained_again(digits, residual, tmp_path):
 
 def test_the_checkpoint_of_other_arguments_is_refused(digits, residual, tmp_path):
     fit(residual, digits, epochs=1, batch_size=256, checkpoint=tmp_path, progress=False)
+    options = {"epochs": 1, "batch_size": 256, "checkpoint": tmp_path, "progress": False}
     for change in ({"lr": 0.1}, {"seed": 1}, {"strategies": Freezer()}):
         with pytest.raises(LayerlabError, match="belongs to a fit with other arguments"):
-            fit(residual, digits, **{"epochs": 1, "batch_size": 256, "checkpoint": tmp_path, "progress": False} | change)
+            fit(residual, digits, **options | change)
     with pytest.raises(LayerlabError, match="other arguments"):
         fit(residual, load_dataset("digits", limit=1000, device="cpu"), epochs=1, batch_size=256, checkpoint=tmp_path,
             progress=False)

@@ -27,8 +27,8 @@ class StepCost:
             operation, views free; the optimizer's update counts as neither and stands in `update_bytes`.
         update_bytes: bytes moved outside forward and backward.
         peak_memory_bytes: the most that was allocated at once: parameters, gradients, optimizer state, activations.
-            From CUDA's allocator on a GPU; on the CPU the sum of the live tensors' storages, without what a kernel takes for
-            itself while it runs. None where it was not asked for.
+            From CUDA's allocator on a GPU; on the CPU the sum of the live tensors' storages, without what a kernel
+            takes for itself while it runs. None where it was not asked for.
     """
 
     forward_flops: int

@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from layerlab_lars_skip import LarsSkip, analysis
-from layerlab_lars_skip.strategy import lars_variable
 from torch import nn
 
 from layerlab import LayerlabError, Run, build_model, fit, load_dataset, measure
 from layerlab.training import Fit
+from layerlab_lars_skip import LarsSkip, analysis
+from layerlab_lars_skip.strategy import lars_variable
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.01, progress=False)
 
@@ -184,8 +184,8 @@ def test_savings_of_skipped_prefixes_worked_out():
 
 class _Result:
     def __init__(self, accuracies: list[float], seconds: float) -> None:
-        self.history = [{"test/top1": a, "time/epoch_seconds": seconds, "cost/forward_flops": 1, "cost/backward_flops": 1}
-                        for a in accuracies]
+        fixed = {"time/epoch_seconds": seconds, "cost/forward_flops": 1, "cost/backward_flops": 1}
+        self.history = [{"test/top1": accuracy, **fixed} for accuracy in accuracies]
 
 
 class _Comparison:

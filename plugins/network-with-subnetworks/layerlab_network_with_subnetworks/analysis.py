@@ -53,7 +53,8 @@ def networks(names: Sequence[str], data: Dataset) -> dict[str, Callable[[], nn.M
 
 def schedule(epochs: int) -> dict[str, Any]:
     """The paper's, scaled to `epochs`: the rate is divided by three after one and two thirds (200 and 400 of 600)."""
-    return {"epochs": epochs, "schedule": "step", "milestones": (round(epochs / 3), round(2 * epochs / 3)), "gamma": 1 / 3}
+    milestones = (round(epochs / 3), round(2 * epochs / 3))
+    return {"epochs": epochs, "schedule": "step", "milestones": milestones, "gamma": 1 / 3}
 
 
 def accuracies(result: Any) -> pd.DataFrame:
@@ -127,10 +128,11 @@ def speed_table(comparisons: Mapping[str, Any], arm: str, references: Sequence[s
                        for value in comparison.results[each, seed].frame["time/epoch_seconds"]]
             row[f"{each} [s/epoch]"] = sum(seconds) / len(seconds)
         row["ratio of seconds"], row["±"] = measure.mean_interval(time_ratio(comparison, arm, references))
-        flops = [sum(time_ratio_of) for time_ratio_of in zip(*(
-            [math.fsum(r[f"cost/{part}_flops"] for r in comparison.results[each, comparison.seeds[0]].history)
-             for each in [*references, arm]] for part in ("forward", "backward")), strict=True)]
-        row["ratio of FLOPs"] = flops[-1] / math.fsum(flops[:-1])
+        flops = {}
+        for each in [*references, arm]:
+            history = comparison.results[each, comparison.seeds[0]].history
+            flops[each] = math.fsum(r["cost/forward_flops"] + r["cost/backward_flops"] for r in history)
+        row["ratio of FLOPs"] = flops[arm] / math.fsum(flops[each] for each in references)
         rows.append(row)
     return pd.DataFrame(rows).set_index("dataset").dropna(axis=1, how="all")
 
@@ -288,18 +290,19 @@ def convolutional_arms(
                   for size in range(0, blocks + 1, 2)}
     strategies["one block at a time"] = NetworkWithSubnetworks(layers=names, l2=0.0)
     strategies["two blocks at a time"] = NetworkWithSubnetworks(layers=names, detach_at_once=2, l2=0.0)
-    built = {name: partial(convolutional_chain, classes, channels, width, depth(name) if name.startswith(REGULAR) else blocks)
-             for name in strategies}
+    depths = {name: depth(name) if name.startswith(REGULAR) else blocks for name in strategies}
+    built = {name: partial(convolutional_chain, classes, channels, width, size) for name, size in depths.items()}
     return built, strategies
 
 
 def seconds_table(comparison: Any) -> pd.DataFrame:
     """Seconds of training of each arm, mean over seeds, and how many models come of it."""
-    return pd.DataFrame({
-        "models": {arm: len(comparison.results[arm, comparison.seeds[0]].strategies[0].models) for arm in comparison.arms},
-        "seconds": {arm: measure.mean_interval(comparison.per_seed(lambda r: r.frame["seconds"].iloc[-1], arm))[0]
-                    for arm in comparison.arms},
-    })
+    rows = {}
+    for arm in comparison.arms:
+        results = [comparison.results[arm, seed] for seed in comparison.seeds]
+        seconds = [result.frame["seconds"].iloc[-1] for result in results]
+        rows[arm] = {"models": len(results[0].strategies[0].models), "seconds": measure.mean_interval(seconds)[0]}
+    return pd.DataFrame(rows).T
 
 
 def detached_accuracy(result: Any, data: Dataset) -> dict[str, float]:

@@ -36,8 +36,8 @@ class NetworkWithSubnetworks(Strategy):
     detach_at_once: int = Field(1, ge=1)
     """How many layers go from one sub-network to the next smaller one."""
     momentum_format: Literal["paper", "tensorflow"] = "paper"
-    """Of SGD with momentum α: `paper`: V ← αV + (1−α)G from V = 0, equation (4); `tensorflow`: V ← αV + G, equation (3),
-    which is torch's. Other optimizers are left as they are."""
+    """Of SGD with momentum α: `paper`: V ← αV + (1−α)G from V = 0, equation (4); `tensorflow`: V ← αV + G, equation
+    (3), which is torch's. Other optimizers are left as they are."""
     sharing: Literal["pairs", "all"] = "pairs"
     """Whose gradients a parameter gets the mean of: `pairs`: of the smallest two models that have it; `all`: of every
     model that has it."""
@@ -84,7 +84,7 @@ class NetworkWithSubnetworks(Strategy):
         assert isinstance(network, nn.Sequential)
         order = list(chain[:-1] if self.layers is None else self.layers)
         if self.layers is None and not order:
-            raise LayerlabError(f"{NAME} needs a chain of at least two layers, and this one has {len(chain)}; add some.")
+            raise LayerlabError(f"{NAME} needs a chain of two layers or more, and this one has {len(chain)}; add some.")
         gone = [*range(0, len(order), self.detach_at_once), len(order)]
         self._detached = [tuple(order[:count]) for count in reversed(gone)]
         self._names = [f"model{len(order) - count}" for count in reversed(gone)]
@@ -108,8 +108,8 @@ class NetworkWithSubnetworks(Strategy):
         for group in optimizer.param_groups:
             if group["nesterov"]:
                 raise LayerlabError(
-                    f"{NAME}: momentum_format 'paper' is not defined for nesterov=True; use momentum_format='tensorflow' "
-                    "or nesterov=False."
+                    f"{NAME}: momentum_format 'paper' is not defined for nesterov=True; use "
+                    "momentum_format='tensorflow' or nesterov=False."
                 )
             group["dampening"] = group["momentum"]
             if group["momentum"]:
