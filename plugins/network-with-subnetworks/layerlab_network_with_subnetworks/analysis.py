@@ -283,7 +283,7 @@ def convolutional_arms(
         classes, channels, width: of `convolutional_chain`.
 
     Returns:
-        (arm → function that builds its network, arm → strategy). No penalty; all with the paper's momentum.
+        (arm → function that builds its network, arm → strategy). No penalty.
     """
     names = tuple(f"block{number}" for number in range(1, blocks + 1))
     strategies = {f"{REGULAR}model{size}": NetworkWithSubnetworks(layers=(), l2=0.0)
