@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 LABELS = {
     "epoch": "epoch",
@@ -219,6 +219,9 @@ def families(frame: pd.DataFrame, x: Mapping[str, str], y: str, family: str, lab
             axis.annotate(str(point), (lowest[column], lowest[y]), xytext=(0, -13), textcoords="offset points",
                           fontsize=8, ha="center")
         axis.set(xlabel=text, ylabel=ylabel, xscale="log")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            which(EngFormatter(sep=""))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.margins(x=0.15, y=0.15)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -6,11 +6,12 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Run, build_model, evaluate, fit, load_dataset, strategies
+from layerlab import LayerlabError, Run, build_model, compare, evaluate, fit, load_dataset, strategies
 from layerlab.training import Fit
 from layerlab_network_with_subnetworks import (
     NetworkWithSubnetworks,
@@ -207,6 +208,14 @@ def test_momentum_on_a_scripted_gradient_sequence(momentum_format, wanted, data)
     assert seen == pytest.approx(wanted, abs=1e-5)
 
 
+def test_the_two_formats_are_one_with_another_learning_rate(data):
+    options = {**OPTIONS, "epochs": 2}
+    paper = fit(network, data, NetworkWithSubnetworks(), **options)
+    tensorflow = fit(network, data, NetworkWithSubnetworks(momentum_format="tensorflow"), **{**options, "lr": 0.03})
+    for (name, a), b in zip(paper.model.state_dict().items(), tensorflow.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_other_optimizers_keep_their_own_momentum(data):
     result = fit(network(1), data, NetworkWithSubnetworks(), epochs=2, batch_size=64, optimizer="adamw", lr=1e-3,
                  progress=False)
@@ -396,6 +405,50 @@ def test_frozen_layers_stand_still(data):
     assert torch.equal(result.model.fc2.weight, model.fc2.weight)
     assert not torch.equal(result.model.fc1.weight, model.fc1.weight)
     assert not torch.equal(result.model.output.weight, model.output.weight)
+
+
+def test_the_paper_s_epoch_is_the_base_s_best_and_the_last_selects_nothing(data):
+    result = fit(network, data, NetworkWithSubnetworks(), epochs=3, **OPTIONS)
+    for row, (base, model1, model0) in zip(result.history, [(0.5, 0.9, 0.1), (0.7, 0.2, 0.3), (0.6, 0.4, 0.8)],
+                                           strict=True):
+        row["test/top1"] = base
+        row["network-with-subnetworks/model1/top1"] = model1
+        row["network-with-subnetworks/model0/top1"] = model0
+    assert [analysis.accuracy(result, f"model{m}", "best") for m in (2, 1, 0)] == [0.7, 0.2, 0.3]
+    assert [analysis.accuracy(result, f"model{m}", "last") for m in (2, 1, 0)] == [0.6, 0.4, 0.8]
+
+
+def test_tables_and_ratios_of_a_small_run(data):
+    arms = analysis.arms({"ref-model0": 0.0, "ref-model1": 0.0, "model0-1": 0.0})
+    assert [arms[name].momentum_format for name in arms] == ["tensorflow", "tensorflow", "paper"]
+    run = compare(analysis.networks(list(arms), data), data, arms, epochs=2, **OPTIONS)
+    published = pd.DataFrame({"test accuracy": [0.9], "parameters": ["650"]}, index=["model0"])
+    table = analysis.table(published, run, ["model0-1"])
+    assert table["parameters"].to_dict() == {"model1": "4,810", "model0": "650"}
+    assert table["paper"].to_dict() == {"model1": "", "model0": 0.9}
+    assert table["last epoch"]["model1"] == f"{run.results['model0-1', 0].final['test/top1']:.4f}"
+    for (_, _), result in run.results.items():
+        for row in result.history:
+            row["time/epoch_seconds"] = {"ref-model0": 1.0, "ref-model1": 3.0, "model0-1": 3.0}[result.name]
+    references = ["ref-model0", "ref-model1"]
+    assert analysis.time_ratio(run, "model0-1", references) == [0.75]
+    speed = analysis.speed_table({"digits": run}, "model0-1", references)
+    # Worked out for a hidden layer of w² and an output of o weights: (2w² + 3o + 2o) for both, with nothing left out.
+    assert speed["ratio of FLOPs"]["digits"] == pytest.approx((2 * 64**2 + 5 * 640) / (2 * 64**2 + 5 * 640))
+    choice = analysis.cost_and_accuracy(run, torch.rand(2, 1, 8, 8), rounds=2)
+    assert choice.groupby("family")["parameters"].apply(list).to_dict() == {
+        "trained separately": [650, 4810], "model0-1, trained at once": [650, 4810]}
+
+
+def test_the_schedule_is_the_paper_s_scaled():
+    assert analysis.schedule(600)["milestones"] == (200, 400)
+    assert analysis.schedule(12) == {"epochs": 12, "schedule": "step", "milestones": (4, 8), "gamma": 1 / 3}
+
+
+def test_pixels_are_in_the_unit_range(data):
+    x, _ = next(data.test.batches(64))
+    assert (x.min(), x.max()) == (0.0, 1.0)
+    assert data.fingerprint.endswith("-unit")
 
 
 def test_it_is_found_by_name():
