@@ -12,8 +12,9 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 reproduce: $(READY)  ## every installed paper at the quick profile, then the scoreboard
 	$(BIN)/layerlab reproduce
 
+# One thread a worker: most tests wait for a kernel or a process of their own.
 test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """torch.compile under a strategy that freezes and thaws: seconds an epoch against eager, by turns, and graphs made.
 
-Run: python benchmarks/compile_freezing.py [--rounds 10] [--device cpu]
+Run: python benchmarks/compile_freezing.py [--rounds 6] [--device cpu]
 Every second epoch freezes the first half of a ResNet-18's convolutions. Once both patterns are compiled, no epoch may
 make another graph.
 """
@@ -32,10 +32,10 @@ class Alternate(Strategy):
 def main() -> None:
     """Print the ratio for epochs of either kind, and the graphs of each epoch."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    data = random_images(512 if options.device == "cpu" else 12_800, 3, 64, torch.device(options.device))
+    data = random_images(512 if options.device == "cpu" else 12_800, 3, 32, torch.device(options.device))
     epochs = 2 * options.rounds + 2
     settings = dict(epochs=epochs, batch_size=64, lr=0.001)
     jobs = {

@@ -565,20 +565,20 @@ def _resident(source: Source, side: int, channels: int) -> tuple[Tensor, Tensor]
     """Every image of a source, decoded once and kept in the cache under its content's digest."""
 
     def decode() -> np.ndarray:
-        shape = (len(source), side, side) if channels == 1 else (len(source), side, side, 3)
-        images = np.empty(shape, np.uint8)
+        images = np.empty((len(source), channels, side, side), np.uint8)
 
         def one(rows: range) -> None:
             for row in rows:
-                images[row] = _decode(*source.read(row), side, channels)
+                image = _decode(*source.read(row), side, channels)
+                images[row] = image if channels == 1 else image.transpose(2, 0, 1)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for future in [pool.submit(one, range(i, min(i + 256, len(source)))) for i in range(0, len(source), 256)]:
                 future.result()
         return images
 
-    images = _cached(f"{source.digest()}-{side}-{channels}", decode)
-    return _channels_first(images), source.labels()
+    images = _cached(f"{source.digest()}-{channels}x{side}x{side}", decode)
+    return torch.from_numpy(images), source.labels()
 
 
 def _cached(key: str, make: Callable[[], np.ndarray]) -> np.ndarray:

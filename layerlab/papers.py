@@ -261,7 +261,9 @@ class ClaimResult(BaseModel):
         """`mean ± half-width unit`, or why there is none."""
         if self.measured is None:
             return "—" if self.verdict == "not run" else "never"
-        spread = f" ± {self.interval:.2g}" if self.interval is not None else ""
+        # What seeds do not change differs by rounding alone.
+        half = self.interval if (self.interval or 0) > 1e-9 * abs(self.measured) else 0.0
+        spread = f" ± {half:.2g}" if self.interval is not None else ""
         return f"{self.measured:.4g}{spread} {self.unit}"
 
     @property

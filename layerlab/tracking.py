@@ -108,7 +108,9 @@ def experiment_id(name: str) -> str:
         if uri.startswith("sqlite:///"):
             location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
         try:
-            return client().create_experiment(name, artifact_location=location)
+            # Otherwise MLflow's UI opens on its pages for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return client().create_experiment(name, artifact_location=location, tags=tags)
         except MlflowException:
             # Another process was faster.
             found = client().get_experiment_by_name(name)

@@ -87,10 +87,11 @@ def test_frozen_layers_are_measured_and_backward_ends_at_their_edge():
 def test_recomputation_in_backward_counts_as_backward():
     from torch.utils.checkpoint import checkpoint
 
-    layer = nn.Linear(8, 8)
+    # The product is computed again because the ReLU's result was not kept.
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     x = torch.randn(4, 8, requires_grad=True)
     with Meter() as meter:
-        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        checkpoint(layers, x, use_reentrant=False).sum().backward()
     assert (meter.cost.forward_flops, meter.cost.backward_flops) == (2 * 256, 3 * 2 * 256)
 
 

@@ -46,8 +46,7 @@ TRAIN = """
 import sys
 from layerlab import load_dataset
 sys.path.insert(0, TESTS)
-from conftest import Residual
-from freezer import Freezer
+from helpers import Freezer, Residual
 data = load_dataset("digits", device="cpu")
 run = study.compare("main", Residual, data, {"plain": (), "frozen": Freezer(seconds=p.pause)}, epochs=p.epochs,
                     batch_size=256)
@@ -140,7 +139,7 @@ def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, endi
 
 def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
     fake(OPEN, "raise ValueError('something broke')", FINISH)
-    with pytest.raises(LayerlabError, match=r"failed in cell 3 \(ValueError: something broke\).*fake.failed.ipynb"):
+    with pytest.raises(LayerlabError, match=r"failed in cell 4 \(ValueError: something broke\).*fake.failed.ipynb"):
         reproduce("fake", output=tmp_path / "out", show=False)
     assert "something broke" in (tmp_path / "out" / "fake.failed.ipynb").read_text()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import same_weights
+from helpers import same_weights
 
 from layerlab import fit, load_dataset, strategies
 from layerlab.papers import load_paper

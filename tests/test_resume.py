@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_weights
-from freezer import Freezer
+from helpers import Freezer, same_weights
 
 from layerlab import LayerlabError, fit, load_dataset
 from layerlab.training import Fit
@@ -21,8 +20,7 @@ from layerlab.training import Fit
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from conftest import Residual
-from freezer import Freezer
+from helpers import Freezer, Residual
 from layerlab import fit, load_dataset
 torch.set_num_threads(1)
 result = fit(Residual, load_dataset("digits", device="cpu").augmented("crop", 1), Freezer(seconds=0.01), epochs=6,

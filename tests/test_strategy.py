@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from freezer import Freezer
+from helpers import Freezer
 from pydantic import Field
 from torch import nn
 

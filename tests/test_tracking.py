@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from freezer import Freezer
+from helpers import Freezer
 
 from layerlab import LayerlabError, fit, track, tracking
 from layerlab.training import Fit
@@ -63,7 +63,7 @@ def test_a_fit_that_fails_is_marked_so(digits, residual):
 
 def test_processes_that_meet_an_empty_database_at_once_lose_nothing(tmp_path):
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import Residual; from layerlab import *;"
+        "import sys; sys.path.insert(0, sys.argv[1]); from helpers import Residual; from layerlab import *;"
         "fit(Residual, load_dataset('digits', device='cpu'), seed=int(sys.argv[2]), epochs=2, batch_size=512,"
         "observers=[track('test')], progress=False)"
     )

@@ -17,5 +17,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = math.fsum(values) / n
     if n < 2:
         return mean, math.nan
+    if max(values) == min(values):
+        return mean, 0.0
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

@@ -14,6 +14,9 @@ from torch import nn
 from layerlab import Dataset, Strategy, measure, prefixes
 from layerlab_lars_skip.strategy import LarsSkip
 
+FLOPS = ("cost/forward_flops", "cost/backward_flops")
+SECONDS = ("time/epoch_seconds",)
+
 
 def shares(costs: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
     """conv1's and conv2's part of VGG-F under every accounting that Figs. 2 and 3 may mean.
@@ -131,13 +134,36 @@ def speedup(comparison: Any, metric: str, baseline: str, arm: str) -> list[float
     return ratios
 
 
+def at_equal_cost(runs: Mapping[str, Any], baseline: str, arm: str) -> pd.DataFrame:
+    """Top-1 of both methods once the arm has ended: at the same seconds, and at the same FLOPs, of training.
+
+    Returns:
+        One row a dataset and cost, with each method's mean top-1 and half-widths of 95 % intervals.
+    """
+    rows = []
+    for name, comparison in runs.items():
+        for what, costs in (("seconds", SECONDS), ("FLOPs", FLOPS)):
+            row: dict[str, Any] = {"dataset": name, "at the same": what}
+            budgets = [_spent(comparison.results[arm, seed], costs) for seed in comparison.seeds]
+            for method in (baseline, arm):
+                # A hair more than the sum, so that rounding does not cut the last epoch.
+                values = [accuracy_within(comparison.results[method, seed], budget * (1 + 1e-9), costs)
+                          for seed, budget in zip(comparison.seeds, budgets, strict=True)]
+                row[method], row[f"{method} ±"] = measure.mean_interval(values)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def saving(comparison: Any, metrics: Sequence[str], baseline: str, arm: str) -> list[float]:
     """Per cent of the sum of `metrics` over the whole run that the arm saves against the baseline, a value a seed."""
-    def spent(result: Any) -> float:
-        return math.fsum(row[metric] for row in result.history for metric in metrics)
+    spent = {method: [_spent(comparison.results[method, seed], metrics) for seed in comparison.seeds]
+             for method in (baseline, arm)}
+    return [100 * (1 - less / full) for less, full in zip(spent[arm], spent[baseline], strict=True)]
 
-    return [100 * (1 - spent(comparison.results[arm, seed]) / spent(comparison.results[baseline, seed]))
-            for seed in comparison.seeds]
+
+def _spent(result: Any, metrics: Sequence[str]) -> float:
+    """The sum of `metrics` over a run."""
+    return math.fsum(row[metric] for row in result.history for metric in metrics)
 
 
 def paper_saving(comparison: Any, costs: pd.DataFrame, arm: str) -> list[float]:
@@ -170,11 +196,11 @@ def sweep_arms(alphas: Sequence[float]) -> dict[str, Strategy | tuple[()]]:
     return arms
 
 
-def accuracy_within(result: Any, budget: float, metric: str = "test/top1") -> float:
-    """Accuracy once `budget` training FLOPs are spent, interpolated between epochs' ends; 0 before the first."""
+def accuracy_within(result: Any, budget: float, costs: Sequence[str] = FLOPS, metric: str = "test/top1") -> float:
+    """Accuracy once `budget` of what `costs` add up to is spent, interpolated between epochs' ends; 0 at the start."""
     spent, last = 0.0, 0.0
     for row in result.history:
-        cost = row["cost/forward_flops"] + row["cost/backward_flops"]
+        cost = math.fsum(row[name] for name in costs)
         if spent + cost > budget:
             return last + (row[metric] - last) * (budget - spent) / cost
         spent, last = spent + cost, row[metric]
@@ -184,9 +210,6 @@ def accuracy_within(result: Any, budget: float, metric: str = "test/top1") -> fl
 def sweep_table(comparison: Any, title: str) -> pd.DataFrame:
     """The sweep on one dataset and network: final top-1, FLOPs and seconds relative to full learning, and top-1 at
     equal FLOPs (those that the cheapest arm spends in all), means over seeds with half-widths of 95 % intervals."""
-    def flops(result: Any) -> float:
-        return math.fsum(row["cost/forward_flops"] + row["cost/backward_flops"] for row in result.history)
-
     baseline = comparison.arms[0]
     rows = []
     for arm in comparison.arms:
@@ -194,10 +217,10 @@ def sweep_table(comparison: Any, title: str) -> pd.DataFrame:
         parts: dict[str, list[float]] = {"top-1": [], "FLOPs": [], "seconds": [], "top-1 at equal FLOPs": []}
         for seed in comparison.seeds:
             result, full = comparison.results[arm, seed], comparison.results[baseline, seed]
-            budget = min(flops(comparison.results[other, seed]) for other in comparison.arms)
+            budget = min(_spent(comparison.results[other, seed], FLOPS) for other in comparison.arms)
             parts["top-1"].append(result.final["test/top1"])
-            parts["FLOPs"].append(flops(result) / flops(full))
-            parts["seconds"].append(result.frame["seconds"].iloc[-1] / full.frame["seconds"].iloc[-1])
+            parts["FLOPs"].append(_spent(result, FLOPS) / _spent(full, FLOPS))
+            parts["seconds"].append(_spent(result, SECONDS) / _spent(full, SECONDS))
             parts["top-1 at equal FLOPs"].append(accuracy_within(result, budget))
         for name, values in parts.items():
             row[name], row[f"{name} ±"] = measure.mean_interval(values)
@@ -256,19 +279,24 @@ def table_2(published: pd.DataFrame, runs: Mapping[str, Any], baseline: str, arm
 
 
 def savings(runs: Mapping[str, Any], costs: pd.DataFrame, baseline: str, arm: str) -> pd.DataFrame:
-    """Figs. 6 and 7 and their seconds, as shares saved over the run: means with half-widths of 95 % intervals."""
+    """Figs. 6 and 7 and their seconds: what both methods spent over the run, and the share that the arm saved.
+
+    Returns:
+        One row a dataset and quantity: the means of both methods in `unit`, `saved` and its half-width `±`.
+    """
+    quantities = {"FLOPs, measured": (FLOPS, 1e12, "TFLOP"),
+                  "bytes moved, measured": (("cost/bytes_moved",), 1e9, "GB"),
+                  "seconds, measured": (SECONDS, 1.0, "s")}
     rows = []
     for name, comparison in runs.items():
-        parts = {
-            "MACs, paper's arithmetic": paper_saving(comparison, costs, arm),
-            "FLOPs, measured": saving(comparison, ["cost/forward_flops", "cost/backward_flops"], baseline, arm),
-            "bytes moved, measured": saving(comparison, ["cost/bytes_moved"], baseline, arm),
-            "seconds, measured": saving(comparison, ["time/epoch_seconds"], baseline, arm),
-        }
-        for what, values in parts.items():
-            mean, half = measure.mean_interval([value / 100 for value in values])
-            rows.append({"dataset": name, "what": what, "saved": mean, "±": half})
-    return pd.DataFrame(rows, columns=["dataset", "what", "saved", "±"])
+        mean, half = measure.mean_interval([value / 100 for value in paper_saving(comparison, costs, arm)])
+        rows.append({"dataset": name, "what": "MACs, paper's arithmetic", "saved": mean, "±": half})
+        for what, (metrics, scale, unit) in quantities.items():
+            mean, half = measure.mean_interval([value / 100 for value in saving(comparison, metrics, baseline, arm)])
+            spent = {method: measure.mean_interval([_spent(comparison.results[method, seed], metrics) / scale
+                                                    for seed in comparison.seeds])[0] for method in (baseline, arm)}
+            rows.append({"dataset": name, "what": what, **spent, "unit": unit, "saved": mean, "±": half})
+    return pd.DataFrame(rows, columns=["dataset", "what", baseline, arm, "unit", "saved", "±"])
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

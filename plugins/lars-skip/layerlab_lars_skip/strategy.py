@@ -45,8 +45,8 @@ class LarsSkip(Strategy):
     alpha: float = Field(2.0, ge=0)
     """Threshold of rule `fixed`; infinite never skips."""
     rule: Literal["fixed", "own-history"] = "fixed"
-    """`fixed`: nw > alpha, the paper's. `own-history`: nw above the geometric mean of the layer's own nw of all epochs
-    in which it learned, so that no threshold has to be found for a dataset or a network."""
+    """`fixed`: nw > alpha, the paper's. `own-history`: nw above the geometric mean of the layer's own nw of the earlier
+    epochs in which it learned, so that no threshold has to be found for a dataset or a network."""
     memory: Literal["forget", "keep"] = "forget"
     """What a skipped layer's nw counts as: `forget`, undefined, so that it learns again and is measured; `keep`, the
     last one measured."""
@@ -114,6 +114,7 @@ class LarsSkip(Strategy):
         """
         self._edge = 0
         for index in range(len(self._latest)):
+            threshold = self._threshold(index)
             if index in variables:
                 self._latest[index], self._age[index] = variables[index], 0
                 if 0 < variables[index] < math.inf:
@@ -125,7 +126,7 @@ class LarsSkip(Strategy):
                 if self.memory == "forget" or forgotten:
                     self._latest[index] = None
             value = self._latest[index]
-            if value is not None and value > self._threshold(index):
+            if value is not None and value > threshold:
                 self._edge = index + 1
         return self._edge
 

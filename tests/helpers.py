@@ -1,11 +1,13 @@
-"""A strategy that freezes a growing and shrinking prefix, and can be slowed down: for tests of interruption."""
+"""What several tests use: a small residual network, a strategy that freezes and thaws, equality of weights."""
 
 from __future__ import annotations
 
 import time
 from typing import Any, ClassVar
 
+import torch
 from pydantic import PrivateAttr
+from torch import nn
 
 from layerlab import Run, Strategy, forward_order
 
@@ -40,3 +42,27 @@ class Freezer(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._count = state["count"]
+
+
+class Residual(nn.Module):
+    """conv–bn, a residual block, dropout and a classifier; declared in another order than it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(16, 10)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(x + self.bn2(self.conv2(x)))
+        return self.classifier(self.drop(x.mean((2, 3))))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Bit for bit."""
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
