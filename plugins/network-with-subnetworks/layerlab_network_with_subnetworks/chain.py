@@ -18,6 +18,8 @@ from layerlab import LayerlabError
 
 NAME = "network-with-subnetworks"
 DropoutBy = Literal["position", "layer"]
+# Without the batch; what cannot be known from weights alone stands there by name.
+Shape = tuple[int | str, ...]
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # These change the shape between layers, so they belong to none and stay when a layer goes.
 RESHAPING = (nn.Flatten, nn.Unflatten, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd)
@@ -86,7 +88,7 @@ def check_detachable(network: nn.Sequential, names: Collection[str], example: Te
         raise LayerlabError(f"{NAME} cannot detach {known[-1]!r}: it is the network's last layer; keep it.")
     gone = {child for layer in layers if layer.name in names for child in layer.children}
     taken = _shapes(network, example) if example is not None else _widths(network)
-    before: tuple[str, tuple[int, ...]] | None = None
+    before: tuple[str, Shape] | None = None
     for name, child in network.named_children():
         if name in names:
             before = before or (name, taken.get(name, ()))
@@ -94,25 +96,29 @@ def check_detachable(network: nn.Sequential, names: Collection[str], example: Te
             # Widths of a convolution and of a linear layer cannot be compared without knowing the pixels between.
             comparable = example is not None or len(taken[name]) == len(before[1])
             if comparable and taken[name] != before[1]:
-                # An nn.Flatten, say, takes anything: the layer behind it is the one to name.
                 after, wants = name, taken[name]
+                # An nn.Flatten, say, takes anything: the layer behind it is the one to name.
                 if isinstance(child, RESHAPING):
                     later = known[[known.index(layer) for layer in known if layer in names][-1] + 1 :]
                     after = next((layer for layer in later if layer not in names), name)
-                fitting = _fitting(network, layers, taken) if example is not None else []
+                fitting = _fitting(network, layers, taken)
                 remedy = f"layers={fitting!r} can be detached" if fitting else "make them equally wide"
                 raise LayerlabError(
-                    f"{NAME} cannot detach {before[0]!r}: it takes shape {before[1]}, and the next layer left, "
-                    f"{after!r}, is given {wants}; {remedy}."
+                    f"{NAME} cannot detach {before[0]!r}: it takes shape {_text(before[1])}, and the next layer left, "
+                    f"{after!r}, is given {_text(wants)}; {remedy}."
                 )
             before = None
 
 
-def _shapes(network: nn.Sequential, example: Tensor) -> dict[str, tuple[int, ...]]:
+def _text(shape: Shape) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _shapes(network: nn.Sequential, example: Tensor) -> dict[str, Shape]:
     """The shape, without the batch, that each child is given."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    shapes = {}
+    shapes: dict[str, Shape] = {}
     x = example[:2]
     with torch.no_grad():
         for name, child in network.named_children():
@@ -123,25 +129,25 @@ def _shapes(network: nn.Sequential, example: Tensor) -> dict[str, tuple[int, ...
     return shapes
 
 
-def _widths(network: nn.Sequential) -> dict[str, tuple[int, ...]]:
-    """What each child with a linear or convolution layer takes: features, or (channels, and a one a dimension)."""
-    widths = {}
+def _widths(network: nn.Sequential) -> dict[str, Shape]:
+    """What each child with a linear or convolution layer takes, as far as its weights say."""
+    widths: dict[str, Shape] = {}
     for name, child in network.named_children():
         first = next((module for module in child.modules() if isinstance(module, WEIGHTED)), None)
         if isinstance(first, nn.Linear):
             widths[name] = (first.in_features,)
         elif first is not None:
-            widths[name] = (first.in_channels, *(1 for _ in first.kernel_size))
+            widths[name] = (first.in_channels, *("depth", "height", "width")[-len(first.kernel_size):])
     return widths
 
 
-def _fitting(network: nn.Sequential, layers: Sequence[Layer], taken: dict[str, tuple[int, ...]]) -> list[str]:
+def _fitting(network: nn.Sequential, layers: Sequence[Layer], taken: dict[str, Shape]) -> list[str]:
     """The layers that leave their input's shape as it is."""
     names = [name for name, _ in network.named_children()]
     fitting = []
     for layer in layers[:-1]:
         last = names.index(layer.children[-1])
-        if taken[names[last + 1]] == taken[layer.name]:
+        if layer.name in taken and taken.get(names[last + 1]) == taken[layer.name]:
             fitting.append(layer.name)
     return fitting
 
