@@ -32,16 +32,16 @@ def depth(arm: str) -> int:
     return int(arm.rpartition("-")[2].removeprefix("model"))
 
 
-def arms(l2: Mapping[str, float], **settings: Any) -> dict[str, NetworkWithSubnetworks]:
+def arms(l2: Mapping[str, float], cuda_graph: bool = False) -> dict[str, NetworkWithSubnetworks]:
     """Strategies by the paper's names.
 
     Args:
         l2: arm → λ. `ref-model2` is trained regularly, with equation (3); `model0-1-2` at once with its sub-models.
-        settings: of `model0-1…`, besides l2.
+        cuda_graph: for all of them, so that their times can be compared.
     """
     return {
-        name: NetworkWithSubnetworks(layers=(), momentum_format="tensorflow", l2=value) if name.startswith(REGULAR)
-        else NetworkWithSubnetworks(l2=value, **settings)
+        name: NetworkWithSubnetworks(l2=value, cuda_graph=cuda_graph, **(
+            {"layers": (), "momentum_format": "tensorflow"} if name.startswith(REGULAR) else {}))
         for name, value in l2.items()
     }
 
