@@ -192,7 +192,7 @@ def detach(
         model: a chain that `NetworkWithSubnetworks` trained; it is copied, not changed.
         layers: how many, from the input on, or their names.
         example: images as the network takes them, (batch, channels, height, width); with it, shapes are checked where
-            they pass, not only the widths of linear and convolution layers.
+            they pass. Without it, by the first linear or convolution layer that each block declares.
         dropout_by: as in `without`; matters only if the network is trained on.
 
     Returns:

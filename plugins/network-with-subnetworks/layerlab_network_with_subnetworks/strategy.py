@@ -7,6 +7,7 @@ equations; they are given here as the authors' public code has them.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from layerlab import LayerlabError, Run, Strategy, evaluate
-from layerlab_network_with_subnetworks.chain import NAME, check_detachable, detach, layers_of, without
+from layerlab_network_with_subnetworks.chain import NAME, check_detachable, layers_of, without
 from layerlab_network_with_subnetworks.networks import perceptron
 
 
@@ -214,4 +215,6 @@ class NetworkWithSubnetworks(Strategy):
         Args:
             model: the network that this strategy trained, `FitResult.model`.
         """
-        return {name: detach(model, names, dropout_by=self.dropout_by) for name, names in self.models.items()}
+        assert isinstance(model, nn.Sequential)
+        # The shapes were checked when training started.
+        return {name: copy.deepcopy(without(model, names, self.dropout_by)).eval() for name, names in self.models.items()}
