@@ -217,4 +217,5 @@ class NetworkWithSubnetworks(Strategy):
         """
         assert isinstance(model, nn.Sequential)
         # The shapes were checked when training started.
-        return {name: copy.deepcopy(without(model, names, self.dropout_by)).eval() for name, names in self.models.items()}
+        return {name: copy.deepcopy(without(model, names, self.dropout_by)).eval()
+                for name, names in self.models.items()}
