@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 LABELS = {
     "epoch": "epoch",
@@ -193,4 +193,39 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
         axis.margins(x=0.18, y=0.15)
     for axis in flat[len(panels):]:
         axis.set_visible(False)
+    return figure
+
+
+def families(frame: pd.DataFrame, x: Mapping[str, str], y: str, family: str, label: str, ylabel: str,
+             title: str = "") -> Figure:
+    """Accuracy against several costs: each family of networks a line with named points, one panel a cost.
+
+    Args:
+        frame: a row a network, with the columns below and, for intervals, `y ±` named so.
+        x: column of a cost → label of its axis, which is logarithmic.
+        y: column of a share, shown in per cent.
+        family, label: columns with the line's and the point's name.
+    """
+    figure, axes = _canvas(len(x), width=5.6)
+    names = list(dict.fromkeys(frame[family]))
+    for axis, (column, text) in zip(axes[0], x.items(), strict=True):
+        for number, (colour, name) in enumerate(zip(sns.color_palette("colorblind", len(names)), names, strict=True)):
+            part = frame[frame[family] == name].sort_values(column)
+            axis.errorbar(part[column], part[y], yerr=part.get(f"{y} ±"), marker="osD^v"[number % 5], markersize=5,
+                          color=colour, elinewidth=0.8, capsize=2, alpha=0.85, label=name)
+        # One name for networks that cost about the same, below the lowest of them.
+        for point, same in frame.groupby(label):
+            lowest = same.loc[same[y].idxmin()]
+            axis.annotate(str(point), (lowest[column], lowest[y]), xytext=(0, -13), textcoords="offset points",
+                          fontsize=8, ha="center")
+        axis.set(xlabel=text, ylabel=ylabel, xscale="log")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            which(EngFormatter(sep=""))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.margins(x=0.15, y=0.15)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names)))
+    if title:
+        figure.suptitle(title)
     return figure

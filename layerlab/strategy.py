@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from layerlab.errors import LayerlabError, sentence
 
-HOOKS = ("on_fit_start", "on_epoch_start", "training_step", "on_after_backward", "on_epoch_end", "on_fit_end")
+HOOKS = (
+    "on_fit_start", "on_epoch_start", "training_step", "on_after_backward", "on_epoch_end", "on_validation_end",
+    "on_fit_end",
+)  # fmt: skip
 
 
 class Batches(Protocol):
@@ -176,6 +179,9 @@ class Strategy(BaseModel):
     def on_epoch_end(self, run: Run) -> None:
         """After each epoch's last step, before the evaluation."""
 
+    def on_validation_end(self, run: Run) -> None:
+        """After each epoch's evaluation, outside the epoch's seconds: for what a strategy evaluates and logs itself."""
+
     def on_fit_end(self, run: Run) -> None:
         """Once at the end: leave `run.model` as the network that a user deploys."""
 
@@ -185,6 +191,21 @@ class Strategy(BaseModel):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+    @classmethod
+    def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module | None:
+        """A new small network that this strategy can train, for whatever runs over all strategies, tests say.
+
+        A strategy that takes any network leaves this as it is; one that needs a network of a certain form gives one.
+
+        Args:
+            shape: (channels, height, width) of the images.
+            classes: logits that the network gives.
+
+        Returns:
+            The network, or None for any.
+        """
+        return None
 
     @classmethod
     def defines(cls, hook: str) -> bool:

@@ -287,6 +287,7 @@ class Fit:
             )
         row: dict[str, Any] = {"epoch": run.epoch, "timestamp": time.time_ns() // 1_000_000, "train/loss": mean_loss}
         row |= evaluate(run.model, run.test_data, run.loss, autocast=run.autocast)
+        self._call("on_validation_end")
         row["time/epoch_seconds"] = seconds
         cost = self._costs.get(key)
         if cost is not None:
@@ -568,7 +569,7 @@ def fit(
 
 
 def compare(
-    model: nn.Module | Callable[[], nn.Module],
+    model: nn.Module | Callable[[], nn.Module] | Mapping[Any, nn.Module | Callable[[], nn.Module]],
     data: Dataset,
     arms: Mapping[Any, Strategy | Sequence[Strategy]],
     *,
@@ -579,19 +580,22 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Train the same network with different strategies under the same seeds, epoch by epoch by turns.
+    """Train a network with different strategies under the same seeds, epoch by epoch by turns.
 
     By turns, so that whatever slows the machine for a while slows all arms alike and ratios of seconds stay honest.
 
     Args:
+        model: as `fit`, the same for all arms; or name of an arm → its own.
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
-        model, data, loss, observers, progress, settings: as `fit`.
+        data, loss, observers, progress, settings: as `fit`.
 
     Returns:
         All results, with tables of them.
     """
+    if isinstance(model, Mapping) and (missing := [arm for arm in arms if arm not in model]):
+        raise LayerlabError(f"No network is given for arm {missing[0]!r}; give one for each arm.")
     if not seeds:
         raise LayerlabError("seeds is empty; give at least one.")
     checked = _settings(settings)
@@ -603,12 +607,13 @@ def compare(
             fits.clear()
             for arm, strategies in arms.items():
                 chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
+                network = model[arm] if isinstance(model, Mapping) else model
                 folder = Path(checkpoint) if checkpoint is not None else None
                 if folder is not None and len(arms) * len(seeds) > 1:
                     folder /= f"{arm or 'fit'}-seed{seed}"
                 fits.append(Fit(
-                    model, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "", loss=loss,
-                    checkpoint=folder, observers=observers, **settings,
+                    network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
+                    loss=loss, checkpoint=folder, observers=observers, **settings,
                 ))
             bars.done += sum(each.run.epoch for each in fits)
             # Runs that were interrupted at different epochs catch up first.

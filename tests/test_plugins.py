@@ -19,6 +19,15 @@ def data():
     return load_dataset("digits", device="cpu")
 
 
+@pytest.fixture
+def network(name, data, residual):
+    """Builds what the plugin trains: its own example, or for one that takes any network the residual one."""
+    kind = strategies[name].load()
+    if kind.example_network(data.shape, data.classes) is None:
+        return residual
+    return lambda: kind.example_network(data.shape, data.classes)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_paper_is_complete(name):
     paper = load_paper(name)
@@ -47,26 +56,26 @@ def test_settings_are_documented(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_resume_after_every_epoch_is_bit_identical(name, optimizer, data, residual, tmp_path):
+def test_resume_after_every_epoch_is_bit_identical(name, optimizer, data, network, tmp_path):
     options = dict(epochs=4, batch_size=128, optimizer=optimizer, lr=0.01)
-    whole = fit(residual, data, strategies(name), progress=False, **options)
+    whole = fit(network, data, strategies(name), progress=False, **options)
     assert len({row["train/loss"] for row in whole.history}) == 4
     for stop in (1, 2, 3):
         folder = tmp_path / str(stop)
-        first = Fit(residual, data, strategies(name), checkpoint=folder, **options)
+        first = Fit(network, data, strategies(name), checkpoint=folder, **options)
         for _ in range(stop):
             first.train_epoch()
-        again = fit(residual, data, strategies(name), checkpoint=folder, progress=False, **options)
+        again = fit(network, data, strategies(name), checkpoint=folder, progress=False, **options)
         assert same_weights(whole.model, again.model), f"after epoch {stop}"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_object_fits_twice(name, data, residual):
+def test_one_object_fits_twice(name, data, network):
     strategy = strategies(name)
     options = dict(epochs=3, batch_size=256)
     models = []
     for _ in range(2):
-        job = Fit(residual, data, strategy, **options)
+        job = Fit(network, data, strategy, **options)
         while not job.finished:
             job.train_epoch()
         models.append(job.finish().model)

@@ -34,6 +34,11 @@ class Recorder(Strategy):
     def on_epoch_end(self, run: Run) -> None:
         self.events.append(f"epoch {run.epoch} end")
 
+    def on_validation_end(self, run: Run) -> None:
+        assert not run.model.training
+        self.events.append(f"epoch {run.epoch} evaluated")
+        run.log("recorder/evaluated", run.epoch)
+
     def on_fit_end(self, run: Run) -> None:
         self.events.append("fit end")
 
@@ -54,8 +59,10 @@ def test_hooks_are_called_in_order(digits, residual):
     result = fit(residual(), digits, Recorder(), epochs=2, batch_size=512, progress=False)
     steps = ["after backward"] * (len(digits.train) // 512)
     assert result.strategies[0].events == [
-        "fit start", "epoch 1 start", *steps, "epoch 1 end", "epoch 2 start", *steps, "epoch 2 end", "fit end",
+        "fit start", "epoch 1 start", *steps, "epoch 1 end", "epoch 1 evaluated",
+        "epoch 2 start", *steps, "epoch 2 end", "epoch 2 evaluated", "fit end",
     ]
+    assert [row["recorder/evaluated"] for row in result.history] == [1, 2]
 
 
 def test_a_replaced_step_calls_the_other_strategies_after_backward_and_trains_the_same(digits, residual):

@@ -42,6 +42,15 @@ def test_by_turns_gives_what_each_gives_alone(digits, residual):
     assert summary.loc["frozen", "TFLOP"] < summary.loc["plain", "TFLOP"]
 
 
+def test_each_arm_may_have_its_own_network(digits, residual):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    both = compare({"large": residual, "small": plain}, digits, {"small": (), "large": ()}, **QUICK)
+    for arm, network in (("small", plain), ("large", residual)):
+        assert same_weights(both.results[arm, 0].model, fit(network, digits, **QUICK).model)
+    with pytest.raises(LayerlabError, match="No network is given for arm 'large'"):
+        compare({"small": plain}, digits, {"small": (), "large": ()}, **QUICK)
+
+
 def test_several_seeds_in_one_call(digits, residual):
     results = fit(residual, digits, seed=[0, 5], **QUICK)
     assert [result.seed for result in results] == [0, 5]

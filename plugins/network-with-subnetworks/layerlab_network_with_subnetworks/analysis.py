@@ -1,0 +1,316 @@
+"""What the notebook shows: the paper's runs, its tables, what each setting changes, accuracy against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from layerlab import Dataset, evaluate, measure
+from layerlab_network_with_subnetworks.networks import convolutional_chain, perceptron
+from layerlab_network_with_subnetworks.strategy import NetworkWithSubnetworks
+
+REGULAR = "ref-"
+LOGGED = "network-with-subnetworks/{}/top1"
+
+
+def unit_range(data: Dataset) -> Dataset:
+    """The same data with pixels in [0, 1] instead of normalised (Section 4)."""
+    halves = {half: replace(getattr(data, half), mean=(0.0,) * data.shape[0], std=(255.0,) * data.shape[0])
+              for half in ("train", "test")}
+    return replace(data, **halves, fingerprint=f"{data.fingerprint}-unit")
+
+
+def depth(arm: str) -> int:
+    """Hidden layers of the base of an arm: 2 for `model0-1-2` and for `ref-model2`."""
+    return int(arm.rpartition("-")[2].removeprefix("model"))
+
+
+def arms(l2: Mapping[str, float], cuda_graph: bool = False) -> dict[str, NetworkWithSubnetworks]:
+    """Strategies by the paper's names.
+
+    Args:
+        l2: arm → λ. `ref-model2` is trained regularly, with equation (3); `model0-1-2` at once with its sub-models.
+        cuda_graph: for all of them, so that their times can be compared.
+    """
+    return {
+        name: NetworkWithSubnetworks(l2=value, cuda_graph=cuda_graph, **(
+            {"layers": (), "momentum_format": "tensorflow"} if name.startswith(REGULAR) else {}))
+        for name, value in l2.items()
+    }
+
+
+def networks(names: Sequence[str], data: Dataset) -> dict[str, Callable[[], nn.Module]]:
+    """The perceptron of each arm, as functions that build them."""
+    return {name: partial(perceptron, data.classes, data.shape[1], data.shape[0], depth(name)) for name in names}
+
+
+def schedule(epochs: int) -> dict[str, Any]:
+    """The paper's, scaled to `epochs`: the rate is divided by three after one and two thirds (200 and 400 of 600)."""
+    milestones = (round(epochs / 3), round(2 * epochs / 3))
+    return {"epochs": epochs, "schedule": "step", "milestones": milestones, "gamma": 1 / 3}
+
+
+def accuracies(result: Any) -> pd.DataFrame:
+    """Test accuracy of a fit's base and sub-models, as shares: epochs × models, the base first."""
+    *smaller, base = result.strategies[0].models
+    smaller.reverse()
+    if result.name.startswith(REGULAR):
+        base = f"model{depth(result.name)}"
+    return pd.DataFrame(
+        [[row["test/top1"], *(row[LOGGED.format(name)] for name in smaller)] for row in result.history],
+        columns=[base, *smaller], index=[row["epoch"] for row in result.history],
+    )
+
+
+def accuracy(result: Any, model: str, when: str) -> float:
+    """A model's test accuracy, a share.
+
+    Args:
+        when: `best`: in the epoch of the base's best test accuracy, which is what the paper reports (the first such
+            epoch); `last`: in the last one.
+    """
+    table = accuracies(result)
+    return float(table[model].iloc[int(table.iloc[:, 0].to_numpy().argmax()) if when == "best" else -1])
+
+
+def published(paper: Any, dataset: str, arm: str) -> tuple[str, str, pd.DataFrame]:
+    """The paper's table for an arm: (its number, the dataset that it is of, the table).
+
+    MNIST's for a dataset that the paper does not have.
+    """
+    number = {"model0-1": 3, "model0-1-2": 5}.get(arm, 1) + (dataset == "fashion-mnist")
+    return str(number), "Fashion-MNIST" if dataset == "fashion-mnist" else "MNIST", paper.table(str(number)).frame
+
+
+def gains(comparison: Any, when: str = "best") -> dict[str, list[float]]:
+    """Points of accuracy against the regularly trained network, by the ends of the claims' names, a value a seed."""
+    wanted = {
+        "model2-gain": ("model0-1-2", "model2", "ref-model2"),
+        "model1-gain": ("model0-1-2", "model1", "ref-model1"),
+        "model0-gain": ("model0-1-2", "model0", "ref-model0"),
+        "model0-1-gain": ("model0-1", "model1", "ref-model1"),
+    }
+    return {end: gain(comparison, *parts, when) for end, parts in wanted.items()
+            if {parts[0], parts[2]} <= set(comparison.arms)}
+
+
+def gain(comparison: Any, arm: str, model: str, reference: str, when: str = "best") -> list[float]:
+    """Points of accuracy that `model` of `arm` has more than the regularly trained `reference`, a value a seed."""
+    return [
+        100 * (accuracy(comparison.results[arm, seed], model, when)
+               - accuracy(comparison.results[reference, seed], f"model{depth(reference)}", when))
+        for seed in comparison.seeds
+    ]
+
+
+def time_ratio(comparison: Any, arm: str, references: Sequence[str], metric: str = "time/epoch_seconds") -> list[float]:
+    """Seconds (or another cost) of training `arm` over those of training the references one after the other."""
+    def spent(name: str, seed: int) -> float:
+        return math.fsum(row[metric] for row in comparison.results[name, seed].history)
+
+    return [spent(arm, seed) / math.fsum(spent(name, seed) for name in references) for seed in comparison.seeds]
+
+
+def speed_table(comparisons: Mapping[str, Any], arm: str, references: Sequence[str]) -> pd.DataFrame:
+    """Seconds an epoch of `arm` and of the references, and the ratios of seconds and FLOPs over the whole run."""
+    rows = []
+    for name, comparison in comparisons.items():
+        row: dict[str, Any] = {"dataset": name}
+        for each in [*references, arm]:
+            seconds = [value for seed in comparison.seeds
+                       for value in comparison.results[each, seed].frame["time/epoch_seconds"]]
+            row[f"{each} [s/epoch]"] = sum(seconds) / len(seconds)
+        row["ratio of seconds"], row["±"] = measure.mean_interval(time_ratio(comparison, arm, references))
+        flops = {}
+        for each in [*references, arm]:
+            history = comparison.results[each, comparison.seeds[0]].history
+            flops[each] = math.fsum(r["cost/forward_flops"] + r["cost/backward_flops"] for r in history)
+        row["ratio of FLOPs"] = flops[arm] / math.fsum(flops[each] for each in references)
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("dataset").dropna(axis=1, how="all")
+
+
+def count(model: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def table(published: pd.DataFrame, comparison: Any, names: Sequence[str]) -> pd.DataFrame:
+    """One of Tables 1 to 6, published beside measured.
+
+    Args:
+        published: the paper's.
+        names: the arms whose models stand in it: the references, or one of `model0-1…`.
+
+    Returns:
+        A row a model: `paper`, `best epoch` (the base's), `last epoch` (mean ± half-width of the 95 % interval over
+        seeds), `parameters (paper)`, `parameters`.
+    """
+    rows = []
+    for name in names:
+        results = [comparison.results[name, seed] for seed in comparison.seeds]
+        for model in accuracies(results[0]).columns:
+            label = name if name.startswith(REGULAR) else model
+            known = published.loc[label] if label in published.index else {}
+            whole = results[0].model
+            size = count(whole if name.startswith(REGULAR) else results[0].strategies[0].networks(whole)[model])
+            rows.append({
+                "model": label, "paper": known.get("test accuracy", ""),
+                "best epoch": _spread([accuracy(result, model, "best") for result in results]),
+                "last epoch": _spread([accuracy(result, model, "last") for result in results]),
+                "parameters (paper)": known.get("parameters", ""), "parameters": f"{size:,}",
+            })
+    return pd.DataFrame(rows).set_index("model")
+
+
+def learning_curves(comparison: Any) -> pd.DataFrame:
+    """Every model's accuracy over epochs and seconds, as `layerlab.figures.curves` takes it: an arm a model."""
+    frames = []
+    for (arm, seed), result in comparison.results.items():
+        seconds = result.frame["seconds"].to_numpy()
+        for model, values in accuracies(result).items():
+            label = arm if arm.startswith(REGULAR) else f"{model} of {arm}"
+            frames.append(pd.DataFrame({"arm": label, "seed": seed, "epoch": values.index, "seconds": seconds,
+                                        "test/top1": values.to_numpy()}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def cost_and_accuracy(comparison: Any, example: Tensor, rounds: int = 15) -> pd.DataFrame:
+    """What a user chooses from: every detached network of the first seed's runs and every regularly trained one.
+
+    Args:
+        example: images as the networks take them; latency is measured on one, by turns.
+        rounds: of timing.
+
+    Returns:
+        A row a network: `family` (the arm, or `trained separately`), `model`, `parameters`, `latency` in microseconds
+        for one image (median over rounds of 20 calls), `top-1` in the last epoch, mean over seeds, with `top-1 ±`.
+    """
+    found: list[dict[str, Any]] = []
+    built: dict[str, nn.Module] = {}
+    for arm in comparison.arms:
+        results = [comparison.results[arm, seed] for seed in comparison.seeds]
+        regular = arm.startswith(REGULAR)
+        alone = results[0].strategies[0].networks(results[0].model)
+        for model in reversed(accuracies(results[0]).columns):
+            mean, half = measure.mean_interval([accuracy(result, model, "last") for result in results])
+            network = results[0].model if regular else alone[model]
+            built[f"{arm} {model}"] = network.eval()
+            found.append({"family": "trained separately" if regular else f"{arm}, trained at once", "model": model,
+                          "parameters": count(network), "top-1": mean, "top-1 ±": half})
+    image = example[:1]
+
+    def call(network: nn.Module) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                network(image)
+
+    turns = measure.time_by_turns({name: partial(call, network) for name, network in built.items()}, rounds,
+                                  device=str(image.device))
+    frame = pd.DataFrame(found)
+    frame.insert(3, "latency", [1e6 * turns[name].median / 20 for name in built])
+    return frame.sort_values(["family", "parameters"], ascending=[False, True], ignore_index=True)
+
+
+def setting_arms(l2: float) -> dict[str, NetworkWithSubnetworks]:
+    """One strategy a setting that the text leaves out or that it argues for, each changed alone."""
+    return {
+        "as the paper": NetworkWithSubnetworks(l2=l2),
+        "TensorFlow momentum": NetworkWithSubnetworks(l2=l2, momentum_format="tensorflow"),
+        "mean of all models": NetworkWithSubnetworks(l2=l2, sharing="all"),
+        "L2 on all losses": NetworkWithSubnetworks(l2=l2, l2_on="all"),
+        "L2 on biases": NetworkWithSubnetworks(l2=l2, l2_biases=True),
+        "L2 with ½": NetworkWithSubnetworks(l2=l2 / 2),
+        "no L2": NetworkWithSubnetworks(l2=0.0),
+        "dropout by layer": NetworkWithSubnetworks(l2=l2, dropout_by="layer"),
+        "dropout on pixels": NetworkWithSubnetworks(l2=l2),
+        "torch initial weights": NetworkWithSubnetworks(l2=l2),
+    }
+
+
+def setting_networks(data: Dataset) -> dict[str, Callable[[], nn.Module]]:
+    """The network with two hidden layers of each of `setting_arms`."""
+    build = partial(perceptron, data.classes, data.shape[1], data.shape[0], 2)
+    options: dict[str, dict[str, Any]] = {
+        # The text's "input layer 0.8, hidden layers 0.5", as shares that are kept and dropped.
+        "dropout on pixels": {"pixel_dropout": 0.2, "dropout": (0.5,)},
+        "torch initial weights": {"initial": "torch"},
+    }
+    return {name: partial(build, **options.get(name, {})) for name in setting_arms(0.0)}
+
+
+def settings_table(*comparisons: Any) -> pd.DataFrame:
+    """Last epoch's accuracy of every model with each setting, mean over seeds, and its change in points against the
+    first setting, with half-widths of 95 % intervals where there are several seeds."""
+    results = [(arm, [comparison.results[arm, seed] for seed in comparison.seeds])
+               for comparison in comparisons for arm in comparison.arms]
+    rows = []
+    for arm, mine in results:
+        row: dict[str, Any] = {"setting": arm}
+        for model in accuracies(mine[0]).columns:
+            values = [accuracy(result, model, "last") for result in mine]
+            changes = [100 * (value - accuracy(result, model, "last"))
+                       for value, result in zip(values, results[0][1], strict=True)]
+            row[model] = measure.mean_interval(values)[0]
+            row[f"change of {model}"], row[f"{model} ±"] = measure.mean_interval(changes)
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("setting").dropna(axis=1, how="all")
+
+
+def settings_bars(frame: pd.DataFrame) -> pd.DataFrame:
+    """`settings_table` as `layerlab.figures.grouped_bars` takes it: without its first row, a bar a model."""
+    models = [column.removeprefix("change of ") for column in frame if column.startswith("change of ")]
+    return pd.DataFrame([
+        {"setting": setting.replace(" ", "\n", 1), "model": model, "points": row[f"change of {model}"]}
+        for setting, row in frame.iloc[1:].iterrows() for model in models
+    ])
+
+
+def convolutional_arms(
+    blocks: int, classes: int, channels: int, width: int
+) -> tuple[dict[str, Callable[[], nn.Module]], dict[str, NetworkWithSubnetworks]]:
+    """Convolutional NSN with one and with two blocks detached at a time, beside networks trained separately.
+
+    Args:
+        blocks: of the base that can be detached.
+        classes, channels, width: of `convolutional_chain`.
+
+    Returns:
+        (arm → function that builds its network, arm → strategy). No penalty.
+    """
+    names = tuple(f"block{number}" for number in range(1, blocks + 1))
+    strategies = {f"{REGULAR}model{size}": NetworkWithSubnetworks(layers=(), l2=0.0)
+                  for size in range(0, blocks + 1, 2)}
+    strategies["one block at a time"] = NetworkWithSubnetworks(layers=names, l2=0.0)
+    strategies["two blocks at a time"] = NetworkWithSubnetworks(layers=names, detach_at_once=2, l2=0.0)
+    depths = {name: depth(name) if name.startswith(REGULAR) else blocks for name in strategies}
+    built = {name: partial(convolutional_chain, classes, channels, width, size) for name, size in depths.items()}
+    return built, strategies
+
+
+def seconds_table(comparison: Any) -> pd.DataFrame:
+    """Seconds of training of each arm, mean over seeds, and how many models come of it."""
+    rows = {}
+    for arm in comparison.arms:
+        results = [comparison.results[arm, seed] for seed in comparison.seeds]
+        seconds = [result.frame["seconds"].iloc[-1] for result in results]
+        rows[arm] = {"models": len(results[0].strategies[0].models), "seconds": measure.mean_interval(seconds)[0]}
+    return pd.DataFrame(rows).T
+
+
+def detached_accuracy(result: Any, data: Dataset) -> dict[str, float]:
+    """Test accuracy of each network that `detach` gives, evaluated on its own, as shares."""
+    return {name: evaluate(model.to(data.test.labels.device), data.test)["test/top1"]
+            for name, model in result.strategies[0].networks(result.model).items()}
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, half = measure.mean_interval(values)
+    return f"{mean:.4f}" + (f" ± {half:.4f}" if math.isfinite(half) else "")
