@@ -125,8 +125,8 @@ def test_alexnets_memory_at_batch_8():
 def test_the_measured_peak_is_no_more_than_the_planned_one(name, optimizer):
     model, shape = analysis.network(name)
     planned = plan.reordered(traced_at(name, 32), "shared", states=analysis.STATES[optimizer]).total
-    # GoogLeNet calls ReLU as a function, which the executor cannot take over: PyTorch keeps those results, where the plan
-    # counts on their signs.
+    # GoogLeNet calls ReLU as a function, which the executor cannot take over: PyTorch keeps those results, where the
+    # plan counts on their signs.
     assert analysis.measured_peak(model, shape, 32, optimizer=optimizer) <= planned * (
         1.01 if name == "googlenet" else 1)
 
