@@ -189,7 +189,7 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
         axis.set(xlabel=xlabel, ylabel=ylabel, title=name)
         if percent:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.margins(x=0.18, y=0.15)
     for axis in flat[len(panels):]:
         axis.set_visible(False)

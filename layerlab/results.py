@@ -79,7 +79,7 @@ def _page(folder: Path) -> Path:
                         f"{some.machine}. Commit: `{some.commit}`. Versions: {versions}.")
         text.append("<details><summary>Parameters</summary>\n\n```json\n"
                     + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
-        for file in sorted((profile / "tables").glob("*.csv")):
+        for file in sorted(file for file in (profile / "tables").glob("*.csv") if file.read_text().strip()):
             text.append(f"### Table: {file.stem}\n\n" + _markdown(pd.read_csv(file)))
         for file in sorted((profile / "figures").glob("*.png")):
             text.append(f"![{file.stem}]({file.relative_to(folder).as_posix()})")

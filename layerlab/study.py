@@ -150,7 +150,9 @@ class Study:
         )
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
-        """Keep a table as CSV in the folder and in MLflow; gives it back for display."""
+        """Keep a table, unless it has no rows, as CSV in the folder and in MLflow; gives it back for display."""
+        if frame.empty:
+            return frame
         text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex))
         self._keep(f"tables/{name}.csv", text.encode())
         return frame
