@@ -98,7 +98,7 @@ def main() -> None:
     device = torch.device(options.device)
     print(f"{machine_name()}, torch {torch.__version__}")
     compare("MLP 784-128-128-10, batch 128", lambda: build_model("mlp", image_size=28, width=128),
-            random_images(25_600, 1, 28, device), 128, options.rounds)
+            random_images(6_400, 1, 28, device), 128, 5 * options.rounds)
     compare("VGG-F at 64×64, batch 32", lambda: build_model("vgg-f", num_classes=10, image_size=64, width=1024),
             random_images(640 if device.type == "cpu" else 12_800, 3, 64, device), 32, options.rounds)
 

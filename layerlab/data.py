@@ -87,7 +87,8 @@ class Split:
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 images → (x − mean) / std in `dtype`."""
         shift, factor = self._scale
-        return torch.addcmul(shift.to(dtype), images.to(dtype), factor.to(dtype))
+        # In place: a second buffer of the batch's size costs more than the arithmetic.
+        return images.to(dtype, copy=True).mul_(factor).add_(shift)
 
     def batches(
         self,
