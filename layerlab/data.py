@@ -12,6 +12,7 @@ import io
 import os
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -395,23 +396,23 @@ def _decode(data: bytes, where: str, size: int, channels: int) -> np.ndarray:
     return np.asarray(image)
 
 
-class Source:
+class Source(ABC):
     """Encoded images by index, in files."""
 
     def __len__(self) -> int:
         return len(self.labels())
 
+    @abstractmethod
     def labels(self) -> Tensor:
         """int64, (n,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, index: int) -> tuple[bytes, str]:
         """The encoded image and a text that says where it lies."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digest(self) -> str:
         """Changes when the content changes."""
-        raise NotImplementedError
 
     def common_side(self) -> int:
         """The side of the first image, for sources that do not say theirs."""

@@ -17,11 +17,6 @@ from torch import Tensor, nn
 
 from layerlab.errors import LayerlabError, sentence
 
-HOOKS = (
-    "on_fit_start", "on_epoch_start", "training_step", "on_after_backward", "on_epoch_end", "on_validation_end",
-    "on_fit_end",
-)  # fmt: skip
-
 
 class Batches(Protocol):
     """What a run reads batches from: `layerlab.data.Split`, or anything of this shape that a strategy puts there."""
