@@ -6,7 +6,7 @@ import importlib.resources
 import math
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -316,7 +316,11 @@ def scoreboard_text(results: Sequence[ClaimResult], width: int = 120) -> str:
 
 def scoreboard_markdown(results: Sequence[ClaimResult]) -> str:
     """The scoreboard as a Markdown table."""
-    frame = scoreboard(results)
-    lines = ["| " + " | ".join(SCOREBOARD) + " |", "|" + " --- |" * len(SCOREBOARD)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in frame.to_numpy()]
-    return "\n".join(lines) + "\n"
+    return markdown_table(SCOREBOARD, scoreboard(results).to_numpy()) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table of texts, without a final line break."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from layerlab.checkpoint import write_atomically, write_json
-from layerlab.papers import ClaimResult, load_paper, scoreboard_markdown
+from layerlab.papers import ClaimResult, load_paper, markdown_table, scoreboard_markdown
 from layerlab.study import RESULTS, read_record, read_results
 
 
@@ -56,9 +56,8 @@ def merged(folder: Path) -> list[ClaimResult]:
             continue
         where = (row.profile, row.conditions.get("dataset"), row.conditions.get("network")) if row.seeds else ()
         kept.setdefault((row.claim, *where), row)
-    order = {row.claim: number for number, row in enumerate(rows)}
-    first = {claim: min(n for n, row in enumerate(rows) if row.claim == claim) for claim in order}
-    return sorted(kept.values(), key=lambda row: first[row.claim])
+    claims = list(dict.fromkeys(row.claim for row in rows))
+    return sorted(kept.values(), key=lambda row: claims.index(row.claim))
 
 
 def _page(folder: Path) -> Path:
@@ -92,11 +91,9 @@ def _markdown(frame: pd.DataFrame) -> str:
     frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
     frame = frame.loc[:, frame.notna().any()]
 
-    def cell(value: object) -> str:
+    def cell(value: object) -> object:
         if isinstance(value, float):
             return "" if pd.isna(value) else f"{value:.4g}"
-        return str(value).replace("|", "\\|")
+        return value
 
-    lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
-    lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in frame.itertuples(index=False)]
-    return "\n".join(lines)
+    return markdown_table(list(frame.columns), [map(cell, row) for row in frame.itertuples(index=False)])
