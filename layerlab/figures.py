@@ -65,7 +65,10 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
             low, high = frame[y].min(), frame[y].max()
             margin = 0.06 * (high - low + 1e-9)
             axis.set_ylim(max(0.0, low - margin), min(1.0, high + margin))
-    axes[0][0].legend(loc="best")
+    if len(arms) > 5:  # inside, so many lines of text would cover the curves
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(x))
+    else:
+        axes[0][0].legend(loc="best")
     if title:
         figure.suptitle(title)
     return figure
