@@ -17,6 +17,22 @@ def test_vgg_f_is_the_published_network():
     assert sum(macs[5:]) == pytest.approx(58.6e6, rel=1e-3)
 
 
+@pytest.mark.parametrize(("name", "options", "parameters", "macs"), [
+    # Caffe's LeNet; Table 6 of He et al., CVPR 2016 (0.27 M, 0.85 M); NOTES.md of adaptive-layer-pruning.
+    ("lenet", {}, 431_080, 2_293_000),
+    ("resnet-cifar", {"depth": 20}, 269_722, 40_551_040),
+    ("resnet-cifar", {"depth": 56}, 853_018, 125_485_696),
+    ("preact-resnet", {"depth": 164}, 1_703_258, 247_646_720),
+    ("vgg-cifar", {"depth": 11, "batch_norm": False}, 9_225_610, 152_769_536),
+])
+def test_networks_for_small_images_are_the_published_ones(name, options, parameters, macs):
+    model = build_model(name, **options)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    shape = (1, 28, 28) if name == "lenet" else (3, 32, 32)
+    assert layer_costs(model, shape)["forward_macs"].sum() == macs
+    assert model.eval()(torch.randn(2, *shape)).shape == (2, 10)
+
+
 def test_layers_come_in_forward_order_not_as_declared(residual):
     model = residual()
     names = [name for name, _ in forward_order(model, torch.randn(2, 1, 8, 8))]
@@ -65,6 +81,10 @@ def test_backward_ends_at_the_edge_of_a_frozen_prefix_of_any_network(name):
     [
         ("resnet8", {}, r"Unknown model 'resnet8'. Did you mean 'resnet\d+'\?"),
         ("vgg-f", {"image_size": 32}, "at least 48 pixels"),
+        ("lenet", {"image_size": 8}, "at least 16 pixels"),
+        ("resnet-cifar", {"depth": 18}, r"6n \+ 2 layers.*depth=18"),
+        ("preact-resnet", {"depth": 18}, r"9n \+ 2 layers.*depth=18"),
+        ("vgg-cifar", {"depth": 13}, "11 or 16 layers"),
         ("mlp", {"size": 3}, r"'mlp' cannot be built.*it takes num_classes, image_size"),
         ("resnet18", {"size": 3}, "'resnet18' cannot be built"),
         ("resnet18", {"channels": 1}, "takes 3-channel images"),
