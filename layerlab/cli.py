@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,44 +98,137 @@ def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
     return parameters
 
 
+def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `reproduce` and `batch` have in common."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Show what would run, and how long it took last time."),
+        click.option("--rerun", is_flag=True, help="Run what is finished, too."),
+        click.option("--workers", type=click.IntRange(1), metavar="N",
+                     help="Notebooks at once; default: as many as cores, memory and GPUs carry."),
+        click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
+                     help="For each notebook."),
+        click.option("--retries", type=click.IntRange(0), metavar="N",
+                     help="How often a notebook whose kernel died goes on (default: 2)."),
+        click.option("--scheduler", metavar="ADDRESS", default="", help="Run on a Dask cluster: tcp://host:8786."),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("names", nargs=-1, metavar="[NAME]…")
 @click.option("--profile", default="quick", show_default=True, help="One of the paper's run profiles.")
 @click.option("-p", "parameters", multiple=True, callback=_pairs, metavar="KEY=VALUE",
               help="A notebook parameter; values are YAML.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the results (one NAME only).")
-def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], output: Path | None) -> None:
-    """Run the notebooks of papers (all installed ones by default) and print the scoreboard."""
-    from tqdm import tqdm
+@_batch_options
+def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], output: Path | None,
+              **options: Any) -> None:
+    """Run the notebooks of papers (all installed ones by default) and print the scoreboard.
 
+    NAME is an installed strategy, or the path of a notebook of your own.
+    """
     from layerlab import strategies
-    from layerlab.notebooks import reproduce as run
-    from layerlab.papers import scoreboard_text
+    from layerlab.plans import ALL, Entry, Plan
 
-    broken = {} if names else {plugin.name: plugin.broken for plugin in strategies.every() if plugin.broken}
-    for name, reason in broken.items():
-        click.echo(f"Left out: {name} is broken ({reason}).", err=True)
-    chosen = list(names) or [name for name in strategies if name not in broken]
-    if output and len(chosen) != 1:
-        raise LayerlabError("--output takes the results of one paper; name just one.")
-    if not chosen:
+    if not strategies and not names:
         raise LayerlabError("No strategies are installed; install a plugin with pip, such as plugins/lars-skip.")
-    for name in chosen:
-        strategies[name].load()
-    results, problems = [], []
-    with tqdm(total=len(chosen), desc="notebooks", unit="notebook", leave=False, disable=None) as bar:
-        for name in chosen:
-            try:
-                results += run(name, profile, parameters, output, bar=1)
-            except LayerlabError as error:
-                if len(chosen) == 1:
-                    raise
-                problems.append(f"{name}: {error}")
-            bar.update()
-    click.echo("\n" + scoreboard_text(results, min(160, shutil.get_terminal_size((120, 24)).columns)))
-    click.echo("\nTables, figures and the executed notebooks are in runs/; `make ui` compares the runs in MLflow.")
-    if problems:
-        raise LayerlabError(" ".join(problems))
+    if output and len(names) != 1:
+        raise LayerlabError("--output takes the results of one paper; name just one.")
+    entries = [
+        Entry(notebook=name, parameters=parameters) if name.endswith(".ipynb")
+        else Entry(paper=[name], profile=[profile], parameters=parameters)
+        for name in names or [ALL]
+    ]
+    _run(Plan(jobs=entries), Path.cwd(), output, **options)
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@_batch_options
+def batch(plan: Path, **options: Any) -> None:
+    """Run the notebooks that a PLAN (YAML) lists, several at once; what is finished is not run again."""
+    from layerlab.plans import read_plan
+
+    _run(read_plan(plan), plan.resolve().parent, None, **options)
+
+
+def _run(
+    plan: Any, beside: Path, output: Path | None, dry_run: bool, rerun: bool, workers: int | None,
+    time_limit: float | None, retries: int | None, scheduler: str,
+) -> None:
+    """Run a plan; command-line options go before the plan's own. Ends with exit status 1 if anything failed, 130 if it
+    was stopped."""
+    from layerlab.batch import preview, run_batch
+    from layerlab.plans import jobs_of
+    from layerlab.scoreboard import scoreboard_text
+    from layerlab.study import read_results
+
+    jobs = jobs_of(plan, beside, output)
+    if dry_run:
+        size = max(len(job.label) for job in jobs)
+        for job, status, last in preview(jobs, float("inf") if rerun else 0.0):
+            click.echo(f"{job.label.ljust(size)}  {status.ljust(11)}  {last}")
+        return
+    minutes = time_limit or plan.time_limit
+    outcomes = run_batch(
+        jobs, workers=workers or plan.workers, time_limit=minutes and 60 * minutes,
+        retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
+    )
+    done = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)
+            if outcome.status in ("finished", "done before")]
+    results = [result for job, _ in done if job.strategy for result in read_results(Path(job.folder))]
+    if results:
+        width = min(160, shutil.get_terminal_size((120, 24)).columns)
+        click.echo("\n" + scoreboard_text(results, width))
+    for job, outcome in done:
+        again = ", finished before; --rerun runs it again" if outcome.status == "done before" else ""
+        click.echo(f"{job.label}: {os.path.relpath(job.file)}{again}")
+    failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == "failed"]
+    stopped = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == "stopped"]
+    if stopped:
+        click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
+    for job, outcome in failed:
+        click.echo(f"{click.style('Failed:', fg='red')} {outcome.message}\n  again: {job.command}", err=True)
+    if failed or stopped:
+        raise SystemExit(130 if stopped else 1)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]…")
+@click.option("--format", "form", type=click.Choice(["text", "markdown", "html"]), default="text", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
+def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
+    """Show every claim of the installed papers with what MLflow holds of it."""
+    from layerlab import scoreboard as board
+    from layerlab.files import write_atomically
+
+    results = board.collect(names)
+    runs = board.run_table(results)
+    if form == "html":
+        text = board.page(results, runs)
+    elif form == "markdown":
+        text = board.scoreboard_markdown(results) + "\n" + board.markdown_table(board.RUNS, runs.to_numpy()) + "\n"
+    else:
+        text = board.scoreboard_text(results, min(160, shutil.get_terminal_size((120, 24)).columns)) + "\n\n"
+        text += "".join(f"{row.paper} {row.profile}: {row.machine}; commit {row.commit}\n  {row.run}\n"
+                        for row in runs.itertuples())
+    if output:
+        write_atomically(output, lambda stream: stream.write(text.encode()))
+        click.echo(output)
+    else:
+        click.echo(text, nl=False)
+
+
+@main.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+def import_(files: tuple[Path, ...]) -> None:
+    """Bring runs made elsewhere into this workbook's MLflow: a copied mlflow.db, or a claims.json."""
+    from layerlab.exchange import import_file
+
+    for file in files:
+        new, known = import_file(file)
+        click.echo(f"{file}: {new} run{'s' * (new != 1)} brought in, {known} here already")
 
 
 @main.command()

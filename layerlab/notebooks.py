@@ -1,27 +1,282 @@
-"""Running a paper's notebook with papermill, and saying truthfully whether it is done."""
+"""Running a notebook with papermill, and saying truthfully whether it is done."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
-import sys
+import shlex
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, Literal
 
 from layerlab import tracking
 from layerlab.errors import LayerlabError, unknown
-from layerlab.papers import ClaimResult, Paper, load_paper
-from layerlab.progress import VARIABLE, Bars
-from layerlab.study import OUTPUT, default_folder, read_record, read_results
+from layerlab.files import write_json
+from layerlab.papers import ClaimResult, load_paper
+from layerlab.progress import drawn
+from layerlab.study import OUTPUT, RECORD, default_folder, is_finished, notebook_key, read_record, read_results
+
+
+class DeadKernel(LayerlabError):
+    """The kernel is gone without an error in a cell: out of memory, or killed. The same job again goes on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A notebook with its parameters, and where its results go. Plain data, so that it travels to other processes.
+
+    Attributes:
+        notebook: the notebook's file.
+        folder: the output folder, a job's own.
+        strategy, profile: of a paper's notebook; empty for any other.
+        parameters: the values that differ from the profile's, or from the notebook's own.
+        key: changes when the job would do something else, see `layerlab.study.notebook_key`.
+        cores: threads that it should have; `all` keeps the machine to itself.
+        memory_gb: host memory that it may take, in 10⁹ bytes.
+    """
+
+    notebook: str
+    folder: str
+    strategy: str = ""
+    profile: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+    cores: int | Literal["all"] = 1
+    memory_gb: float = 2.0
+
+    @property
+    def name(self) -> str:
+        """The strategy's name, or the notebook's."""
+        return self.strategy or Path(self.notebook).stem
+
+    @property
+    def label(self) -> str:
+        """Name, profile and the parameters that differ, in a few words."""
+        changed = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        return " ".join(part for part in (self.name, self.profile, changed) if part)
+
+    @property
+    def command(self) -> str:
+        """What runs this job alone."""
+        words = ["layerlab", "reproduce", self.strategy, "--profile", self.profile]
+        if not self.strategy:
+            words = ["layerlab", "reproduce", self.notebook]
+        for name, value in self.parameters.items():
+            words += ["-p", f"{name}={_yaml(value)}"]
+        if self.strategy and Path(self.folder) != default_folder(
+            self.strategy, self.profile, self.parameters
+        ).resolve():
+            words += ["--output", self.folder]
+        return shlex.join(words)
+
+    @property
+    def file(self) -> Path:
+        """The executed notebook of a finished job."""
+        return Path(self.folder) / f"{self.name}.ipynb"
+
+    @property
+    def partial(self) -> Path:
+        """The notebook while it runs, and after an interruption."""
+        return self.file.with_suffix(".partial.ipynb")
+
+    @property
+    def failed(self) -> Path:
+        """The notebook of a failed job, with its traceback."""
+        return self.file.with_suffix(".failed.ipynb")
+
+    @property
+    def last_seconds(self) -> float | None:
+        """How long it took when it last finished; the last session alone, if it had been interrupted."""
+        return read_record(Path(self.folder)).get("seconds")
+
+    def is_done(self, since: float = 0.0) -> bool:
+        """Whether the folder holds this very job, finished, by our own record; papermill's word is no proof.
+
+        Args:
+            since: what was finished before does not count, in seconds since 1970.
+        """
+        folder = Path(self.folder)
+        if read_record(folder).get("ended", 0.0) < since:
+            return False
+        if self.strategy:
+            done = is_finished(folder, self.key)
+            if done and not self.file.exists() and self.partial.exists():
+                # Killed between the study's last word and the notebook's: only the saving of that cell is lost.
+                os.replace(self.partial, self.file)
+            return done
+        record = read_record(folder)
+        return bool(record.get("finished")) and record.get("key") == self.key and self.file.exists()
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def paper_job(
+    strategy: str, profile: str = "quick", parameters: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+) -> Job:
+    """The notebook of an installed strategy's paper.
+
+    Args:
+        strategy: name of an installed strategy.
+        profile: one of its paper's.
+        parameters: notebook parameters that override the profile's.
+        output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
+
+    Raises:
+        LayerlabError: no such strategy, profile or parameter.
+    """
+    paper = load_paper(strategy)
+    chosen = paper.profile(profile)
+    given = dict(parameters or {})
+    known = set(chosen.parameters)
+    for name in given:
+        if name not in known:
+            raise unknown(f"parameter of the {strategy} notebook", name, known)
+    # As the study has them that its notebook opens.
+    values = json.loads(json.dumps({**chosen.parameters, **given}, default=str))
+    folder = Path(output) if output else default_folder(strategy, profile, given)
+    return Job(
+        str(paper.notebook_file), str(folder.resolve()), strategy, profile, given,
+        notebook_key(paper.notebook_file, values, paper.folder), chosen.cores, chosen.memory_gb,
+    )
+
+
+def notebook_parameters(notebook: Path) -> list[str]:
+    """Names of the parameters of a notebook, from its cell tagged `parameters`.
+
+    Raises:
+        LayerlabError: no such file, or no notebook.
+    """
+    import papermill
+
+    if not notebook.is_file():
+        raise LayerlabError(f"There is no notebook {notebook}; check the path.")
+    try:
+        with _quiet_papermill():
+            return list(papermill.inspect_notebook(str(notebook)))
+    except Exception as error:  # whatever nbformat, papermill and JSON raise on what is no notebook
+        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
+
+
+def notebook_job(
+    notebook: str | Path, parameters: Mapping[str, Any] | None = None, output: str | Path | None = None
+) -> Job:
+    """Any notebook with a cell tagged `parameters`.
+
+    Raises:
+        LayerlabError: no such file, no notebook, or no such parameter.
+    """
+    file = Path(notebook).resolve()
+    given = dict(parameters or {})
+    known = notebook_parameters(file)
+    for name in given:
+        if name not in known:
+            raise unknown(f"parameter of {file.name}", name, known)
+    name = file.stem
+    if file.parent != tracking.workbook_folder() / "notebooks":
+        # Several may be called alike.
+        name += "-" + hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()
+    folder = Path(output) if output else default_folder("notebooks", name, given)
+    return Job(str(file), str(folder.resolve()), parameters=given, key=notebook_key(file, given))
+
+
+def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
+    """Run a job in this process.
+
+    What counts as done is the study's own record, not papermill's word: a dead kernel or a `sys.exit` leaves a
+    notebook that papermill calls completed. The executed notebook has the suffix `.partial.ipynb` until then.
+
+    Args:
+        wait: for whoever is at work in the folder; otherwise that is an error.
+        since: leave it at that if the job was finished after that time (by whoever was waited for, say), and begin
+            anew what was begun before; None: run it, or go on with it, in any case.
+
+    Raises:
+        DeadKernel: the kernel is gone.
+        LayerlabError: bad input, found here or in the notebook; another run in the same folder; a notebook that failed
+            or ended without its claims, naming the file with the traceback.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    folder = Path(job.folder)
+    _check_writable(folder)
+    wanted = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(tracking.workbook_folder())}
+    parameters = dict(job.parameters)
+    if job.strategy:
+        wanted[OUTPUT] = job.folder
+        parameters = {"profile": job.profile, **parameters}
+    begin = time.monotonic()
+    with _alone(folder, wait), _quiet_papermill():
+        if since is not None:
+            if job.is_done(since):
+                return
+            if read_record(folder).get("begun", since) < since:
+                close_runs(job)
+                (folder / RECORD).unlink()
+        job.failed.unlink(missing_ok=True)
+        if not job.strategy:
+            (folder / RECORD).unlink(missing_ok=True)
+        try:
+            papermill.execute_notebook(
+                job.notebook, job.partial, parameters, engine_name="layerlab", progress_bar=False,
+                environment=wanted,
+                # The kernel listens on this machine only; its warning about that would stand between the bars.
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            )
+        except papermill.PapermillExecutionError as error:
+            if error.ename == LayerlabError.__name__:
+                # Bad input that only the notebook could see: its sentence is all that there is to say.
+                close_runs(job)
+                job.partial.unlink(missing_ok=True)
+                raise LayerlabError(error.evalue) from None
+            raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue})") from None
+        except CellTimeoutError as error:
+            raise fail(job, f"ran out of a cell's time ({str(error).splitlines()[0]})") from None
+        except DeadKernelError as error:
+            raise DeadKernel(
+                f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
+                "from its last finished epoch."
+            ) from None
+        if not job.strategy:
+            write_json(folder / RECORD, {
+                "finished": True, "key": job.key, "parameters": job.parameters,
+                "seconds": round(time.monotonic() - begin, 1), "ended": time.time(),
+            })
+        record = read_record(folder)
+        if not record.get("finished"):
+            raise fail(job, "ended before its claims were written")
+        os.replace(job.partial, job.file)
+        if job.strategy:
+            tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name)
+
+
+def fail(job: Job, reason: str) -> LayerlabError:
+    """Keep a failed job's notebook and close its runs; gives the error back for the caller to raise."""
+    close_runs(job)
+    where = ""
+    if job.partial.exists():
+        os.replace(job.partial, job.failed)
+        where = f"; its traceback is in {job.failed}"
+    return LayerlabError(f"The notebook of {job.name!r} {reason}{where}.")
+
+
+def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None:
+    """Close the MLflow runs of a job that will not close them itself."""
+    record = read_record(Path(job.folder))
+    if job.strategy and record.get("mlflow_run") and not record.get("finished"):
+        tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
 
 
 def reproduce(
@@ -30,91 +285,23 @@ def reproduce(
     parameters: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     show: bool = True,
-    bar: int = 0,
 ) -> list[ClaimResult]:
-    """Run the notebook of an installed strategy's paper.
-
-    What counts as done is the study's own record, not papermill's word: a dead kernel or a `sys.exit` leaves a
-    notebook that papermill calls completed. The executed notebook has the suffix `.partial.ipynb` until then.
+    """Run the notebook of an installed strategy's paper, here and now.
 
     Args:
-        strategy: name of an installed strategy.
-        profile: one of its paper's.
-        parameters: notebook parameters that override the profile's.
-        output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
+        strategy, profile, parameters, output: see `paper_job`.
         show: progress bars on a terminal, lines elsewhere.
-        bar: the line below the cursor at which the bars start.
 
     Returns:
         The claims' results.
 
     Raises:
-        LayerlabError: bad input, found here or in the notebook; another run in the same folder; a notebook that failed
-            or ended without its claims, naming the file with the traceback.
+        LayerlabError: see `paper_job` and `execute`.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    paper = load_paper(strategy)
-    paper.profile(profile)
-    parameters = dict(parameters or {})
-    check_parameters(paper, parameters)
-    folder = Path(output) if output else default_folder(strategy, profile, parameters)
-    folder = folder.resolve()
-    _check_writable(folder)
-    final = folder / f"{strategy}.ipynb"
-    partial, failed = folder / f"{strategy}.partial.ipynb", folder / f"{strategy}.failed.ipynb"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_alone(folder))
-        stack.enter_context(_quiet_papermill())
-        events = stack.enter_context(_environment(folder))
-        stack.enter_context(_drawn(strategy, profile, events, show, bar))
-        failed.unlink(missing_ok=True)
-        try:
-            papermill.execute_notebook(
-                paper.notebook_file, partial, {"profile": profile, **parameters}, progress_bar=False,
-                # The kernel listens on this machine only; its warning about that would stand between the bars.
-                extra_arguments=["--IPKernelApp.log_level=40"],
-            )
-        except papermill.PapermillExecutionError as error:
-            _close_failed(folder, strategy)
-            if error.ename == LayerlabError.__name__:
-                # Bad input that only the notebook could see: its sentence is all that there is to say.
-                partial.unlink(missing_ok=True)
-                raise LayerlabError(error.evalue) from None
-            os.replace(partial, failed)
-            raise LayerlabError(
-                f"The notebook of {strategy!r} failed in cell {error.exec_count} ({error.ename}: {error.evalue}); "
-                f"its traceback is in {failed}."
-            ) from None
-        except DeadKernelError as error:
-            raise LayerlabError(
-                f"The notebook of {strategy!r} lost its kernel ({error}); run the same command again, and it goes on "
-                "from its last finished epoch."
-            ) from None
-        record = read_record(folder)
-        if not record.get("finished"):
-            _close_failed(folder, strategy)
-            os.replace(partial, failed)
-            raise LayerlabError(f"The notebook of {strategy!r} ended before its claims were written; see {failed}.")
-        os.replace(partial, final)
-        tracking.log_file(record["mlflow_run"], final.read_bytes(), final.name)
-    return read_results(folder)
-
-
-def check_parameters(paper: Paper, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that the notebook does not have; papermill itself would only warn.
-
-    Raises:
-        LayerlabError: naming it, with those that there are.
-    """
-    import papermill
-
-    with _quiet_papermill():
-        known = papermill.inspect_notebook(str(paper.notebook_file))
-    for name in parameters:
-        if name not in known:
-            raise unknown(f"parameter of the {paper.strategy} notebook", name, known)
+    job = paper_job(strategy, profile, parameters, output)
+    with drawn(job.label, show):
+        execute(job)
+    return read_results(Path(job.folder))
 
 
 def _check_writable(folder: Path) -> None:
@@ -128,47 +315,21 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-def _close_failed(folder: Path, strategy: str) -> None:
-    run = read_record(folder).get("mlflow_run")
-    if run:
-        tracking.end_open_runs(strategy, run)
-
-
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, wait: bool) -> Iterator[None]:
     """Only one run at a time in a folder."""
     with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LayerlabError(
-                f"Another run is at work in {folder}; wait for it, or choose another folder with --output."
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise LayerlabError(
+                        f"Another run is at work in {folder}; wait for it, or choose another folder with --output."
+                    ) from None
+                time.sleep(0.3)
         yield
-
-
-@contextlib.contextmanager
-def _environment(folder: Path) -> Iterator[Path]:
-    """What the kernel inherits: where to write, where to track, where to report progress (the file is given)."""
-    with tempfile.TemporaryDirectory() as temporary:
-        events = Path(temporary) / "progress.jsonl"
-        events.touch()
-        wanted = {
-            OUTPUT: str(folder),
-            VARIABLE: str(events),
-            "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
-            "LAYERLAB_HOME": str(tracking.workbook_folder()),
-        }
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            yield events
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -180,39 +341,3 @@ def _quiet_papermill() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def _drawn(strategy: str, profile: str, events: Path, show: bool, bar: int) -> Iterator[None]:
-    """Draw the kernel's progress from its event file while the block runs."""
-    if not show:
-        yield
-        return
-    plain = not sys.stderr.isatty()
-    start = time.monotonic()
-    tqdm.write(f"{strategy} ({profile}): running its notebook", file=sys.stderr)
-    bars = Bars(position=bar, plain=plain)
-    stop = threading.Event()
-
-    def follow() -> None:
-        with events.open(encoding="utf-8") as stream:
-            rest = ""
-            while True:
-                ending = stop.is_set()
-                rest += stream.read()
-                *lines, rest = rest.split("\n")
-                for line in lines:
-                    bars.update(json.loads(line))
-                if ending:
-                    return
-                stop.wait(0.3)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        bars.close()
-        tqdm.write(f"{strategy} ({profile}): {time.monotonic() - start:.0f} s", file=sys.stderr)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 import math
-import textwrap
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import click
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from layerlab.errors import LayerlabError, sentence, unknown
 from layerlab.measure import mean_interval
@@ -79,10 +77,15 @@ class Profile(_Data):
     Attributes:
         description: what it runs on and how long it takes.
         parameters: name → value.
+        cores: threads that a run should have; `all` keeps the machine to itself, for runs that are long or that time
+            what they do.
+        memory_gb: host memory that a run may take, in 10⁹ bytes.
     """
 
     description: str
     parameters: dict[str, Any]
+    cores: PositiveInt | Literal["all"] = 1
+    memory_gb: PositiveFloat = 2.0
 
 
 class Paper(_Data):
@@ -145,6 +148,13 @@ class Paper(_Data):
             raise unknown("claim", id, found)
         return found[id]
 
+    def not_run(self, claim: Claim, profile: str) -> ClaimResult:
+        """The row of a claim that nothing was measured of."""
+        return ClaimResult(
+            paper=self.strategy, claim=claim.id, statement=claim.statement, where=claim.where, unit=claim.unit,
+            paper_value=claim.value, profile=profile,
+        )
+
     def profile(self, name: str) -> Profile:
         """The run profile of that name.
 
@@ -174,7 +184,9 @@ def read_paper(file: Path, strategy: str) -> Paper:
 
 
 def load_paper(strategy: str | Plugin) -> Paper:
-    """The paper of an installed strategy: `paper.toml` in the package of its class.
+    """The paper of an installed strategy: `paper.toml` in the package that its entry point names.
+
+    The package is not imported: whoever only starts its notebook does without torch.
 
     Raises:
         LayerlabError: no such strategy, or no readable paper.
@@ -183,8 +195,12 @@ def load_paper(strategy: str | Plugin) -> Paper:
         from layerlab import strategies
 
         strategy = strategies[strategy]
-    package = strategy.load().__module__.partition(".")[0]
-    return read_paper(Path(str(importlib.resources.files(package))) / "paper.toml", strategy.name)
+    package = strategy.target.partition(":")[0].partition(".")[0]
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise LayerlabError(f"Strategy {strategy.name!r} points to {strategy.target}, and there is no package "
+                            f"{package!r}; install {strategy.distribution} anew.")
+    return read_paper(Path(found.submodule_search_locations[0]) / "paper.toml", strategy.name)
 
 
 def judge(claim: Claim, values: Sequence[float], conditions: Mapping[str, Any]) -> tuple[Verdict, str]:
@@ -274,53 +290,3 @@ class ClaimResult(BaseModel):
         named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "exact"
         return ", ".join([self.profile, *named, seeds])
-
-
-SCOREBOARD = ("claim", "where", "paper", "measured", "run", "verdict")
-
-
-def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
-    """The rows as a table of texts, with the columns of `SCOREBOARD`."""
-    rows = [
-        {
-            "claim": f"{result.paper}: {result.statement}",
-            "where": result.where,
-            "paper": f"{result.paper_value:g} {result.unit}",
-            "measured": result.measured_text,
-            "run": result.setting_text,
-            "verdict": result.verdict + (f" ({result.reason})" if result.reason else ""),
-        }
-        for result in results
-    ]
-    return pd.DataFrame(rows, columns=list(SCOREBOARD))
-
-
-def scoreboard_text(results: Sequence[ClaimResult], width: int = 120) -> str:
-    """The scoreboard for a terminal of that many columns, verdicts in colour."""
-    frame = scoreboard(results)
-    fixed = {"where": 9, "paper": 11, "measured": 15, "run": 18, "verdict": 24}
-    widths = {"claim": max(24, width - sum(fixed.values()) - 2 * len(fixed))} | fixed
-    colours = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
-    lines = ["  ".join(click.style(name.ljust(size), bold=True) for name, size in widths.items())]
-    for _, row in frame.iterrows():
-        cells = {name: textwrap.wrap(str(row[name]), size) or [""] for name, size in widths.items()}
-        colour = colours[str(row["verdict"]).split()[0]]
-        for line in range(max(len(cell) for cell in cells.values())):
-            parts = []
-            for name, size in widths.items():
-                text = (cells[name][line] if line < len(cells[name]) else "").ljust(size)
-                parts.append(click.style(text, fg=colour) if name == "verdict" else text)
-            lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
-
-
-def scoreboard_markdown(results: Sequence[ClaimResult]) -> str:
-    """The scoreboard as a Markdown table."""
-    return markdown_table(SCOREBOARD, scoreboard(results).to_numpy()) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table of texts, without a final line break."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)

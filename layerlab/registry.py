@@ -7,12 +7,14 @@ import importlib.metadata
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import entrypoints
 
 from layerlab.errors import LayerlabError, unknown
-from layerlab.strategy import Strategy
+
+if TYPE_CHECKING:
+    from layerlab.strategy import Strategy
 
 GROUP = "layerlab.strategies"
 
@@ -35,6 +37,9 @@ class Plugin:
 
     @cached_property
     def _loaded(self) -> tuple[type[Strategy] | None, str]:
+        # torch comes with it, which whoever only starts notebooks does without.
+        from layerlab.strategy import Strategy
+
         module, _, attribute = self.target.partition(":")
         try:
             found: Any = importlib.import_module(module)

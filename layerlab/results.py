@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from layerlab.checkpoint import write_atomically, write_json
-from layerlab.papers import ClaimResult, load_paper, markdown_table, scoreboard_markdown
+from layerlab.files import write_atomically, write_json
+from layerlab.papers import load_paper
+from layerlab.scoreboard import markdown_table, merged, scoreboard_markdown
 from layerlab.study import RESULTS, read_record, read_results
 
 
@@ -42,27 +43,9 @@ def publish(runs: Sequence[Path], target: Path) -> list[Path]:
     return [_page(target / paper) for paper in dict.fromkeys(papers)]
 
 
-def merged(folder: Path) -> list[ClaimResult]:
-    """The claims' results of all profiles kept in a paper's folder, in the claims' order.
-
-    A claim that one profile measured is not listed as `not run` for another, and one that follows from shapes alone
-    is listed once.
-    """
-    rows = [result for file in sorted(folder.glob(f"*/{RESULTS}")) for result in read_results(file.parent)]
-    measured = {row.claim for row in rows if row.verdict != "not run"}
-    kept: dict[tuple[object, ...], ClaimResult] = {}
-    for row in rows:
-        if row.verdict == "not run" and row.claim in measured:
-            continue
-        where = (row.profile, row.conditions.get("dataset"), row.conditions.get("network")) if row.seeds else ()
-        kept.setdefault((row.claim, *where), row)
-    claims = list(dict.fromkeys(row.claim for row in rows))
-    return sorted(kept.values(), key=lambda row: claims.index(row.claim))
-
-
 def _page(folder: Path) -> Path:
     """Write `README.md` and `claims.json` of a paper's folder."""
-    results = merged(folder)
+    results = merged(row for file in sorted(folder.glob(f"*/{RESULTS}")) for row in read_results(file.parent))
     paper = load_paper(results[0].paper)
     write_json(folder / RESULTS, [result.model_dump() for result in results])
     text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip(),

@@ -14,16 +14,19 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pandas as pd
 
 from layerlab import tracking
-from layerlab.checkpoint import write_atomically, write_json
 from layerlab.errors import LayerlabError, unknown
+from layerlab.files import stamp, write_atomically, write_json
 from layerlab.measure import commit, machine_name, mean_interval, versions
-from layerlab.papers import ClaimResult, Paper, judge, load_paper, scoreboard
-from layerlab.training import Comparison, compare
+from layerlab.papers import ClaimResult, Paper, judge, load_paper
+from layerlab.scoreboard import scoreboard
+
+if TYPE_CHECKING:
+    from layerlab.training import Comparison
 
 OUTPUT = "LAYERLAB_OUTPUT"
 RECORD = "study.json"
@@ -72,9 +75,44 @@ def _hold(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`; or nothing."""
+    """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, `key`, `data`,
+    `seconds`; or nothing."""
     file = folder / RECORD
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
+    """Changes when a notebook would do something else: its cells, its parameters' values, the versions of everything
+    that decides about numbers, and the sources of its plugin, whose version a developer does not raise at each edit.
+
+    Args:
+        notebook: the notebook's file.
+        parameters: every value in force.
+        package: folder of the plugin's package.
+    """
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]]
+    sources = sorted(package.rglob("*.py")) if package else []
+    content = [cells, parameters, versions(), [(file.name, file.read_text()) for file in sources]]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def data_in_use() -> str:
+    """The folder of datasets, which is part of what a finished study depends on."""
+    return os.environ.get("LAYERLAB_DATA", "")
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether a folder holds a finished study of that key, whose data are as they were."""
+    record = read_record(folder)
+    data = record.get("data", {})
+    return bool(
+        record.get("finished")
+        and record.get("key") == key
+        and (folder / RESULTS).exists()
+        and all(stamp(source) == known for source, known in data.items())
+        and (not any(data.values()) or record.get("data_root") == data_in_use())
+    )
 
 
 class Study:
@@ -117,16 +155,24 @@ class Study:
         ).resolve()
         _hold(self.folder)
         values = json.loads(json.dumps(values, default=str))
+        self._opened = time.monotonic()
         record = read_record(self.folder)
         # A finished study is done anew; one that was interrupted goes on, if it is the same one.
+        begun = time.time()
         if record and not record["finished"] and record["parameters"] == values:
-            self.attempt = record["attempt"]
+            self.attempt, begun = record["attempt"], record.get("begun", begun)
         else:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
             if record and not record["finished"] and "mlflow_run" in record:
                 tracking.end_open_runs(strategy, record["mlflow_run"])
-        self._record = {"attempt": self.attempt, "finished": False, "profile": profile, "parameters": values}
+        self._record: dict[str, Any] = {
+            "attempt": self.attempt, "finished": False, "profile": profile, "parameters": values,
+            "key": notebook_key(self.paper.notebook_file, values, self.paper.folder),
+            "data": {}, "data_root": data_in_use(), "begun": begun,
+            # How long the last finished one took stays known while the next one runs.
+            "seconds": record.get("seconds"),
+        }
         write_json(self.folder / RECORD, self._record)
         self._tags = {"paper": strategy, "profile": profile, "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
         self.run_id = tracking.start_run(
@@ -144,6 +190,13 @@ class Study:
             title: names the checkpoints; unique in the notebook.
             table: the table or figure of the paper that this is for, as a tag.
         """
+        from layerlab.data import Dataset
+        from layerlab.training import compare
+
+        for data in (value for value in (*arguments, *settings.values()) if isinstance(value, Dataset)):
+            if data.source not in self._record["data"]:
+                self._record["data"][data.source] = stamp(data.source)
+                write_json(self.folder / RECORD, self._record)
         tracker = tracking.Tracker(self.paper.strategy, self._tags | {"table": table or title}, self.run_id)
         return compare(
             *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
@@ -202,10 +255,7 @@ class Study:
         rows = []
         for claim in self.paper.claims:
             found = [result for result in self._results if result.claim == claim.id]
-            rows += found or [ClaimResult(
-                paper=self.paper.strategy, claim=claim.id, statement=claim.statement, where=claim.where,
-                unit=claim.unit, paper_value=claim.value, profile=self.profile,
-            )]
+            rows += found or [self.paper.not_run(claim, self.profile)]
         return rows
 
     def finish(self) -> pd.DataFrame:
@@ -213,21 +263,19 @@ class Study:
 
         What says that a study is done is `finished` in its record, written when everything else is.
         """
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         results = self.results
         stamp = time.time_ns() // 1_000_000
-        metrics = [
-            Metric(f"claim/{r.claim}" + (f"/{r.conditions['dataset']}" if "dataset" in r.conditions else ""),
-                   r.measured, stamp, 0)
-            for r in results if r.measured is not None
-        ]
-        tracking.client().log_batch(self.run_id, metrics=metrics)
+        metrics = [Metric(name, value, stamp, 0) for name, value in tracking.claim_metrics(results).items()]
+        # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
+        tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
+        tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
         content = [result.model_dump() for result in results]
         tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json")
         tracking.client().set_terminated(self.run_id, "FINISHED")
         write_json(self.folder / RESULTS, content)
-        self._record["finished"] = True
+        self._record |= {"finished": True, "ended": time.time(), "seconds": round(time.monotonic() - self._opened, 1)}
         write_json(self.folder / RECORD, self._record)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
         board = scoreboard(results)

@@ -9,19 +9,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerlab.errors import LayerlabError
 from layerlab.measure import commit, machine_name, versions
-from layerlab.training import Fit, FitResult, describe
+
+if TYPE_CHECKING:
+    from layerlab.training import Fit, FitResult
 
 PREFIX = "layerlab."
+# Tags of a notebook's run, one a row of its scoreboard, numbered.
+CLAIM = f"{PREFIX}claim."
+# Tag of the process that writes a run, by which a run that nobody writes any more is known.
+PROCESS = f"{PREFIX}process"
+# Tag of a run that came from another database: its id there.
+ORIGIN = f"{PREFIX}origin"
 
 
 def workbook_folder() -> Path:
@@ -45,7 +54,7 @@ def tracking_uri() -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep alembic's and MLflow's start-up lines out of notebooks."""
     import logging
 
@@ -72,14 +81,14 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_quiet())
+            stack.enter_context(quiet())
             if uri.startswith("sqlite:///"):
                 database = Path(uri.removeprefix("sqlite:///"))
                 database.parent.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(open(f"{database}.lock", "w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
             client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
+            _close_dead_runs(client)
     except (MlflowException, OSError) as error:
         raise LayerlabError(
             f"Runs cannot be tracked at {uri} ({str(error).splitlines()[0]}); set MLFLOW_TRACKING_URI to a database "
@@ -128,15 +137,88 @@ def common_tags() -> dict[str, str]:
     }
 
 
+def claim_tags(rows: Iterable[str]) -> dict[str, str]:
+    """The rows of a scoreboard, in JSON, as tags of the notebook's run."""
+    return {f"{CLAIM}{number:03}": row for number, row in enumerate(rows)}
+
+
+def claim_metrics(results: Iterable[Any]) -> dict[str, float]:
+    """What the UI shows of a scoreboard's rows as metrics of the notebook's run: `claim/<id>[/<dataset>]`."""
+    return {
+        f"claim/{result.claim}" + (f"/{result.conditions['dataset']}" if "dataset" in result.conditions else ""):
+            result.measured
+        for result in results if result.measured is not None
+    }
+
+
+def claim_rows(run: Any) -> list[str]:
+    """What `claim_tags` made of a scoreboard, in its order."""
+    return [value for name, value in sorted(run.data.tags.items()) if name.startswith(CLAIM)]
+
+
+def notebook_runs(paper: str) -> list[Any]:
+    """The finished runs of a paper's notebook, the newest first."""
+    found = client().get_experiment_by_name(paper)
+    if found is None:
+        return []
+    return list(client().search_runs(
+        [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"], max_results=1000,
+    ))
+
+
+def run_url(experiment: str, run_id: str) -> str:
+    """Where the UI shows a run: on the tracking server, or where `make ui` puts it."""
+    uri = tracking_uri()
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+
+
+@cache
+def _here() -> str:
+    """This machine as far as process numbers mean anything: host, boot and namespace of process numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = space = ""
+    return f"{socket.gethostname()}/{boot}/{space}"
+
+
+def _process(number: int) -> str:
+    """A process, told apart from a later one of the same number by its start; empty if there is none."""
+    try:
+        # After the name, which may hold anything, comes a parenthesis; the 20th field from there is the start.
+        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{_here()}:{number}:{started}"
+
+
+def _close_dead_runs(client: Any) -> None:
+    """Mark runs as failed that processes of this machine were writing and that are gone.
+
+    A study that goes on sets its runs running again.
+    """
+    numbers = [experiment.experiment_id for experiment in client.search_experiments()]
+    wanted = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{_here()}:%'"
+    for run in client.search_runs(numbers, wanted, max_results=5000):
+        writer = run.data.tags[PROCESS]
+        if _process(int(writer.split(":")[-2])) != writer:
+            client.set_terminated(run.info.run_id, "FAILED")
+
+
 def start_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str]) -> str:
     """The run of this attempt: the one that an interrupted process had begun, or a new one. Returns its id."""
     number = experiment_id(experiment)
     found = client().search_runs([number], f"tags.`{PREFIX}attempt` = '{attempt}'", max_results=1)
     if found:
         run_id = found[0].info.run_id
+        client().set_tag(run_id, PROCESS, _process(os.getpid()))
         client().update_run(run_id, status="RUNNING")
         return run_id
-    run = client().create_run(number, run_name=name, tags={**tags, f"{PREFIX}attempt": attempt})
+    own = {f"{PREFIX}attempt": attempt, PROCESS: _process(os.getpid())}
+    run = client().create_run(number, run_name=name, tags={**tags, **own})
     return run.info.run_id
 
 
@@ -160,6 +242,8 @@ class Tracker:
     def on_fit_start(self, fit: Fit) -> None:
         """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""
         from mlflow.entities import Dataset, DatasetInput, Param
+
+        from layerlab.training import describe
 
         attempt = fit.checkpoint.attempt() if fit.checkpoint is not None else uuid.uuid4().hex
         tags = self.tags | common_tags() | {

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+from fake_paper import PAPER, TESTS
 from helpers import Residual
 from torch import nn
 
+import layerlab
 from layerlab import Dataset, load_dataset
 
 
@@ -40,3 +46,39 @@ def real_data() -> Path:
     if not root or not (Path(root) / "cifar10").is_dir():
         pytest.skip("needs the real datasets: set LAYERLAB_DATA to their folder")
     return Path(root)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Install a strategy `fake` whose paper's notebook has the given cells after the parameters."""
+    site = tmp_path / "site"
+    package = site / "fake_plugin"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(textwrap.dedent("""
+        from layerlab import Strategy
+        class Fake(Strategy):
+            name = "fake"
+    """))
+    info = site / "fake_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[layerlab.strategies]\nfake = fake_plugin:Fake\n")
+    (package / "paper.toml").write_text(PAPER)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.delitem(vars(layerlab), "strategies", raising=False)
+    monkeypatch.delitem(sys.modules, "fake_plugin", raising=False)
+
+    def write(*cells: str) -> Path:
+        parameters = nbformat.v4.new_code_cell(
+            "profile = 'quick'  # profile\nepochs = None  # epochs\npause = None  # seconds a step",
+            metadata={"tags": ["parameters"]})
+        book = nbformat.v4.new_notebook(
+            cells=[parameters, *(nbformat.v4.new_code_cell(c.replace("TESTS", repr(TESTS)))
+                                 for c in cells)],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        nbformat.write(book, package / "notebook.ipynb")
+        return site
+
+    yield write
+    vars(layerlab).pop("strategies", None)

@@ -7,89 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from fake_paper import FINISH, OPEN, TRAIN
 
-import layerlab
 from layerlab import LayerlabError, tracking
 from layerlab.notebooks import reproduce
 from layerlab.study import read_results
-
-PAPER = """
-title = "A paper"
-authors = "A. Author"
-year = 2020
-venue = "A venue"
-summary = "A summary."
-formula = "x"
-notebook = "notebook.ipynb"
-[[claims]]
-id = "gain"
-statement = "a gain"
-value = 3.0
-unit = "points"
-where = "Table I"
-neutral = 0.0
-tolerance = 0.5
-[profiles.quick]
-description = "seconds"
-[profiles.quick.parameters]
-epochs = 4
-pause = 0.0
-"""
-OPEN = "from layerlab import Study\nstudy = Study('fake', profile, epochs=epochs, pause=pause)\np = study.parameters"
-TRAIN = """
-import sys
-from layerlab import load_dataset
-sys.path.insert(0, TESTS)
-from helpers import Freezer, Residual
-data = load_dataset("digits", device="cpu")
-run = study.compare("main", Residual, data, {"plain": (), "frozen": Freezer(seconds=p.pause)}, epochs=p.epochs,
-                    batch_size=256)
-gains = [100 * (run.results["frozen", 0].final["test/top1"] - run.results["plain", 0].final["test/top1"])]
-study.claim("gain", gains, seeds=[0], conditions={"dataset": "digits"})
-"""
-FINISH = "study.finish()"
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """Install a strategy `fake` whose paper's notebook has the given cells after the parameters."""
-    site = tmp_path / "site"
-    package = site / "fake_paper"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(textwrap.dedent("""
-        from layerlab import Strategy
-        class Fake(Strategy):
-            name = "fake"
-    """))
-    info = site / "fake_paper-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-paper\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[layerlab.strategies]\nfake = fake_paper:Fake\n")
-    (package / "paper.toml").write_text(PAPER)
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    monkeypatch.delitem(vars(layerlab), "strategies", raising=False)
-    monkeypatch.delitem(sys.modules, "fake_paper", raising=False)
-
-    def write(*cells: str) -> Path:
-        parameters = nbformat.v4.new_code_cell(
-            "profile = 'quick'  # profile\nepochs = None  # epochs\npause = None  # seconds a step",
-            metadata={"tags": ["parameters"]})
-        book = nbformat.v4.new_notebook(
-            cells=[parameters, *(nbformat.v4.new_code_cell(c.replace("TESTS", repr(str(Path(__file__).parent))))
-                                 for c in cells)],
-            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-        nbformat.write(book, package / "notebook.ipynb")
-        return site
-
-    yield write
-    vars(layerlab).pop("strategies", None)
 
 
 def _files(folder: Path) -> set[str]:
@@ -121,7 +48,7 @@ def test_plain_papermill_runs_the_same_notebook(fake, tmp_path):
     import papermill
 
     site = fake(OPEN, TRAIN, FINISH)
-    papermill.execute_notebook(site / "fake_paper" / "notebook.ipynb", tmp_path / "out.ipynb", {"epochs": 1},
+    papermill.execute_notebook(site / "fake_plugin" / "notebook.ipynb", tmp_path / "out.ipynb", {"epochs": 1},
                                progress_bar=False)
     (folder,) = (tmp_path / "home" / "runs" / "fake").iterdir()
     assert read_results(folder)[0].measured is not None

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from layerlab import LayerlabError
-from layerlab.papers import Claim, ClaimResult, judge, read_paper, scoreboard, scoreboard_markdown, scoreboard_text
+from layerlab.papers import Claim, ClaimResult, judge, read_paper
+from layerlab.scoreboard import scoreboard, scoreboard_markdown, scoreboard_styled, scoreboard_text
 
 CLAIM = Claim(id="gain", statement="a gain", value=3.0, unit="points", where="Table I", neutral=0.0, tolerance=0.5,
               conditions={"dataset": "imagenet", "epochs": 20})
@@ -61,7 +62,7 @@ def test_the_scoreboard_says_the_same_in_every_form():
     missing = ClaimResult(paper="mine", claim="other", statement="another", where="Fig. 1", unit="×", paper_value=2.0,
                           profile="cpu")
     for text in (scoreboard_text([row, missing]), scoreboard_markdown([row, missing]),
-                 scoreboard([row, missing]).to_string()):
+                 scoreboard([row, missing]).to_string(), scoreboard_styled([row, missing]).to_html()):
         flat = " ".join(text.split())
         for part in ("a gain", "3 points", "1.25 ± 0.5", "vgg-f", "another", "not run", "2 ×"):
             assert part in flat

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,3 +97,113 @@ def test_a_database_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/mlflow.db")
     with pytest.raises(LayerlabError, match=r"cannot be tracked at sqlite:////dev/null/mlflow.db.*MLFLOW_TRACKING_URI"):
         tracking.client()
+
+
+WRITER = """
+import os, signal, sys
+from layerlab import tracking
+from mlflow.entities import Metric
+number, runs, steps, kill_at = map(int, sys.argv[1:])
+written = 0
+for run in range(runs):
+    id = tracking.start_run("load", f"{number}-{run}", f"{number}-{run}", {"writer": str(number)})
+    for step in range(steps):
+        tracking.client().log_batch(id, metrics=[Metric("loss", step + run / 100, 10**12 + step, step)])
+        written += 1
+        if written == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    tracking.client().set_terminated(id, "FINISHED")
+"""
+
+
+def _load(writers: int, runs: int, steps: int) -> None:
+    """Many writers on an empty database, every second of them killed in the middle and started again."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(number: int, kill_at: int) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-c", WRITER, *map(str, (number, runs, steps, kill_at))]
+        return subprocess.Popen(words, env=environment)
+
+    first = [start(number, runs * steps // 2 if number % 2 else 0) for number in range(writers)]
+    assert [job.wait() for job in first] == [0, -9] * (writers // 2)
+    second = [start(number, 0) for number in range(1, writers, 2)]
+    assert [job.wait() for job in second] == [0] * (writers // 2)
+    found = tracking.client().search_runs([tracking.experiment_id("load")], max_results=1000)
+    assert len(found) == writers * runs
+    assert {run.info.status for run in found} == {"FINISHED"}
+    for run in found:
+        history = tracking.client().get_metric_history(run.info.run_id, "loss")
+        assert sorted(metric.step for metric in history) == list(range(steps))
+
+
+SIZES = [(4, 3, 40), pytest.param(8, 20, 200, marks=pytest.mark.skipif(
+    not os.environ.get("LAYERLAB_SLOW"), reason="slow: set LAYERLAB_SLOW=1"))]
+
+
+@pytest.mark.parametrize(("writers", "runs", "steps"), SIZES)
+def test_many_writers_some_of_them_killed_lose_and_double_nothing(tmp_path, writers, runs, steps):
+    _load(writers, runs, steps)
+
+
+@pytest.mark.parametrize(("writers", "runs", "steps"), SIZES)
+def test_the_same_holds_for_a_server_with_postgresql(tmp_path, monkeypatch, writers, runs, steps):
+    with _server(tmp_path) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        _load(writers, runs, steps)
+
+
+@contextlib.contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    """`mlflow server` on a PostgreSQL of its own: its address."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not binaries or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs PostgreSQL and psycopg2: apt install postgresql, pip install psycopg2-binary")
+    tools, data = binaries[-1].parent, folder / "pg"
+    # PostgreSQL refuses to run as root.
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    data.mkdir()
+    if user:
+        for place in (folder, *folder.parents[:2]):
+            place.chmod(0o755)
+        shutil.chown(data, "postgres", "postgres")
+    subprocess.run([*user, tools / "initdb", "-D", data, "-U", "mlflow", "-A", "trust"], check=True, cwd="/",
+                   capture_output=True)
+    database, web = _free_port(), _free_port()
+    options = f"-p {database} -k {data} -c listen_addresses=127.0.0.1 -c fsync=off"
+    subprocess.run([*user, tools / "pg_ctl", "-D", data, "-w", "-l", data / "log", "-o", options, "start"], check=True,
+                   cwd="/", capture_output=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
+         f"postgresql://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", str(folder / "artifacts"),
+         "--host", "127.0.0.1", "--port", str(web), "--workers", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{web}/health").read()
+                break
+            assert server.poll() is None
+            assert time.monotonic() < deadline, "mlflow server does not answer"
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{web}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        subprocess.run([*user, tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd="/", capture_output=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_run_whose_process_is_gone_does_not_run_for_ever():
+    tracking.start_run("test", "b", "b", {})
+    script = "import os; from layerlab import tracking; tracking.start_run('test', 'a', 'a', {}); os._exit(1)"
+    subprocess.run([sys.executable, "-c", script])
+    assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "RUNNING", "b": "RUNNING"}
+    # The next process that tracks anything finds this one alive and that one gone.
+    subprocess.run([sys.executable, "-c", "from layerlab import tracking; tracking.client()"], check=True)
+    assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "FAILED", "b": "RUNNING"}

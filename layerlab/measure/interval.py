@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy import stats
-
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half-width of the 95 % interval) of independent values, by Student's t.
@@ -19,5 +17,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     if max(values) == min(values):
         return mean, 0.0
+    from scipy import stats  # half a second, which one seed does without
+
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)

@@ -9,12 +9,12 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
-
 
 @cache
 def machine_name() -> str:
     """The processor with the threads in use, and the GPU if there is one."""
+    import torch
+
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,0 +1,147 @@
+"""The scoreboard: every claim with what was measured of it, as a table for a terminal, a page or a notebook."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+import pandas as pd
+
+from layerlab import tracking
+from layerlab.papers import ClaimResult, load_paper
+
+COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
+
+SCOREBOARD = ("claim", "where", "paper", "measured", "run", "verdict")
+
+
+def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
+    """The rows as a table of texts, with the columns of `SCOREBOARD`."""
+    rows = [
+        {
+            "claim": f"{result.paper}: {result.statement}",
+            "where": result.where,
+            "paper": f"{result.paper_value:g} {result.unit}",
+            "measured": result.measured_text,
+            "run": result.setting_text,
+            "verdict": result.verdict + (f" ({result.reason})" if result.reason else ""),
+        }
+        for result in results
+    ]
+    return pd.DataFrame(rows, columns=list(SCOREBOARD))
+
+
+def scoreboard_text(results: Sequence[ClaimResult], width: int = 120) -> str:
+    """The scoreboard for a terminal of that many columns, verdicts in colour."""
+    frame = scoreboard(results)
+    fixed = {"where": 9, "paper": 11, "measured": 15, "run": 18, "verdict": 24}
+    widths = {"claim": max(24, width - sum(fixed.values()) - 2 * len(fixed))} | fixed
+    lines = ["  ".join(click.style(name.ljust(size), bold=True) for name, size in widths.items())]
+    for _, row in frame.iterrows():
+        cells = {name: textwrap.wrap(str(row[name]), size) or [""] for name, size in widths.items()}
+        colour = COLOURS[str(row["verdict"]).split()[0]]
+        for line in range(max(len(cell) for cell in cells.values())):
+            parts = []
+            for name, size in widths.items():
+                text = (cells[name][line] if line < len(cells[name]) else "").ljust(size)
+                parts.append(click.style(text, fg=colour) if name == "verdict" else text)
+            lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def scoreboard_markdown(results: Sequence[ClaimResult]) -> str:
+    """The scoreboard as a Markdown table."""
+    return markdown_table(SCOREBOARD, scoreboard(results).to_numpy()) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table of texts, without a final line break."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def scoreboard_styled(results: Sequence[ClaimResult]) -> Any:
+    """The scoreboard as a pandas Styler, for a notebook or, by its `to_html`, a page; verdicts in colour."""
+    paint = {"reproduced": "#c7e9c0", "holds": "#c6dbef", "differs": "#fdd0a2", "not": "#eeeeee"}
+    style = scoreboard(results).style.hide(axis="index")
+    style = style.map(lambda text: f"background-color: {paint[str(text).split()[0]]}", subset=["verdict"])
+    return style.set_properties(**{"text-align": "left", "vertical-align": "top"})
+
+
+def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
+    """The results of several runs of a paper in one list, in the claims' order.
+
+    A claim that one run measured is not listed as `not run` for another, and one that follows from shapes alone is
+    listed once.
+    """
+    rows = list(results)
+    measured = {row.claim for row in rows if row.verdict != "not run"}
+    kept: dict[tuple[object, ...], ClaimResult] = {}
+    for row in rows:
+        if row.verdict == "not run" and row.claim in measured:
+            continue
+        where: tuple[object, ...] = ()
+        if row.seeds:
+            where = (row.profile, row.conditions.get("dataset"), row.conditions.get("network"))
+        kept.setdefault((row.claim, *where), row)
+    claims = list(dict.fromkeys(row.claim for row in rows))
+    return sorted(kept.values(), key=lambda row: claims.index(row.claim))
+
+
+def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
+    """Every claim of papers with what MLflow holds of it: the newest finished run of each profile.
+
+    Args:
+        names: strategies; default: all that are installed.
+
+    Raises:
+        LayerlabError: an unknown strategy; a tracking database that cannot be read.
+    """
+    from layerlab import strategies
+
+    rows = []
+    for name in names or list(strategies):
+        paper = load_paper(name)
+        results: list[ClaimResult] = []
+        newest = set()
+        for run in tracking.notebook_runs(name):
+            if run.data.tags["profile"] not in newest:
+                newest.add(run.data.tags["profile"])
+                results += [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
+        known = {claim.id: claim for claim in paper.claims}
+        # A claim that the plugin has dropped since is no claim of the paper any more.
+        results = [result for result in results if result.claim in known]
+        absent = [paper.not_run(claim, "") for claim in known.values()
+                  if claim.id not in {result.claim for result in results}]
+        order = list(known)
+        rows += sorted(merged(results + absent), key=lambda row: order.index(row.claim))
+    return rows
+
+
+RUNS = ("paper", "profile", "machine", "commit", "run")
+
+
+def run_table(results: Sequence[ClaimResult]) -> pd.DataFrame:
+    """The runs behind a scoreboard, a row each: paper, profile, machine, commit, address in the UI."""
+    rows = {}
+    for result in results:
+        if result.mlflow_run and result.mlflow_run not in rows:
+            number = tracking.experiment_id(result.paper)
+            rows[result.mlflow_run] = (result.paper, result.profile, result.machine, result.commit,
+                                       tracking.run_url(number, result.mlflow_run))
+    return pd.DataFrame(list(rows.values()), columns=list(RUNS))
+
+
+def page(results: Sequence[ClaimResult], runs: pd.DataFrame) -> str:
+    """The scoreboard and its runs as an HTML page that needs nothing else."""
+    linked = runs.style.hide(axis="index").format(hyperlinks="html").set_properties(**{"text-align": "left"})
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>layerlab: scoreboard</title><style>'
+        "body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em } "
+        "table { border-collapse: collapse } th, td { border-bottom: 1px solid #ddd; padding: .35em .6em } "
+        "th { text-align: left }</style></head><body><h1>Scoreboard</h1>"
+    )
+    return f"{head}{scoreboard_styled(results).to_html()}<h2>Runs</h2>{linked.to_html()}</body></html>\n"

@@ -1,0 +1,454 @@
+"""Batches: several notebooks at once, nothing finished run twice, nothing lost when something dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+from fake_paper import FINISH, OPEN, TRAIN
+
+from layerlab import LayerlabError, Study, tracking
+from layerlab.batch import run_batch
+from layerlab.cli import main
+from layerlab.files import stamp
+from layerlab.notebooks import Job, notebook_job, paper_job
+from layerlab.plans import Plan, jobs_of, read_plan
+
+COUNT = "open(log, 'a').write(name + '\\n')"
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Callable[..., Job]:
+    """Write a notebook of one's own with the given cells, the first of which notes that it ran; gives its job."""
+
+    def write(name: str, *cells: str) -> Job:
+        parameters = nbformat.v4.new_code_cell(
+            f"name = {name!r}  # its name\nlog = {str(tmp_path / 'log')!r}  # where it notes that it ran\n"
+            "size = 1  # a number\nseed = 0  # another",
+            metadata={"tags": ["parameters"]})
+        book = nbformat.v4.new_notebook(
+            cells=[parameters, *(nbformat.v4.new_code_cell(cell) for cell in (COUNT, *cells))],
+            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        file = tmp_path / "home" / "notebooks" / f"{name}.ipynb"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(book, file)
+        return notebook_job(file)
+
+    return write
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Callable[[], list[str]]:
+    """Names of the notebooks that ran, in their order."""
+    return lambda: (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `layerlab …` as a process; what is left of it is killed at the end."""
+    started = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-m", "layerlab.cli", *map(str, arguments)], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                   cwd=tmp_path)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def _statuses(jobs: list[Job], **options: object) -> list[str]:
+    return [outcome.status for outcome in run_batch(jobs, **options)]
+
+
+def _processes(home: Path) -> dict[int, str]:
+    """Runners and kernels that work in a workbook: process number → command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"LAYERLAB_HOME={home}\0" in (entry / "environ").read_text(errors="replace"):
+                words = (entry / "cmdline").read_text().replace("\0", " ")
+                if "ipykernel" in words or "layerlab.runner" in words:
+                    found[int(entry.name)] = words
+    return found
+
+
+def _wait(what: Callable[[], object], seconds: float = 60) -> object:
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+# ------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_is_every_combination_once(fake, notebook, tmp_path):
+    fake(OPEN, FINISH)
+    mine = Path(notebook("mine").notebook)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"""
+jobs:
+  - paper: fake
+    grid: {{epochs: [1, 2], pause: [0.0, 0.5]}}
+  - paper: [fake]
+    parameters: {{epochs: 2, pause: 0.5}}
+  - notebook: {os.path.relpath(mine, tmp_path)}
+    seeds: [3, 4]
+    parameters: {{size: 7}}
+time_limit: 5
+""")
+    jobs = jobs_of(read_plan(plan), tmp_path)
+    assert [job.parameters for job in jobs] == [
+        {"epochs": 1, "pause": 0.0}, {"epochs": 1, "pause": 0.5}, {"epochs": 2, "pause": 0.0},
+        {"epochs": 2, "pause": 0.5}, {"size": 7, "seed": 3}, {"size": 7, "seed": 4},
+    ]
+    assert len({job.folder for job in jobs}) == 6
+    assert read_plan(plan).time_limit == 5
+
+
+def test_every_mistake_of_a_plan_is_reported_before_anything_runs(fake, tmp_path, ran):
+    fake(OPEN, FINISH)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("""
+- paper: fke
+- paper: fake
+  profile: [quick, slow]
+  parameters: {epoch: 1}
+- notebook: nowhere.ipynb
+""")
+    result = CliRunner().invoke(main, ["batch", str(plan)])
+    assert result.exit_code == 2
+    for part in ("Unknown strategy 'fke'. Did you mean 'fake'?", "'epoch'. Did you mean 'epochs'?", "profile 'slow'",
+                 "no notebook", "nothing was run"):
+        assert part in " ".join(result.output.split()), part
+    plan.write_text("""
+jobs:
+  - {paper: fake, notebook: a.ipynb}
+  - {paper: fake, grid: {epochs: []}}
+  - {papers: fake}
+wrokers: 2
+""")
+    with pytest.raises(LayerlabError) as error:
+        read_plan(plan)
+    for part in ("either a paper or a notebook", "gives 'epochs' no value", "'jobs.2.papers'", "'wrokers'"):
+        assert part in str(error.value), part
+    assert not (tmp_path / "home" / "runs").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("jobs: [", "is no YAML"), ("3", "has no jobs"), (None, "cannot be read"), ("jobs: []", "at least 1 item"),
+])
+def test_what_is_no_plan(tmp_path, text, message):
+    file = tmp_path / "plan.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(LayerlabError, match=message):
+        read_plan(file)
+
+
+# ------------------------------------------------------------------------------------------- outcomes
+
+
+def test_failures_are_told_from_successes_and_the_others_go_on(notebook, ran, tmp_path):
+    jobs = [
+        notebook("good", "1 + 1"),
+        notebook("leaves", "import sys; sys.exit(0)", "2"),
+        notebook("breaks", "raise ValueError('something broke')"),
+        notebook("dies", "import os; os.kill(os.getpid(), 9)"),
+        notebook("hangs", "import time; time.sleep(600)"),
+    ]
+    outcomes = [*run_batch(jobs[:4], retries=1), *run_batch(jobs[4:], time_limit=10)]
+    assert [outcome.status for outcome in outcomes] == ["finished", *["failed"] * 4]
+    for outcome, part in zip(outcomes[1:], ("SystemExit", "something broke", "died 2 times", "ran out of its time"),
+                             strict=True):
+        assert part in outcome.message
+    # A dead kernel is tried again, an error in a cell is not.
+    assert sorted(ran()) == ["breaks", "dies", "dies", "good", "hangs", "leaves"]
+    assert [job.file.exists() for job in jobs] == [True, *[False] * 4]
+    assert all(job.failed.exists() for job in jobs[1:])
+    assert "something broke" in jobs[2].failed.read_text()
+    assert not _processes(tmp_path / "home")
+
+
+def test_what_is_finished_is_not_run_again_unless_asked_or_changed(notebook, ran):
+    job = notebook("good", "1 + 1")
+    assert _statuses([job]) == ["finished"]
+    assert _statuses([job]) == ["done before"]
+    assert _statuses([job], rerun=True) == ["finished"]
+    assert ran() == ["good"] * 2
+    changed = notebook("good", "1 + 2")
+    assert changed.folder == job.folder
+    assert _statuses([changed]) == ["finished"]
+    assert ran() == ["good"] * 3
+
+
+def test_a_finished_study_counts_until_its_data_or_its_plugin_change(fake, tmp_path, monkeypatch):
+    site = fake(OPEN, FINISH)
+    data = tmp_path / "images"
+    data.mkdir()
+    (data / "train.parquet").write_bytes(b"1")
+    job = paper_job("fake")
+    study = Study("fake", output=job.folder)
+    study._record["data"][str(data)] = stamp(str(data))
+    assert not job.is_done()
+    study.finish()
+    assert job.is_done()
+    assert not job.is_done(since=time.time() + 1)
+    (data / "train.parquet").write_bytes(b"22")
+    assert not job.is_done()
+    (data / "train.parquet").write_bytes(b"1")
+    os.utime(data / "train.parquet", ns=(0, 0))
+    assert not job.is_done()
+    with (site / "fake_plugin" / "__init__.py").open("a") as source:
+        source.write("\n# another rule\n")
+    assert paper_job("fake").key != job.key
+
+
+def test_the_command_names_each_failure_and_how_to_repeat_it(notebook, command, tmp_path):
+    notebook("good", "1 + 1")
+    notebook("breaks", "raise ValueError('something broke')")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("- {notebook: home/notebooks/good.ipynb}\n"
+                    "- {notebook: home/notebooks/breaks.ipynb, parameters: {size: 2}}\n")
+    dry = command("batch", plan, "--dry-run").communicate()[0]
+    assert [line.split() for line in dry.splitlines()] == [["good", "runs", "never", "run"],
+                                                           ["breaks", "size=2", "runs", "never", "run"]]
+    process = command("batch", plan)
+    text = process.communicate()[0]
+    assert process.returncode == 1
+    *_, failure, again = text.strip().splitlines()
+    assert "something broke" in failure
+    assert again.split() == ["again:", "layerlab", "reproduce", str(tmp_path / "home/notebooks/breaks.ipynb"), "-p",
+                             "size=2"]
+    assert "good: started" in text
+    dry = command("batch", plan, "--dry-run").communicate()[0]
+    assert "done before" in dry.splitlines()[0]
+    assert " s" in dry.splitlines()[0]
+
+
+def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a small file system, which takes root")
+    try:
+        job = notebook("talks", "print('x' * 10**6)")
+        full_job = Job(job.notebook, str(full / "out"), key=job.key)
+        none = Job(job.notebook, "/dev/null/out", key=job.key)
+        outcomes = run_batch([full_job, none, job], retries=0)
+        assert [outcome.status for outcome in outcomes] == ["failed", "failed", "finished"]
+        assert "No space left" in outcomes[0].message
+        assert "/dev/null/out cannot be written" in outcomes[1].message
+        assert not full_job.is_done()
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+
+
+# ------------------------------------------------------------------------------------------- stopping, killing
+
+
+def test_ctrl_c_stops_cleanly_and_a_second_one_at_once(fake, command, tmp_path):
+    fake(OPEN, TRAIN, "import time; time.sleep(5 if p.pause else 0)", FINISH)
+    out = tmp_path / "home" / "runs" / "fake"
+    arguments = ("reproduce", "fake", "-p", "pause=0.02")
+    process = command(*arguments)
+    _wait(lambda: list(out.glob("*/checkpoints/*/main/*/state.pt")))
+    os.kill(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=30)[0]
+    assert process.returncode == 130
+    assert "the same command goes on" in text
+    runs = tracking.client().search_runs([tracking.experiment_id("fake")])
+    assert {run.info.status for run in runs} <= {"KILLED", "FINISHED"}
+    assert not list(out.glob("*/claims.json"))
+    process = command(*arguments)
+    _wait(lambda: [run for run in tracking.client().search_runs([tracking.experiment_id("fake")])
+                   if run.info.status == "RUNNING"])
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    begin = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 10
+    assert not _processes(tmp_path / "home")
+    process = command(*arguments)
+    process.communicate()
+    assert process.returncode == 0
+    runs = tracking.client().search_runs([tracking.experiment_id("fake")])
+    assert len(runs) == 3
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+SEEDS = 20
+AT_ONCE = 2  # of them, where nobody asks for all
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[str, list[float | None]]:
+    """What the first disturbed batch compares with, filled by the first undisturbed one."""
+    return {}
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command, tmp_path, undisturbed, seed):
+    if seed >= AT_ONCE and not os.environ.get("LAYERLAB_SLOW"):
+        pytest.skip("slow: set LAYERLAB_SLOW=1")
+    site = fake(OPEN, TRAIN, FINISH)
+    os.environ["PYTHONPATH"] = str(site)
+    draw = random.Random(seed)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("- {paper: fake, grid: {epochs: [3, 4]}, parameters: {pause: 0.01}}\n")
+    jobs = jobs_of(read_plan(plan), tmp_path)
+    if not undisturbed:
+        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 4]}}]), tmp_path)
+        assert _statuses(quiet) == ["finished"] * 2
+        undisturbed |= {str(job.parameters["epochs"]): _values(job) for job in quiet}
+    home = tmp_path / "home"
+    before = len(tracking.client().search_runs([tracking.experiment_id("fake")]))
+    for _ in range(3):
+        process = command("batch", plan, "--retries", "5")
+        end = time.monotonic() + draw.uniform(4, 14)
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        victims = [*_processes(home), process.pid]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(draw.choice(victims), signal.SIGKILL)
+        if process.poll() is not None:
+            process.communicate()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+    _wait(lambda: process.poll() is not None)
+    last = command("batch", plan, "--retries", "5")
+    assert last.communicate(timeout=120)[0]
+    assert last.returncode == 0
+    assert {str(job.parameters["epochs"]): _values(job) for job in jobs} == undisturbed
+    _wait(lambda: not _processes(home), 15)
+    runs = tracking.client().search_runs([tracking.experiment_id("fake")])
+    assert len(runs) - before == 6
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        if run.data.tags.get("kind") != "notebook":
+            history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
+            assert [metric.step for metric in history] == list(range(1, len(history) + 1))
+
+
+def _values(job: Job) -> list[float | None]:
+    (row,) = json.loads((Path(job.folder) / "claims.json").read_text())
+    return row["values"]
+
+
+def test_two_batches_at_once_in_one_folder_run_each_notebook_once(notebook, command, ran, tmp_path):
+    notebook("slow", "import time; time.sleep(3)")
+    arguments = ("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")
+    first, second = command(*arguments), command(*arguments)
+    assert [process.communicate(timeout=60)[1] for process in (first, second)] == [None, None]
+    assert [first.returncode, second.returncode] == [0, 0]
+    assert ran() == ["slow"]
+
+
+# ------------------------------------------------------------------------------------------- cluster, engine
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A Dask scheduler and two workers of one thread each: (its address, the workers' processes)."""
+    pytest.importorskip("distributed", reason="needs dask.distributed: pip install 'layerlab[cluster]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    dask = [sys.executable, "-m", "dask"]
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    scheduler = subprocess.Popen([*dask, "scheduler", *local, "--port", address.rpartition(":")[2]], **quiet)
+    workers = [
+        subprocess.Popen([*dask, "worker", address, *local, "--nthreads", "1", "--no-nanny", "--resources", "GPU=1"],
+                         **quiet) for _ in range(2)
+    ]
+    yield address, workers
+    for process in (*workers, scheduler):
+        process.kill()
+        process.wait()
+
+
+def test_a_worker_of_a_cluster_that_dies_repeats_nothing_that_is_finished(cluster, notebook, ran):
+    address, workers = cluster
+    jobs = [notebook("quick", "1"), notebook("long", "import time; time.sleep(6)"), notebook("breaks", "1 / 0")]
+    for job in jobs[:2]:
+        assert not job.is_done()
+
+    import threading
+
+    def kill() -> None:
+        _wait(jobs[0].is_done)
+        # The worker that has finished the first holds its result; the other one is at the long notebook.
+        time.sleep(1)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcomes = run_batch(jobs, scheduler=address)
+    killer.join()
+    assert [outcome.status for outcome in outcomes][2] == "failed"
+    assert {outcome.status for outcome in outcomes[:2]} <= {"finished", "done before"}
+    assert ran().count("quick") == 1
+    assert all(job.is_done() for job in jobs[:2])
+
+
+def test_a_scheduler_that_is_not_there_is_named(notebook):
+    pytest.importorskip("distributed")
+    with pytest.raises(LayerlabError, match=r"no Dask scheduler at tcp://127.0.0.1:9 .*--scheduler"):
+        run_batch([notebook("good")], scheduler="tcp://127.0.0.1:9")
+
+
+def test_the_papermill_engine_reports_what_plain_papermill_calls_completed(notebook, tmp_path):
+    import papermill
+
+    job = notebook("leaves", "import sys; sys.exit(0)", "2")
+    out = tmp_path / "out.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match="SystemExit"):
+        papermill.execute_notebook(job.notebook, out, engine_name="layerlab", progress_bar=False)
+    job = notebook("hangs", "import time; time.sleep(60)", "2")
+    with pytest.raises(Exception, match="timed out"):
+        papermill.execute_notebook(job.notebook, out, engine_name="layerlab", progress_bar=False, execution_timeout=1)
+    book = nbformat.read(out, 4)
+    assert [cell.metadata.papermill.status for cell in book.cells] == ["completed", "completed", "failed", "pending"]
+
+
+def test_the_engine_draws_cells_and_epochs(fake, tmp_path):
+    fake(OPEN, TRAIN, FINISH)
+    command = [sys.executable, "-m", "papermill", "--engine", "layerlab",
+               str(tmp_path / "site" / "fake_plugin" / "notebook.ipynb"), str(tmp_path / "out.ipynb")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "out.ipynb: frozen seed 0: loss" in done.stderr
+    assert "out.ipynb: ended after" in done.stderr
+
+
+def test_importing_papermill_stays_light():
+    script = "import papermill, sys; print([m for m in ('torch', 'mlflow', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_starting_notebooks_needs_no_torch():
+    script = "import layerlab.batch, layerlab.plans, sys; print([m for m in ('torch', 'mlflow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
