@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pandas as pd
 
 from layerlab import tracking
-from layerlab.papers import ClaimResult, load_paper
+from layerlab.papers import ClaimResult, Verdict, load_paper
 
 COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
 
@@ -119,6 +119,13 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
         order = list(known)
         rows += sorted(merged(results + absent), key=lambda row: order.index(row.claim))
     return rows
+
+
+def tally(results: Sequence[ClaimResult]) -> pd.DataFrame:
+    """Claims by paper and verdict: how many there are of each."""
+    frame = pd.DataFrame({"paper": [row.paper for row in results], "verdict": [row.verdict for row in results]})
+    table = pd.crosstab(frame["paper"], frame["verdict"])
+    return table.reindex(columns=[verdict for verdict in get_args(Verdict) if verdict in table.columns])
 
 
 RUNS = ("paper", "profile", "machine", "commit", "run")

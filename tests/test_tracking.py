@@ -174,11 +174,11 @@ def _server(folder: Path) -> Iterator[str]:
                    cwd="/", capture_output=True)
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
-         f"postgresql://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", str(folder / "artifacts"),
+         f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", str(folder / "artifacts"),
          "--host", "127.0.0.1", "--port", str(web), "--workers", "2"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{web}/health").read()
@@ -188,7 +188,8 @@ def _server(folder: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield f"http://127.0.0.1:{web}"
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         subprocess.run([*user, tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd="/", capture_output=True)
 
