@@ -1,0 +1,121 @@
+"""MLflow's UI in a real browser: two strategies' runs are found by their tags and compared, with the paper's table."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers import Freezer
+
+from layerlab import Study, tracking
+
+# `LAYERLAB_SHOTS=docs` keeps the pictures that the docs show.
+SHOTS = os.environ.get("LAYERLAB_SHOTS")
+
+
+@pytest.fixture
+def finished(fake, digits, residual) -> tuple[str, str, list[str]]:
+    """A finished study: (experiment, its notebook's run, the runs of its two strategies)."""
+    fake()
+    study = Study("fake")
+    study.compare("main", residual, digits, {"plain": (), "frozen": Freezer()}, table="I", epochs=4, batch_size=256,
+                  progress=False)
+    study.table("table-1", pd.DataFrame({"paper": [43.5], "measured": [42.5]}, index=["top-1 of the paper"]))
+    study.claim("gain", 1.0, seeds=[0], conditions={"dataset": "digits"})
+    study.finish()
+    number = tracking.experiment_id("fake")
+    runs = tracking.client().search_runs([number], "tags.`table` = 'I'", order_by=["tags.`arm`"])
+    return number, study.run_id, [run.info.run_id for run in runs]
+
+
+@pytest.fixture
+def page(finished, tmp_path) -> Iterator:
+    """A browser, and MLflow's UI on the workbook's database: (driver, address)."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs a browser: apt install chromium chromium-driver")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.tracking_uri(), "--host", "127.0.0.1",
+         "--port", str(port), "--workers", "1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1000"):
+        options.add_argument(flag)
+    browser = None
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").read()
+                break
+            assert server.poll() is None
+            assert time.monotonic() < deadline, "mlflow ui does not answer"
+            time.sleep(0.2)
+        browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        yield browser, f"http://127.0.0.1:{port}/#"
+    finally:
+        if browser is not None:
+            browser.quit()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _shows(browser, *parts: str, shot: str = "") -> str:
+    """The page's text, once it shows all of the parts."""
+    from selenium.webdriver.common.by import By
+
+    deadline = time.monotonic() + 60
+    while True:
+        text = browser.find_element(By.TAG_NAME, "body").text
+        missing = [part for part in parts if part not in text]
+        if not missing:
+            break
+        assert time.monotonic() < deadline, f"the page does not show {missing}: {text[:2000]}"
+        time.sleep(0.3)
+    if SHOTS and shot:
+        time.sleep(2)  # what is still being drawn
+        browser.save_screenshot(str(Path(SHOTS) / f"{shot}.png"))
+    return text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="needs selenium: pip install selenium")
+def test_two_strategies_are_found_by_their_tags_and_compared(page, finished):
+    browser, address = page
+    number, notebook, runs = finished
+    search = urllib.parse.quote("tags.`paper` = 'fake' and tags.`table` = 'I'")
+    browser.get(f"{address}/experiments/{number}/runs?searchFilter={search}&compareRunsMode=TABLE")
+    text = _shows(browser, "frozen · digits · seed 0", "plain · digits · seed 0", shot="mlflow-runs")
+    assert "notebook" not in text.split("Run Name")[-1]
+
+    wanted = urllib.parse.urlencode({"runs": json.dumps(runs), "experiments": json.dumps([number])})
+    browser.get(f"{address}/compare-runs?{wanted}")
+    _shows(browser, "Comparing 2 Runs", "test/top1", "cost/backward_flops", "freezer/seconds", shot="mlflow-compare")
+
+    metrics = urllib.parse.urlencode({
+        "runs": json.dumps(runs), "experiments": json.dumps([number]), "plot_metric_keys": json.dumps(["test/top1"]),
+        "x_axis": "step",
+    })
+    browser.get(f"{address}/metric?{metrics}")
+    _shows(browser, "test/top1", "frozen", "plain", shot="mlflow-metric")
+
+    browser.get(f"{address}/experiments/{number}/runs/{notebook}/artifacts/tables/table-1.csv")
+    _shows(browser, "top-1 of the paper", "43.5", "42.5", shot="mlflow-table")
