@@ -119,8 +119,8 @@ def _import_database(file: Path) -> tuple[int, int]:
                 continue
             number = tracking.experiment_id(experiment.name)
             here = _origins(number)
-            # Parents first, so that what was grouped under them finds them.
-            for run in sorted(runs, key=lambda run: "mlflow.parentRunId" in run.data.tags):
+            # Notebooks first, so that what belongs to them finds them.
+            for run in sorted(runs, key=lambda run: tracking.NOTEBOOK in run.data.tags):
                 origin = run.data.tags.get(tracking.ORIGIN, run.info.run_id)
                 before = here.get(origin) or here.get(run.info.run_id)
                 if before is not None and before.info.status in ENDED and (
@@ -142,9 +142,9 @@ def _copy(there: Any, run: Any, experiment: str, before: Any, here: dict[str, An
     origin = run.data.tags.get(tracking.ORIGIN, run.info.run_id)
     # The process that wrote it was another machine's, or a thing of the past.
     tags = {name: value for name, value in run.data.tags.items() if name != tracking.PROCESS}
-    parent = here.get(tags.get("mlflow.parentRunId", ""))
-    if parent is not None:
-        tags["mlflow.parentRunId"] = parent.info.run_id
+    notebook = here.get(tags.get(tracking.NOTEBOOK, ""))
+    if notebook is not None:
+        tags[tracking.NOTEBOOK] = notebook.info.run_id
     made = before or client.create_run(
         experiment, start_time=run.info.start_time, run_name=run.info.run_name, tags={tracking.ORIGIN: origin}
     )

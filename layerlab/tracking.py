@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PREFIX = "layerlab."
 # Tags of a notebook's run, one a row of its scoreboard, numbered.
 CLAIM = f"{PREFIX}claim."
+# Tag of a fit's run: the run of the notebook that it belongs to. Not MLflow's own nesting, whose UI shows what a
+# search finds folded away under its parent.
+NOTEBOOK = f"{PREFIX}notebook"
 # Tag of the process that writes a run, by which a run that nobody writes any more is known.
 PROCESS = f"{PREFIX}process"
 # Tag of a run that came from another database: its id there.
@@ -228,7 +231,7 @@ class Tracker:
     Args:
         experiment: MLflow's experiment.
         tags: for every run, such as paper, table and profile.
-        parent: id of the run to group them under.
+        parent: id of the notebook's run that they belong to, as a tag.
     """
 
     def __init__(self, experiment: str, tags: Mapping[str, str] | None = None, parent: str | None = None) -> None:
@@ -254,7 +257,7 @@ class Tracker:
             "data": fit.data.fingerprint,
         }
         if self.parent:
-            tags["mlflow.parentRunId"] = self.parent
+            tags[NOTEBOOK] = self.parent
         run_id = start_run(self.experiment, f"{fit.name} · {fit.data.name} · seed {fit.seed}", attempt, tags)
         self._runs[fit], self._written[fit] = run_id, 0
         params = describe(fit.settings) | {
@@ -316,7 +319,7 @@ def log_file(run_id: str, content: bytes, name: str) -> None:
 def end_open_runs(experiment: str, parent: str, status: str = "FAILED") -> None:
     """Close a notebook's run and the runs under it that a dead process left running."""
     number = experiment_id(experiment)
-    for run in client().search_runs([number], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=5000):
+    for run in client().search_runs([number], f"tags.`{NOTEBOOK}` = '{parent}'", max_results=5000):
         if run.info.status == "RUNNING":
             client().set_terminated(run.info.run_id, status)
     client().set_terminated(parent, status)

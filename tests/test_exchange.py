@@ -50,7 +50,7 @@ def test_a_copied_database_comes_home_once(elsewhere, tmp_path, monkeypatch):
     assert frozen.info.status == "FINISHED"
     assert frozen.data.tags["note"] == "kept"
     assert frozen.data.params["lr"] == "0.05"
-    assert frozen.data.tags["mlflow.parentRunId"] == runs["fake · quick · notebook"].info.run_id
+    assert frozen.data.tags[tracking.NOTEBOOK] == runs["fake · quick · notebook"].info.run_id
     assert [d.dataset.name for d in frozen.inputs.dataset_inputs] == ["digits"]
     history = tracking.client().get_metric_history(frozen.info.run_id, "test/top1")
     assert [metric.step for metric in history] == [1, 2, 3]

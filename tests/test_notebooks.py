@@ -36,7 +36,7 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     client = tracking.client()
     runs = client.search_runs([tracking.experiment_id("fake")])
     (notebook,) = [run for run in runs if run.data.tags.get("kind") == "notebook"]
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == notebook.info.run_id]
+    children = [run for run in runs if run.data.tags.get(tracking.NOTEBOOK) == notebook.info.run_id]
     assert sorted(run.data.tags["arm"] for run in children) == ["frozen", "plain"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {item.path for item in client.list_artifacts(notebook.info.run_id)} == {"claims.json", "fake.ipynb"}

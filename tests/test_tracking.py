@@ -174,7 +174,7 @@ def _server(folder: Path) -> Iterator[str]:
                    cwd="/", capture_output=True)
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
-         f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", str(folder / "artifacts"),
+         f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", folder / "artifacts",
          "--host", "127.0.0.1", "--port", str(web), "--workers", "2"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
