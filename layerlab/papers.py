@@ -7,14 +7,16 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from layerlab.errors import LayerlabError, sentence, unknown
 from layerlab.measure import mean_interval
 from layerlab.registry import Plugin
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Verdict = Literal["reproduced", "holds at reduced scale", "differs", "not run"]
 
@@ -41,6 +43,8 @@ class Table(_Data):
     @property
     def frame(self) -> pd.DataFrame:
         """As a table, indexed by the first column."""
+        import pandas as pd
+
         return pd.DataFrame(self.rows, columns=self.columns).set_index(self.columns[0])
 
 

@@ -16,16 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
-import pandas as pd
-
 from layerlab import tracking
 from layerlab.errors import LayerlabError, unknown
 from layerlab.files import stamp, write_atomically, write_json
 from layerlab.measure import commit, machine_name, mean_interval, versions
 from layerlab.papers import ClaimResult, Paper, judge, load_paper
-from layerlab.scoreboard import scoreboard
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from layerlab.training import Comparison
 
 OUTPUT = "LAYERLAB_OUTPUT"
@@ -118,7 +117,7 @@ def is_finished(folder: Path, key: str) -> bool:
 class Study:
     """What a paper's notebook works with.
 
-    Everything it makes lies in one folder and in one MLflow run with the training runs grouped under it. An
+    Everything it makes lies in one folder and in one MLflow run, whose id the training runs carry as a tag. An
     interrupted study that is opened again goes on in both.
 
     Args:
@@ -184,7 +183,7 @@ class Study:
         self._results: list[ClaimResult] = []
 
     def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
-        """`layerlab.compare`, checkpointed in the study's folder and logged under its run.
+        """`layerlab.compare`, checkpointed in the study's folder and logged with its run's id.
 
         Args:
             title: names the checkpoints; unique in the notebook.
@@ -206,6 +205,8 @@ class Study:
         """Keep a table, unless it has no rows, as CSV in the folder and in MLflow; gives it back for display."""
         if frame.empty:
             return frame
+        import pandas as pd
+
         text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex))
         self._keep(f"tables/{name}.csv", text.encode())
         return frame
@@ -264,6 +265,8 @@ class Study:
         What says that a study is done is `finished` in its record, written when everything else is.
         """
         from mlflow.entities import Metric, RunTag
+
+        from layerlab.scoreboard import scoreboard
 
         results = self.results
         stamp = time.time_ns() // 1_000_000
