@@ -199,7 +199,7 @@ def _process(number: int) -> str:
 
 
 def _close_dead_runs(client: Any) -> None:
-    """Mark runs as failed that processes of this machine were writing and that are gone.
+    """Mark runs as killed that processes of this machine were writing and that are gone.
 
     A study that goes on sets its runs running again.
     """
@@ -208,7 +208,7 @@ def _close_dead_runs(client: Any) -> None:
     for run in client.search_runs(numbers, wanted, max_results=5000):
         writer = run.data.tags[PROCESS]
         if _process(int(writer.split(":")[-2])) != writer:
-            client.set_terminated(run.info.run_id, "FAILED")
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def start_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str]) -> str:

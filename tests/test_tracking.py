@@ -207,4 +207,4 @@ def test_a_run_whose_process_is_gone_does_not_run_for_ever():
     assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "RUNNING", "b": "RUNNING"}
     # The next process that tracks anything finds this one alive and that one gone.
     subprocess.run([sys.executable, "-c", "from layerlab import tracking; tracking.client()"], check=True)
-    assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "FAILED", "b": "RUNNING"}
+    assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "KILLED", "b": "RUNNING"}
