@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from layerlab import Dataset, build_model, load_dataset, measure
+from layerlab.models import MODELS
 from layerlab_learn_and_drop.cutting import Plan, make_plan, split
 from layerlab_learn_and_drop.features import Making, Storage
 from layerlab_learn_and_drop.strategy import NAME, LearnAndDrop
@@ -311,12 +313,19 @@ def network_of(name: str, data: Dataset) -> Callable[[], nn.Module]:
     options: dict[str, Any] = {"num_classes": data.classes, "channels": data.shape[0]}
     if depth.isdigit():
         return lambda: build_model(base, depth=int(depth), **options)
+    if name not in MODELS or "image_size" in inspect.signature(MODELS[name]).parameters:
+        options["image_size"] = data.shape[1]
     return lambda: build_model(name, **options)
 
 
 def load(options: Mapping[str, Any]) -> Dataset:
-    """The data of a run: `load_dataset` with shifts, and mirror images where digits are not what is shown."""
-    options = dict(options)
+    """The data of a run: `load_dataset` with shifts, and mirror images where digits are not what is shown.
+
+    Args:
+        options: `dataset`, `padding` (pixels of the shifts, 2 by default) and what `load_dataset` takes; `epochs`,
+            which are the run's, are left out.
+    """
+    options = {key: value for key, value in options.items() if key != "epochs"}
     name, padding = options.pop("dataset"), options.pop("padding", 2)
     how = "crop" if "digits" in name or "mnist" in name else "crop-flip"
     return load_dataset(name, **options).augmented(how, padding)

@@ -119,13 +119,6 @@ class _Sizes(fx.Interpreter):
         return result
 
 
-def _sizes(graph: fx.GraphModule, example: Tensor) -> _Sizes:
-    sizes = _Sizes(graph)
-    with torch.no_grad(), sizes.counter:
-        sizes.run(example)
-    return sizes
-
-
 def make_plan(network: nn.Module, example: Tensor) -> Plan:
     """Find the layers and the cuts.
 
@@ -144,8 +137,11 @@ def make_plan(network: nn.Module, example: Tensor) -> Plan:
     traced = trace(network, training=False)
     with mode(network, training=False):
         # Two sizes of batch tell which tensors have the batch as their first dimension.
-        first = _sizes(traced, example[:1].expand(2, *example.shape[1:]))
-        second = _sizes(traced, example[:1].expand(3, *example.shape[1:]))
+        first, second = _Sizes(traced), _Sizes(traced)
+        with torch.no_grad(), first.counter:
+            first.run(example[:1].expand(2, *example.shape[1:]))
+        with torch.no_grad():
+            second.run(example[:1].expand(3, *example.shape[1:]))
     # Parameters that are read as attributes belong to whatever uses them, and go to its side of a cut.
     nodes = [node for node in traced.graph.nodes if node.op != "get_attr"]
     place_of = {node: place for place, node in enumerate(nodes)}

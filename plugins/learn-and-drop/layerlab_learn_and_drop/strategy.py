@@ -1,6 +1,6 @@
 """Learn&Drop: layers that stopped learning leave the training network, which goes on from their stored feature maps.
 
-Cruciata et al., "Learn & Drop: Fast Learning of CNNs based on Layer Dropping", arXiv 2604.23403. The paper's scores are
+Cruciata et al., "Learn&Drop: Fast Learning of CNNs based on Layer Dropping", arXiv 2604.23403. The paper's scores are
 known from its abstract and summaries only; `relative_change` and `trend` say how they are read here.
 """
 
@@ -90,7 +90,7 @@ class LearnAndDrop(Strategy):
 
     settled: float = Field(0.5, gt=0)
     """A layer's change has to be at most this share of its largest so far."""
-    flat: float = Field(0.2, ge=0)
+    flat: float = Field(0.25, ge=0)
     """Its change has to fall by less than this in an epoch (natural logarithm)."""
     window: int = Field(3, ge=2)
     """Epochs over which the trend is taken, and after which a layer can be done at the earliest."""
