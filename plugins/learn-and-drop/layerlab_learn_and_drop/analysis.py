@@ -322,10 +322,10 @@ def load(options: Mapping[str, Any]) -> Dataset:
     """The data of a run: `load_dataset` with shifts, and mirror images where digits are not what is shown.
 
     Args:
-        options: `dataset`, `padding` (pixels of the shifts, 2 by default) and what `load_dataset` takes; `epochs`,
-            which are the run's, are left out.
+        options: `dataset`, `padding` (pixels of the shifts, 2 by default) and what `load_dataset` takes; the run's own
+            `epochs` and `lr` are left out.
     """
-    options = {key: value for key, value in options.items() if key != "epochs"}
+    options = {key: value for key, value in options.items() if key not in ("epochs", "lr")}
     name, padding = options.pop("dataset"), options.pop("padding", 2)
     how = "crop" if "digits" in name or "mnist" in name else "crop-flip"
     return load_dataset(name, **options).augmented(how, padding)

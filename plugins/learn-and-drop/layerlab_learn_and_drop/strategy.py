@@ -41,10 +41,14 @@ def relative_change(weights: Sequence[Tensor], before: Sequence[Tensor]) -> floa
     Returns:
         ≥ 0; infinite for a layer that was zero and moved.
     """
-    pairs = [(weight.double(), start.double()) for weight, start in zip(weights, before, strict=True)]
-    moved = math.sqrt(sum(float((weight - start).square().sum()) for weight, start in pairs))
-    size = math.sqrt(sum(float(start.square().sum()) for _, start in pairs))
+    moved = _norm([weight - start for weight, start in zip(weights, before, strict=True)])
+    size = _norm(before)
     return moved / size if size else (math.inf if moved else 0.0)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def trend(changes: Sequence[float], window: int) -> float:
@@ -125,6 +129,7 @@ class LearnAndDrop(Strategy):
     _before_that: tuple[int, bool, int, int] = PrivateAttr(_NOTHING)
     _too_large: float = PrivateAttr(math.inf)
     _applied: tuple[Any, ...] = PrivateAttr(())
+    _parts: tuple[Cut, tuple[nn.Module, nn.Module]] | None = PrivateAttr(None)
     _features: Features | None = PrivateAttr(None)
     _temporary: Any = PrivateAttr(None)
     _shared: _Shared = PrivateAttr(default_factory=_Shared)
@@ -275,7 +280,7 @@ class LearnAndDrop(Strategy):
         image = run.example[0].numel()  # bytes, as uint8
         if self._estimate(run, cut) <= image * len(self._images) * max(1, self._passes):
             return True
-        prefix, _ = split(run.model, cut)
+        prefix, _ = self._split(run, cut)
         making = self._making(run, prefix, 0)
         # Where the whole would lie, a sample is laid.
         budget = math.inf if making.size <= self._budget(run) else 0
@@ -291,7 +296,9 @@ class LearnAndDrop(Strategy):
             }, rounds=5, warmup=1, device=str(run.device))
         finally:
             sample.close()
-        return turns["read"].median / PROBE_BATCHES < turns["compute"].median
+        # The fastest round of each: what else the machine does only adds.
+        batches = len(sample) // run.batch_size
+        return min(turns["read"].seconds) / batches < min(turns["compute"].seconds)
 
     # ---------------------------------------------------------------------------- network and data
 
@@ -324,7 +331,7 @@ class LearnAndDrop(Strategy):
         """Cut the network, make or take the features, and let the tail train on them; False if they have no room."""
         start = time.perf_counter()
         cut = self._plan.cuts[self._count]
-        prefix, tail = split(run.model, cut)
+        prefix, tail = self._split(run, cut)
         making = self._making(run, prefix, version)
         key = self._key(prefix, making)
         if self._applied[:2] == (self._count, self._dropped):
@@ -351,6 +358,12 @@ class LearnAndDrop(Strategy):
         synchronise(run.device)
         run.log(f"{NAME}/feature_seconds", time.perf_counter() - start)
         return True
+
+    def _split(self, run: Run, cut: Cut) -> tuple[nn.Module, nn.Module]:
+        """The parts, which the measuring, the drop and every refresh of its features share."""
+        if self._parts is None or self._parts[0] is not cut:
+            self._parts = (cut, split(run.model, cut))
+        return self._parts[1]
 
     def _making(self, run: Run, prefix: nn.Module, version: int) -> Making:
         channels_last = run.example.is_contiguous(memory_format=torch.channels_last) and not run.example.is_contiguous()
@@ -394,6 +407,7 @@ class LearnAndDrop(Strategy):
 
     def _release(self) -> None:
         self._close()
+        self._parts = None
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None

@@ -278,8 +278,8 @@ class Work(nn.Module):
 
 
 # Both give more bytes than the image has. One is some hundred times slower to make than to read; the other does one
-# product and shows its result 500 times, where reading has to fetch each.
-@pytest.mark.parametrize(("rounds", "times", "dropped"), [(500, 1, 1), (1, 500, 0)])
+# product and shows its result 1,000 times, where reading has to fetch each.
+@pytest.mark.parametrize(("rounds", "times", "dropped"), [(200, 1, 1), (1, 1000, 0)])
 def test_large_features_that_are_slower_to_read_than_to_make_are_frozen_instead(data, rounds, times, dropped):
     model = nn.Sequential(Work(rounds, times), nn.Flatten(), nn.Linear(64 * times, 10))
     strategy = LearnAndDrop(**EAGER | {"at_most": 1.0, "augmentation": "none"})
