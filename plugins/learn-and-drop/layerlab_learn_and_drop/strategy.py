@@ -55,7 +55,8 @@ def trend(changes: Sequence[float], window: int) -> float:
     """The second score: the slope of ln(change) per epoch, by least squares over the last `window` epochs.
 
     −0.5 means that an epoch changes the layer by e^−0.5 = 0.61 of what the epoch before did: it is still on its way to
-    somewhere. About 0 means that its change has become steady: what is left is the noise of the gradients.
+    somewhere. A positive slope, as when a network leaves a plateau, means that it has only begun. About 0 means that
+    its change has become steady: what is left is the noise of the gradients.
 
     Returns:
         The slope; NaN while there are fewer than `window` epochs; 0 for a layer that stands still.
@@ -82,8 +83,9 @@ class LearnAndDrop(Strategy):
     """Drop the layers nearest the input once their scores say that they have learned.
 
     After each epoch every layer that learned in it gets two scores, `relative_change` (divided by the learning rate's
-    share of its first value, so that a falling rate does not pass for having learned) and `trend`. A layer is done when
-    its change is at most `settled` times its largest so far and its trend is at least −`flat`; done stays done. The
+    share of its first value, so that a falling rate does not pass for having learned) and `trend`. A layer is done
+    when its change is at most `settled` times its largest so far and its trend between −`flat` and `flat`; done stays
+    done. The
     longest prefix of done layers leaves the training network at the start of the next epoch, if the FLOPs that this
     saves in the epochs that are left exceed those of evaluating the prefix over the training set. The last layer always
     learns. `run.model` remains the whole network.
@@ -95,7 +97,7 @@ class LearnAndDrop(Strategy):
     settled: float = Field(0.5, gt=0)
     """A layer's change has to be at most this share of its largest so far."""
     flat: float = Field(0.25, ge=0)
-    """Its change has to fall by less than this in an epoch (natural logarithm)."""
+    """Its change has to fall or rise by at most this in an epoch (natural logarithm)."""
     window: int = Field(3, ge=2)
     """Epochs over which the trend is taken, and after which a layer can be done at the earliest."""
     at_most: float = Field(1.0, gt=0, le=1)
@@ -229,7 +231,7 @@ class LearnAndDrop(Strategy):
             history = self._changes[index]
             history.append(change)
             slope = trend(history, self.window)
-            if change <= self.settled * max(history) and slope >= -self.flat:
+            if change <= self.settled * max(history) and abs(slope) <= self.flat:
                 self._done[index] = True
         return self.ready
 

@@ -70,6 +70,8 @@ def test_a_layer_is_done_when_its_change_is_small_and_flat_and_stays_so():
     assert _observed([[1.0], [0.5], [0.25], [0.24]], **settings) == [0, 0, 0, 1]
     # Flat but as large as ever.
     assert _observed([[1.0], [1.0], [0.9], [0.9]], **settings) == [0, 0, 0, 0]
+    # Small but rising, as after a plateau: it has only begun.
+    assert _observed([[1.0], [0.1], [0.2], [0.4]], **settings) == [0, 0, 0, 0]
     # Done once is done for good, also when it changes again.
     assert _observed([[1.0], [0.4], [0.4], [0.9]], **settings) == [0, 0, 1, 1]
 
