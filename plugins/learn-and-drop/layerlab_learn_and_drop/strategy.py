@@ -85,10 +85,9 @@ class LearnAndDrop(Strategy):
     After each epoch every layer that learned in it gets two scores, `relative_change` (divided by the learning rate's
     share of its first value, so that a falling rate does not pass for having learned) and `trend`. A layer is done
     when its change is at most `settled` times its largest so far and its trend between −`flat` and `flat`; done stays
-    done. The
-    longest prefix of done layers leaves the training network at the start of the next epoch, if the FLOPs that this
-    saves in the epochs that are left exceed those of evaluating the prefix over the training set. The last layer always
-    learns. `run.model` remains the whole network.
+    done. The longest prefix of done layers leaves the training network at the start of the next epoch, if the FLOPs
+    that this saves in the epochs that are left exceed those of evaluating the prefix over the training set. The last
+    layer always learns. `run.model` remains the whole network.
     """
 
     name: ClassVar[str] = NAME
@@ -245,11 +244,12 @@ class LearnAndDrop(Strategy):
 
         Backward is taken as twice the forward pass. Features that are `made` cost only their refreshing.
         """
-        before = self._plan.cuts[count].flops if count else 0.0
-        making = {"none": 1, "copies": self.copies, "refresh": math.ceil(epochs / self.refresh_every)}
-        passes = making[self.augmentation] if count else 0
-        if made and self.augmentation != "refresh":
-            passes = 0
+        if not count:
+            return epochs * 3 * self._plan.flops
+        passes = 0 if made else max(1, self._passes)
+        if self._refreshes:
+            passes = math.ceil(epochs / self.refresh_every)
+        before = self._plan.cuts[count].flops
         return epochs * 3 * (self._plan.flops - before) + passes * before
 
     def _decide(self, run: Run) -> None:
@@ -307,7 +307,7 @@ class LearnAndDrop(Strategy):
     def _apply(self, run: Run) -> None:
         """Put the decided prefix in force, where it is not."""
         age = run.epoch - self._since
-        version = age // self.refresh_every if self._passes and self.augmentation == "refresh" else 0
+        version = age // self.refresh_every if self._refreshes else 0
         wanted = (self._count, self._dropped, version)
         if self._count and self._applied != wanted:
             if not self._dropped:
@@ -380,6 +380,10 @@ class LearnAndDrop(Strategy):
         if self.augmentation == "none" or getattr(self._images, "augment", "") == "none":
             return 0
         return self.copies if self.augmentation == "copies" else 1
+
+    @property
+    def _refreshes(self) -> bool:
+        return self.augmentation == "refresh" and self._passes > 0
 
     def _key(self, prefix: nn.Module, making: Making) -> str:
         """A digest of what decides the features, for the file's name."""

@@ -188,6 +188,25 @@ def test_flops_of_a_prefix_are_those_of_its_layers():
     assert [plan.cuts[count].flops for count in range(1, 9)] == [2 * sum(macs[:count]) for count in range(1, 9)]
 
 
+class Tied(nn.Module):
+    """One layer before and after another; batch norm without parameters does the same with its statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tied, self.between = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.last = nn.BatchNorm1d(8, affine=False), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tied(self.between(self.tied(self.first(x.flatten(1)))))
+        return self.last(self.norm(x))
+
+
+def test_no_parameter_is_on_both_sides_of_a_cut():
+    plan = make_plan(Tied(), torch.randn(2, 1, 8, 8))
+    assert [layer.name for layer in plan.layers] == ["first", "tied", "between", "last"]
+    assert list(plan.cuts) == [1, 3]
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
