@@ -360,7 +360,7 @@ def _files(
     side = size or (DATASETS[name].side if name in DATASETS else None) or halves["train"].common_side()
     total = sum(len(source) for source in halves.values()) * channels * side * side
     if budget is None:
-        budget = _free_memory(device) / 2
+        budget = free_memory(device) / 2
     digest = "-".join(source.digest() for source in halves.values())
     result: dict[str, tuple[Tensor | Streamed, Tensor]] = {}
     for half, source in halves.items():
@@ -371,7 +371,8 @@ def _files(
     return result, str(where), digest
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on the device; on the CPU in main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -103,18 +103,22 @@ def layer_bars(
     return figure
 
 
-def layer_epoch_map(maps: Mapping[str, pd.DataFrame], label: str, states: Sequence[str] | None = None) -> Figure:
+def layer_epoch_map(
+    maps: Mapping[str, pd.DataFrame], label: str, states: Sequence[str] | None = None,
+    edges: Mapping[str, Sequence[int]] | None = None,
+) -> Figure:
     """Layer × epoch heat maps, the layer nearest the input at the bottom.
 
     Args:
         maps: title → table with layers as index (input first) and epochs as columns.
         label: what the colour means.
         states: for integer tables: the names of 0, 1, …; drawn as two or more flat colours with a legend.
+        edges: title → for each epoch a number of layers, counted from the input, above which a line is drawn.
     """
     tallest = max(len(table) for table in maps.values())
     columns = min(3, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = _canvas(columns, rows, width=4.6, height=max(2.2, 0.32 * tallest + 1.0))
+    figure, axes = _canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.32 * tallest + 1.0)))
     flat = list(axes.flat)
     for axis, (title, table) in zip(flat, maps.items(), strict=False):
         shown = table.iloc[::-1].rename(index=lambda name: str(name).removeprefix("features."))
@@ -123,7 +127,14 @@ def layer_epoch_map(maps: Mapping[str, pd.DataFrame], label: str, states: Sequen
             palette = ["#d9d9d9", *sns.color_palette("colorblind", max(1, len(states) - 1))]
             options = {"cmap": ListedColormap(palette[: len(states)]), "vmin": -0.5, "vmax": len(states) - 0.5,
                        "cbar": False}
-        sns.heatmap(shown, ax=axis, linewidths=0.5, linecolor="white", **options)
+        # Of a deep network, rows are thin, lines between them would hide them, and not all names fit.
+        sns.heatmap(shown, ax=axis, linewidths=0.5 if tallest <= 40 else 0, linecolor="white", **options)
+        for column, count in enumerate(edges[title] if edges else ()):
+            if count:
+                before = edges[title][column - 1] if column else 0
+                height = len(table) - count
+                axis.plot([column, column, column + 1], [len(table) - before, height, height], color="crimson",
+                          linewidth=2, solid_capstyle="butt", clip_on=False)
         axis.set(title=title, xlabel="epoch", ylabel="")
         axis.tick_params(axis="y", rotation=0)
         axis.tick_params(axis="x", rotation=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -27,8 +28,11 @@ class Batches(Protocol):
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass: shuffled and augmented from `generator`, dropping the uneven rest, or in order without one."""
+    ) -> Iterator[tuple[Tensor | tuple[Tensor, ...], Tensor]]:
+        """One pass: shuffled and augmented from `generator`, dropping the uneven rest, or in order without one.
+
+        What a batch gives to the network is one tensor, or a tuple of them for a training network that takes several.
+        """
         ...
 
 
@@ -50,7 +54,8 @@ class Run:
         step: optimizer steps taken so far, over all epochs.
         steps_per_epoch: optimizer steps in the current epoch.
         device: where model and data are.
-        generator: the CPU generator behind shuffling and augmentation.
+        generator: the CPU generator behind shuffling and augmentation; its initial seed is the fit's.
+        folder: where the fit's checkpoint lies and a strategy may keep what it can make again; None without one.
         history: one row an epoch of everything logged, including `logged` of the epochs that are finished.
         logged: what strategies logged in the current epoch.
     """
@@ -67,6 +72,7 @@ class Run:
     device: torch.device
     generator: torch.Generator
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    folder: Path | None = None
     batch_size: int = 0
     epoch: int = 0
     step: int = 0
@@ -126,6 +132,8 @@ class Strategy(BaseModel):
     """A method that changes how a network is trained. Subclass it; the fields are the settings.
 
     `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's.
+    `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
+    which a strategy that replaces the step does not expect.
 
     State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
     one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
@@ -137,6 +145,7 @@ class Strategy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
     name: ClassVar[str] = ""
+    replaces_network: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -212,7 +221,8 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
     """Refuse strategies that cannot run together.
 
     Raises:
-        LayerlabError: two of them replace the training step, or one is given twice.
+        LayerlabError: two of them replace the training step, or the network that trains, or one does the one and
+            another the other; or one is given twice.
     """
     strategies = list(strategies)
     for strategy in strategies:
@@ -227,4 +237,15 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
         raise LayerlabError(
             f"Strategies {stepping[0]!r} and {stepping[1]!r} cannot run together: both replace the training step "
             "(hook training_step); use one of them at a time."
+        )
+    replacing = [strategy.name for strategy in strategies if strategy.replaces_network]
+    if len(replacing) > 1:
+        raise LayerlabError(
+            f"Strategies {replacing[0]!r} and {replacing[1]!r} cannot run together: both replace the network that "
+            "trains; use one of them at a time."
+        )
+    if replacing and stepping:
+        raise LayerlabError(
+            f"Strategies {replacing[0]!r} and {stepping[0]!r} cannot run together: the one replaces the network that "
+            "trains and its data between epochs, the other the training step; use one of them at a time."
         )

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from layerlab.checkpoint import Checkpoint
 from layerlab.data import Dataset, Split, resolve_device
@@ -181,6 +182,7 @@ class Fit:
         self._warm: set[str] = set()
         with self._turn():
             self.run = self._start(model, loss)
+            self.run.folder = Path(checkpoint) if checkpoint is not None else None
             self.fingerprint = self._fingerprint()
             for strategy in self.strategies:
                 strategy.on_fit_start(self.run)
@@ -318,7 +320,7 @@ class Fit:
                 synchronise(self.device)
                 pause = time.perf_counter()
                 if index == measured:
-                    with Meter(run.training_model, run.optimizer, x, y) as meter:
+                    with Meter(run.model, run.training_model, run.optimizer, *tree_leaves((x, y))) as meter:
                         total += step(x, y)
                     assert meter.cost is not None
                     self._costs[key] = meter.cost

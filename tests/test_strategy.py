@@ -82,6 +82,66 @@ def test_two_strategies_that_replace_the_step_are_refused_with_the_reason(digits
         fit(residual(), digits, [Stepper(), Other()], epochs=1, progress=False)
 
 
+class Headless(Strategy):
+    """From the second epoch on, the classifier trains alone, on two stored halves of what comes before it."""
+
+    name: ClassVar[str] = "headless"
+    replaces_network: ClassVar[bool] = True
+
+    def on_epoch_start(self, run: Run) -> None:
+        if run.epoch == 2:
+            run.training_model, run.data = Joined(run.model.classifier), Halves(len(run.data))
+
+
+class Joined(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, halves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.layer(torch.cat(halves, 1))
+
+
+class Halves:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch_size, generator, dtype, memory_format):
+        for _ in range(self.count // batch_size):
+            yield (torch.ones(batch_size, 6), torch.zeros(batch_size, 10)), torch.zeros(batch_size, dtype=torch.long)
+
+
+def test_the_network_that_trains_and_its_data_may_be_others_than_the_one_that_predicts(digits, residual):
+    result = fit(residual(), digits, Headless(), epochs=2, batch_size=512, progress=False)
+    first, second = result.history
+    assert second["cost/forward_flops"] == 2 * 512 * 16 * 10 * (len(digits.train) // 512)
+    # The weights that do not train at present are in memory too; of the step there is little more.
+    weights = sum(4 * parameter.numel() for parameter in result.model.parameters())
+    assert 2 * weights + 4 * 512 * 16 < second["cost/peak_memory_bytes"] < first["cost/peak_memory_bytes"]
+
+
+def test_a_strategy_that_replaces_the_network_is_refused_beside_one_that_replaces_the_step(digits, residual):
+    with pytest.raises(LayerlabError, match=r"'headless' and 'stepper' cannot run together.*the network that trains"):
+        fit(residual(), digits, [Stepper(), Headless()], epochs=1, progress=False)
+
+
+def test_a_strategy_knows_where_the_checkpoint_lies(digits, residual, tmp_path):
+    seen = []
+
+    class Looking(Strategy):
+        name: ClassVar[str] = "looking"
+
+        def on_fit_start(self, run: Run) -> None:
+            seen.append(run.folder)
+
+    for folder in (None, tmp_path):
+        fit(residual(), digits, Looking(), epochs=1, batch_size=512, checkpoint=folder, progress=False)
+    assert seen == [None, tmp_path]
+
+
 def test_one_strategy_twice_is_refused(digits, residual):
     with pytest.raises(LayerlabError, match="given twice"):
         fit(residual(), digits, [Recorder(), Recorder()], epochs=1, progress=False)

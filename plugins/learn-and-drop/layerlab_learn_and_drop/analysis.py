@@ -1,0 +1,336 @@
+"""What the notebook shows: cuts and their cost, steps by turns, savings, accuracy lost, times to it, scores as maps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from layerlab import Dataset, build_model, load_dataset, measure
+from layerlab.models import MODELS
+from layerlab_learn_and_drop.cutting import Plan, make_plan, split
+from layerlab_learn_and_drop.features import Making, Storage
+from layerlab_learn_and_drop.strategy import NAME, LearnAndDrop
+
+PLAIN, FROZEN, DROPPED = "plain", "freezing", "Learn&Drop"
+PUBLISHED = {"vgg11": 17.83, "resnet152": 83.74}
+# Points of top-1 that count as no loss, and the ratios that are aimed at, by family of networks.
+MARGIN = 0.5
+TARGETS = {"resnet": 2.0, "vgg": 1.3}
+
+
+def arms(strategy: LearnAndDrop) -> dict[str, Any]:
+    """Plain training, Learn&Drop, and freezing the same layers in the same epochs."""
+    return {PLAIN: (), DROPPED: strategy, FROZEN: strategy.same_layers_frozen()}
+
+
+def storage_arms(strategy: LearnAndDrop) -> dict[str, Any]:
+    """Plain training, and Learn&Drop with each storage and each way with augmented images."""
+    settings = strategy.model_dump()
+    ways = [{"storage": storage} for storage in _BITS]
+    ways += [{"augmentation": way} for way in ("none", "copies", "refresh") if way != strategy.augmentation]
+    changed = [LearnAndDrop(**settings | way) for way in ways]
+    return {PLAIN: (), **{f"{_BITS[each.storage]}, {_way(each)}": each for each in changed}}
+
+
+_BITS = {"compute": "32 bits", "bfloat16": "16 bits", "int8": "8 bits"}
+
+
+def _way(strategy: LearnAndDrop) -> str:
+    return {"none": "plain images", "copies": f"{strategy.copies} augmented copies",
+            "refresh": f"refreshed every {strategy.refresh_every} epochs"}[strategy.augmentation]
+
+
+# ---------------------------------------------------------------------------------------------- exact
+
+
+def plan_of(name: str, shape: tuple[int, int, int] = (3, 224, 224), **options: Any) -> Plan:
+    """A network's layers and cuts, from shapes alone: no memory, no arithmetic."""
+    with torch.device("meta"):
+        return make_plan(build_model(name, **options), torch.empty(1, *shape))
+
+
+def cut_table(plan: Plan, image_bytes: int) -> pd.DataFrame:
+    """Every cut of a plan.
+
+    Returns:
+        A row a cut: `layers` before it and their `share` of all layers, `FLOPs` (share of the forward pass before it),
+        `features` (float32, in multiples of the uint8 image), `tensors` that cross.
+    """
+    return pd.DataFrame([
+        {"layers": count, "share": count / len(plan.layers), "FLOPs": cut.flops / plan.flops,
+         "features": 4 * cut.elements / image_bytes, "tensors": len(cut.shapes)}
+        for count, cut in plan.cuts.items()
+    ])
+
+
+def published_savings(plans: Mapping[str, Plan]) -> pd.DataFrame:
+    """What the published FLOP reductions mean: how early a prefix would have to go.
+
+    Returns:
+        A row a network: its `layers` and `GFLOPs` forward; `all but the last layer`, the share of the forward pass that
+        the longest prefix carries; what is `published` as the reduction over the whole training; and the `latest drop`,
+        as a share of training, at which that prefix can go to reach it, features for free.
+    """
+    rows = []
+    for name, plan in plans.items():
+        longest = plan.cuts[max(plan.cuts)].flops / plan.flops
+        published = PUBLISHED.get(name, math.nan) / 100
+        rows.append({"network": name, "layers": len(plan.layers), "GFLOPs": plan.flops / 1e9,
+                     "all but the last layer": longest, "published": published,
+                     "latest drop": 1 - published / longest})
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------- a step
+
+
+def step_costs(
+    build: Callable[[], nn.Module], data: Dataset, batch_size: int, shares: Sequence[float], rounds: int,
+    storages: Sequence[Storage] = ("compute",), channels_last: bool = True,
+) -> pd.DataFrame:
+    """A training step with a prefix frozen and with it dropped, against the whole step, measured by turns.
+
+    Each step reads its own batch: images, or stored features in memory.
+
+    Args:
+        shares: of the forward FLOPs; the longest prefix within each is taken.
+
+    Returns:
+        A row a prefix and way: `prefix`, `FLOPs` (its share of the forward pass), `way`, `time`, `time low` and
+        `time high` (median and quartiles of the ratio to the whole step, round by round), `MB` of features for
+        1,000 images.
+    """
+    device = data.train.labels.device
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    network = build().to(device, memory_format=memory_format)
+    example = next(data.train.batches(2, memory_format=memory_format))[0]
+    plan = make_plan(network, example)
+    count = min(len(data.train), 8 * batch_size)
+    steps: dict[str, Callable[[], object]] = {}
+    rows = []
+
+    def add(label: str, model: nn.Module, source: Any, frozen: Sequence[nn.Module] = ()) -> None:
+        model.train()
+        for module in frozen:
+            module.eval().requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+        generator = torch.Generator().manual_seed(0)
+
+        def stream() -> Any:
+            while True:
+                yield from source.batches(batch_size, generator, torch.float32, memory_format)
+
+        batches = stream()
+
+        def step() -> None:
+            x, y = next(batches)
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        steps[label] = step
+
+    add("whole", copy.deepcopy(network), data.train)
+    for share in shares:
+        cut = max((cut for cut in plan.cuts.values() if cut.flops <= share * plan.flops), key=lambda cut: cut.flops)
+        what = {"prefix": f"{cut.layers} of {len(plan.layers)} layers", "FLOPs": cut.flops / plan.flops}
+        frozen = copy.deepcopy(network)
+        rows.append({**what, "way": "frozen", "label": f"{share} frozen", "MB": 0.0})
+        add(rows[-1]["label"], frozen, data.train, [frozen.get_submodule(name) for name in cut.modules])
+        for storage in storages:
+            whole = copy.deepcopy(network)
+            prefix, tail = split(whole, cut)
+            making = Making(prefix, data.train, storage, 0, 0, batch_size, nullcontext, memory_format)
+            features = making.make(device, math.inf, Path(), limit=count // batch_size)
+            rows.append({**what, "way": f"dropped, {_BITS[storage]}", "label": f"{share} {storage}",
+                         "MB": features.nbytes / len(features) / 1e3})
+            add(rows[-1]["label"], tail, features)
+    turns = measure.time_by_turns(steps, rounds, device=str(device))
+    for row in rows:
+        row["time"], row["time low"], row["time high"] = turns[row.pop("label")].ratio(turns["whole"])
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+def forward_flops(result: Any) -> float:
+    """Of a whole run, those of making features included."""
+    return math.fsum(row["cost/forward_flops"] + row.get(f"{NAME}/feature_flops", 0) for row in result.history)
+
+
+def flop_reduction(comparison: Any, arm: str = DROPPED) -> list[float]:
+    """Per cent of plain training's forward FLOPs that an arm saved, making features included; a value a seed."""
+    return [100 * (1 - forward_flops(comparison.results[arm, seed]) / forward_flops(comparison.results[PLAIN, seed]))
+            for seed in comparison.seeds]
+
+
+def flop_reduction_alone(result: Any) -> float:
+    """The same from a run of Learn&Drop alone: its first epoch, in which everything learns, is what all would cost."""
+    return 100 * (1 - forward_flops(result) / (len(result.history) * result.history[0]["cost/forward_flops"]))
+
+
+def seconds(result: Any) -> float:
+    """Of training, evaluation excluded and making features included."""
+    return math.fsum(row["time/epoch_seconds"] for row in result.history)
+
+
+def speedup(comparison: Any, arm: str, baseline: str = PLAIN) -> list[float]:
+    """How many times faster an arm did the same number of epochs; a value a seed."""
+    return [seconds(comparison.results[baseline, seed]) / seconds(comparison.results[arm, seed])
+            for seed in comparison.seeds]
+
+
+def points(comparison: Any, arm: str) -> list[float]:
+    """Percentage points of final top-1 that an arm is above plain training; a value a seed."""
+    top1 = {method: [comparison.results[method, seed].final["test/top1"] for seed in comparison.seeds]
+            for method in (arm, PLAIN)}
+    return [100 * (mine - plain) for mine, plain in zip(top1[arm], top1[PLAIN], strict=True)]
+
+
+def time_to(result: Any, target: float) -> float:
+    """Seconds of training until top-1 first reaches `target`; infinite if it never does."""
+    spent = 0.0
+    for row in result.history:
+        spent += row["time/epoch_seconds"]
+        if row["test/top1"] >= target:
+            return spent
+    return math.inf
+
+
+def peak_bytes(result: Any) -> float:
+    """The most that a run held: a step's peak and the features that lay in memory beside it.
+
+    On a GPU the allocator's peak holds the features already.
+    """
+    return max(
+        row.get("cost/peak_memory_bytes", math.nan)
+        + (row.get(f"{NAME}/feature_bytes", 0) * (1 - row.get(f"{NAME}/features_in_file", 0)) if _on_cpu(result) else 0)
+        for row in result.history
+    )
+
+
+def _on_cpu(result: Any) -> bool:
+    return next(result.model.parameters()).device.type == "cpu"
+
+
+def table(runs: Mapping[str, Any]) -> pd.DataFrame:
+    """What each arm cost and gained over whole runs: means, with half-widths of 95 % intervals as ±."""
+    rows = []
+    for name, run in runs.items():
+        for arm in run.arms:
+            results = [run.results[arm, seed] for seed in run.seeds]
+            row: dict[str, Any] = {"run": name, "arm": arm}
+            row["top-1"] = _spread([100 * result.final["test/top1"] for result in results], 2, " %")
+            row["against plain"] = "" if arm == PLAIN else _spread(points(run, arm), 2, " points")
+            row["seconds"] = _spread([seconds(result) for result in results], 1)
+            row["faster"] = "" if arm == PLAIN else _spread(speedup(run, arm), 2, "×")
+            row["forward FLOPs saved"] = "" if arm == PLAIN else _spread(flop_reduction(run, arm), 1, " %")
+            features = [max(epoch.get(f"{NAME}/feature_bytes", 0) for epoch in result.history) for result in results]
+            row["features"] = f"{max(features) / 1e6:.1f} MB" if max(features) else ""
+            row["peak"] = f"{max(map(peak_bytes, results)) / 1e6:.0f} MB"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def times(runs: Mapping[str, Any], below: float = MARGIN) -> pd.DataFrame:
+    """Seconds of each arm until its top-1 is at plain training's final one, less `below` points; by seed."""
+    rows = []
+    for name, run in runs.items():
+        for seed in run.seeds:
+            target = run.results[PLAIN, seed].final["test/top1"] - below / 100
+            row: dict[str, Any] = {"run": name, "seed": seed, "target": f"{target:.1%}"}
+            for arm in run.arms:
+                spent = time_to(run.results[arm, seed], target)
+                row[arm] = f"{spent:.1f} s" if math.isfinite(spent) else "never"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def targets(runs: Mapping[str, Any]) -> pd.DataFrame:
+    """What this workbook asks of the method on the CPU, and whether it was met: on the mean over seeds."""
+    rows = []
+    for name, run in runs.items():
+        family = "vgg" if "vgg" in name else "resnet"
+        checks = {
+            f"at least {TARGETS[family]}× faster than plain": (speedup(run, DROPPED), TARGETS[family], "×"),
+            "faster than freezing the same layers": (speedup(run, DROPPED, FROZEN), 1.0, "×"),
+            f"at most {MARGIN} points of top-1 lost": (points(run, DROPPED), -MARGIN, " points"),
+        }
+        for what, (values, bound, unit) in checks.items():
+            met = "yes" if measure.mean_interval(values)[0] >= bound else "no"
+            rows.append({"run": name, "target": what, "measured": _spread(values, 2, unit), "met": met})
+    return pd.DataFrame(rows)
+
+
+def score_map(result: Any, score: str) -> pd.DataFrame:
+    """A score of every layer and epoch: `change` (as log₁₀) or `trend`; empty where a layer did not learn."""
+    layers = result.strategies[0].layers
+    frame = pd.DataFrame(
+        {row["epoch"]: [row.get(f"{NAME}/{score}/{layer}", math.nan) for layer in layers] for row in result.history},
+        index=layers,
+    )
+    return frame.map(lambda value: math.log10(value) if value > 0 else math.nan) if score == "change" else frame
+
+
+def edges(result: Any) -> list[int]:
+    """How many layers, from the input on, were dropped or frozen in each epoch."""
+    return [int(row[f"{NAME}/dropped_layers"] + row[f"{NAME}/frozen_layers"]) for row in result.history]
+
+
+def decisions(runs: Mapping[str, Any]) -> pd.DataFrame:
+    """Every change of the prefix: when, up to which layer, what it took."""
+    rows = []
+    for name, run in runs.items():
+        for seed in run.seeds:
+            result, before = run.results[DROPPED, seed], 0
+            for row, edge in zip(result.history, edges(result), strict=True):
+                if edge != before:
+                    rows.append({
+                        "run": name, "seed": seed, "epoch": row["epoch"],
+                        "what": "dropped" if row[f"{NAME}/dropped_layers"] else "frozen",
+                        "layers": f"{edge} of {len(result.strategies[0].layers)}",
+                        "up to": result.strategies[0].layers[edge - 1],
+                        "features": f"{row[f'{NAME}/feature_bytes'] / 1e6:.1f} MB",
+                        "made in": f"{row[f'{NAME}/feature_seconds']:.2f} s",
+                    })
+                    before = edge
+    return pd.DataFrame(rows)
+
+
+def network_of(name: str, data: Dataset) -> Callable[[], nn.Module]:
+    """A function that builds a network of `name` or `name-depth` (`resnet-cifar-56`) for the data."""
+    base, _, depth = name.rpartition("-")
+    options: dict[str, Any] = {"num_classes": data.classes, "channels": data.shape[0]}
+    if depth.isdigit():
+        return lambda: build_model(base, depth=int(depth), **options)
+    if name not in MODELS or "image_size" in inspect.signature(MODELS[name]).parameters:
+        options["image_size"] = data.shape[1]
+    return lambda: build_model(name, **options)
+
+
+def load(options: Mapping[str, Any]) -> Dataset:
+    """The data of a run: `load_dataset` with shifts, and mirror images where digits are not what is shown.
+
+    Args:
+        options: `dataset`, `padding` (pixels of the shifts, 2 by default) and what `load_dataset` takes; the run's own
+            `epochs` and `lr` are left out.
+    """
+    options = {key: value for key, value in options.items() if key not in ("epochs", "lr")}
+    name, padding = options.pop("dataset"), options.pop("padding", 2)
+    how = "crop" if "digits" in name or "mnist" in name else "crop-flip"
+    return load_dataset(name, **options).augmented(how, padding)
+
+
+def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:
+    mean, half = measure.mean_interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "") + unit

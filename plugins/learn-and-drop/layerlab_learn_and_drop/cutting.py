@@ -1,0 +1,275 @@
+"""Where a network can be cut in two, what each cut costs, and the two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerlab import LayerlabError
+from layerlab.models import NORMALISATION
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What gets its own scores: a module with parameters that is no normalisation.
+
+    Attributes:
+        name: qualified, in the network.
+        parameters: qualified names of its own parameters, without the normalisation's.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between two layers where the network can be parted.
+
+    Attributes:
+        layers: how many layers lie before it, in forward order.
+        node: name of the last operation before it.
+        shapes: of the tensors that cross it, without the batch's dimension.
+        elements: how many numbers cross it for one image.
+        flops: of the part before it in one image's forward pass.
+        modules: qualified names of the modules before it.
+    """
+
+    layers: int
+    node: str
+    shapes: tuple[tuple[int, ...], ...]
+    elements: int
+    flops: float
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network's layers in forward order and its cuts.
+
+    Attributes:
+        layers: in forward order.
+        cuts: number of layers before the cut → cut; where nothing but tensors of the batch can cross there is none.
+        flops: of one image's forward pass through the whole network.
+    """
+
+    layers: tuple[Layer, ...]
+    cuts: dict[int, Cut]
+    flops: float
+
+
+class _Tracer(fx.Tracer):
+    """Modules without children are leaves too, whoever wrote them: what they do may depend on the mode."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None
+
+
+@contextmanager
+def mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """The network in training or in inference mode, and afterwards each module as it was."""
+    modes = {module: module.training for module in network.modules()}
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace(network: nn.Module, training: bool) -> fx.GraphModule:
+    """The network as a graph whose modules are the network's own.
+
+    Raises:
+        LayerlabError: torch.fx cannot trace it.
+    """
+    with mode(network, training):
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(network)
+        except Exception as error:  # whatever the network's own code raises when it meets a proxy
+            raise LayerlabError(
+                f"learn-and-drop cuts a network along its torch.fx graph, and {type(network).__name__} cannot be "
+                f"traced ({(str(error) or type(error).__name__).splitlines()[0]}); take control flow that depends on "
+                "values out of its forward, or into a module without children."
+            ) from None
+        return fx.GraphModule(tracer.root, graph)
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph and notes each operation's result's shape and the FLOPs counted so far."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.shapes: dict[fx.Node, tuple[int, ...] | None] = {}
+        self.flops: dict[fx.Node, int] = {}
+        self.counter = FlopCounterMode(display=False)
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        self.shapes[n] = tuple(result.shape) if isinstance(result, Tensor) else None
+        self.flops[n] = self.counter.get_total_flops()
+        return result
+
+
+def make_plan(network: nn.Module, example: Tensor) -> Plan:
+    """Find the layers and the cuts.
+
+    Between two layers the place is taken where the fewest numbers cross, the last of several, so that normalisation,
+    activation and pooling lie on the side where they leave less to store. Nothing but tensors with
+    the batch as first dimension may cross (so not the image itself, and no shape computed from it), and no parameter
+    or buffer may be used on both sides.
+
+    Args:
+        network: any that torch.fx can trace; its modes are left as they were.
+        example: images as it takes them; the first is used.
+
+    Raises:
+        LayerlabError: it cannot be traced, or has a single layer.
+    """
+    traced = trace(network, training=False)
+    with mode(network, training=False):
+        # Two sizes of batch tell which tensors have the batch as their first dimension.
+        first, second = _Sizes(traced), _Sizes(traced)
+        with torch.no_grad(), first.counter:
+            first.run(example[:1].expand(2, *example.shape[1:]))
+        with torch.no_grad():
+            second.run(example[:1].expand(3, *example.shape[1:]))
+    # Parameters that are read as attributes belong to whatever uses them, and go to its side of a cut.
+    nodes = [node for node in traced.graph.nodes if node.op != "get_attr"]
+    place_of = {node: place for place, node in enumerate(nodes)}
+    layers: list[tuple[str, list[str]]] = []
+    ends: list[int] = []
+    owned: list[set[int]] = []  # by place: the parameters and buffers used there
+    early: list[str] = []  # parameters used before the first layer
+    for place, node in enumerate(nodes):
+        used = _parameters(network, node)
+        owned.append({id(parameter) for parameter in used.values()})
+        if node.op == "call_module":
+            owned[-1] |= {id(buffer) for buffer in network.get_submodule(str(node.target)).buffers()}
+        if not used:
+            continue
+        if node.op != "call_module":
+            (layers[-1][1] if layers else early).extend(used)
+            ends[-1:] = [place] * len(layers[-1:])
+        elif not isinstance(network.get_submodule(str(node.target)), NORMALISATION) and not any(
+            name == node.target for name, _ in layers
+        ):
+            layers.append((str(node.target), [*early, *used]))
+            ends.append(place)
+            early = []
+    if len(layers) < 2:
+        raise LayerlabError(
+            f"learn-and-drop needs a network of two layers or more, and {type(network).__name__} has {len(layers)}; "
+            "use another network."
+        )
+    last_use = [max((place_of[user] for user in node.users), default=-1) for node in nodes]
+    calls = {str(node.target): place for place, node in reversed(list(enumerate(nodes))) if node.op == "call_module"}
+    cuts: dict[int, Cut] = {}
+    for count in range(1, len(layers)):
+        best: Cut | None = None
+        for place in range(ends[count - 1], calls[layers[count][0]]):
+            crossing = [node for node, last in zip(nodes[: place + 1], last_use, strict=False) if last > place]
+            shapes = [_example_shape(node, first, second) for node in crossing if node.op != "placeholder"]
+            if len(shapes) < len(crossing) or not all(shape is not None for shape in shapes):
+                continue
+            if set().union(*owned[: place + 1]) & set().union(*owned[place + 1 :]):
+                continue
+            sizes = tuple(shape for shape in shapes if shape is not None)
+            elements = sum(torch.Size(shape).numel() for shape in sizes)
+            if best is None or elements <= best.elements:
+                names = tuple(dict.fromkeys(str(n.target) for n in nodes[: place + 1] if n.op == "call_module"))
+                best = Cut(count, nodes[place].name, sizes, elements, first.flops[nodes[place]] / 2, names)
+        if best is not None:
+            cuts[count] = best
+    return Plan(tuple(Layer(name, tuple(names)) for name, names in layers), cuts, first.flops[nodes[-1]] / 2)
+
+
+def _parameters(network: nn.Module, node: fx.Node) -> dict[str, nn.Parameter]:
+    """The parameters that an operation uses, its own and those it is given, by qualified name."""
+    found: dict[str, nn.Parameter] = {}
+    for given in node.all_input_nodes:
+        if given.op == "get_attr":
+            owner, _, leaf = str(given.target).rpartition(".")
+            value = getattr(network.get_submodule(owner), leaf)
+            if isinstance(value, nn.Parameter):
+                found[str(given.target)] = value
+    if node.op == "call_module":
+        inner = network.get_submodule(str(node.target)).named_parameters()
+        found |= {f"{node.target}.{name}": parameter for name, parameter in inner}
+    return found
+
+
+def _example_shape(node: fx.Node, first: _Sizes, second: _Sizes) -> tuple[int, ...] | None:
+    """The shape without the batch's dimension, which has to be the first; None for anything else."""
+    a, b = first.shapes[node], second.shapes[node]
+    return a[1:] if a and b and (a[0], b[0]) == (2, 3) and a[1:] == b[1:] else None
+
+
+def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
+    """The part before a cut, for inference, and the part after it, for training.
+
+    Both share the network's modules, and one without parameters may be in both: so the prefix is put in inference mode
+    for as long as it runs. What the network does in training may differ from what it does in inference, so each part
+    comes from a trace of its own.
+
+    Returns:
+        prefix: images → the tensors that cross the cut, one or a tuple.
+        tail: what the prefix gives → logits.
+
+    Raises:
+        LayerlabError: the network runs other operations in training than in inference.
+    """
+    parts = []
+    traces = [trace(network, training) for training in (False, True)]
+    operations = [[(node.op, str(node.target), node.name) for node in traced.graph.nodes] for traced in traces]
+    if operations[0] != operations[1]:
+        raise LayerlabError(
+            f"learn-and-drop cannot cut {type(network).__name__}: it runs other operations in training than in "
+            "inference; use a network without such branches."
+        )
+    for traced in traces:
+        names = [node.name for node in traced.graph.nodes]
+        place = {name: index for index, name in enumerate(names)}
+        edge = place[cut.node]
+        parts.append(split_module(traced, network, lambda node, place=place, edge=edge: int(place[node.name] > edge)))
+    return _prefix(parts[0]), _tail(parts[1])
+
+
+def _prefix(parted: fx.GraphModule) -> fx.GraphModule:
+    """Of the module that `split_module` made, what comes before the second part's call."""
+    (call,) = [node for node in parted.graph.nodes if node.op == "call_module" and node.target == "submod_0"]
+    (output,) = [node for node in parted.graph.nodes if node.op == "output"]
+    output.args = (call,)
+    return _clean(parted)
+
+
+def _tail(parted: fx.GraphModule) -> fx.GraphModule:
+    """Of the module that `split_module` made, what comes after the first part's call."""
+    graph = parted.graph
+    (call,) = [node for node in graph.nodes if node.op == "call_module" and node.target == "submod_0"]
+    (images,) = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_before(images):
+        features = graph.placeholder("features")
+    call.replace_all_uses_with(features)
+    graph.erase_node(call)
+    graph.erase_node(images)
+    return _clean(parted)
+
+
+def _clean(parted: fx.GraphModule) -> fx.GraphModule:
+    parted.graph.eliminate_dead_code()
+    # A new one takes only what the graph still uses.
+    return fx.GraphModule(parted, parted.graph)
+
+
+def features_of(values: object) -> tuple[Tensor, ...]:
+    """What a prefix gives, as a tuple."""
+    return tuple(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))

@@ -1,0 +1,473 @@
+"""Learn&Drop: layers that stopped learning leave the training network, which goes on from their stored feature maps.
+
+Cruciata et al., "Learn&Drop: Fast Learning of CNNs based on Layer Dropping", arXiv 2604.23403. The paper's scores are
+known from its abstract and summaries only; `relative_change` and `trend` say how they are read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor, nn
+
+from layerlab import LayerlabError, Run, Strategy
+from layerlab.data import free_memory
+from layerlab.measure import synchronise, time_by_turns
+from layerlab.strategy import Batches
+from layerlab_learn_and_drop.cutting import Cut, Plan, make_plan, split
+from layerlab_learn_and_drop.features import Features, Making, NoRoom, Storage
+
+NAME = "learn-and-drop"
+PROBE_BATCHES = 4  # that are stored to measure how fast they are read
+_NOTHING = (0, False, 0, 0)
+
+
+def relative_change(weights: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """The first score: ‖w − w_before‖₂ / ‖w_before‖₂ over a layer's parameters.
+
+    Args:
+        weights: a layer's parameters at the end of an epoch.
+        before: the same at its start.
+
+    Returns:
+        ≥ 0; infinite for a layer that was zero and moved.
+    """
+    moved = _norm([weight - start for weight, start in zip(weights, before, strict=True)])
+    size = _norm(before)
+    return moved / size if size else (math.inf if moved else 0.0)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def trend(changes: Sequence[float], window: int) -> float:
+    """The second score: the slope of ln(change) per epoch, by least squares over the last `window` epochs.
+
+    −0.5 means that an epoch changes the layer by e^−0.5 = 0.61 of what the epoch before did: it is still on its way to
+    somewhere. A positive slope, as when a network leaves a plateau, means that it has only begun. About 0 means that
+    its change has become steady: what is left is the noise of the gradients.
+
+    Returns:
+        The slope; NaN while there are fewer than `window` epochs; 0 for a layer that stands still.
+    """
+    recent = changes[-window:]
+    if len(recent) == window and recent[-1] == 0:
+        return 0.0
+    if len(recent) < window or min(recent) == 0 or math.isinf(max(recent)):
+        return math.nan
+    logs = [math.log(change) for change in recent]
+    middle, mean = (window - 1) / 2, math.fsum(logs) / window
+    return math.fsum((i - middle) * (value - mean) for i, value in enumerate(logs)) / math.fsum(
+        (i - middle) ** 2 for i in range(window))
+
+
+class _Shared(dict[int, dict[int, tuple[str, ...]]]):
+    """Seed → epoch → modules that were dropped or frozen in it. Copies of a strategy share one."""
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+
+class LearnAndDrop(Strategy):
+    """Drop the layers nearest the input once their scores say that they have learned.
+
+    After each epoch every layer that learned in it gets two scores, `relative_change` (divided by the learning rate's
+    share of its first value, so that a falling rate does not pass for having learned) and `trend`. A layer is done
+    when its change is at most `settled` times its largest so far and its trend between −`flat` and `flat`; done stays
+    done. The longest prefix of done layers leaves the training network at the start of the next epoch, if the FLOPs
+    that this saves in the epochs that are left exceed those of evaluating the prefix over the training set. The last
+    layer always learns. `run.model` remains the whole network.
+    """
+
+    name: ClassVar[str] = NAME
+    replaces_network: ClassVar[bool] = True
+
+    settled: float = Field(0.5, gt=0)
+    """A layer's change has to be at most this share of its largest so far."""
+    flat: float = Field(0.25, ge=0)
+    """Its change has to fall or rise by at most this in an epoch (natural logarithm)."""
+    window: int = Field(3, ge=2)
+    """Epochs over which the trend is taken, and after which a layer can be done at the earliest."""
+    at_most: float = Field(1.0, gt=0, le=1)
+    """Never drop more than this share of the whole network's forward FLOPs."""
+    augmentation: Literal["none", "copies", "refresh"] = "refresh"
+    """What becomes of augmented images: `none`, features of the plain images; `copies`, features of `copies` augmented
+    passes, which the epochs read in turn; `refresh`, one augmented pass, made anew every `refresh_every` epochs."""
+    copies: int = Field(3, ge=1)
+    """Of the training set's features, with `augmentation="copies"`."""
+    refresh_every: int = Field(3, ge=1)
+    """Epochs, with `augmentation="refresh"`."""
+    storage: Storage = "compute"
+    """Of features: `compute`, the type that the network computes in; `bfloat16`; `int8`, 8 bits over each image's own
+    range."""
+    memory_budget: float | None = Field(None, ge=0)
+    """Bytes of features that may lie on the device; more go into a mapped file. Default: half of what is free."""
+    folder: str | None = None
+    """Where that file lies. Default: with the fit's checkpoint, or in the system's temporary folder."""
+
+    _plan: Plan = PrivateAttr()
+    _images: Batches = PrivateAttr()
+    _changes: list[list[float]] = PrivateAttr(default_factory=list)
+    _done: list[bool] = PrivateAttr(default_factory=list)
+    _before: dict[int, list[Tensor]] = PrivateAttr(default_factory=dict)
+    _first_rate: float = PrivateAttr(0.0)
+    _rate: float = PrivateAttr(0.0)
+    _count: int = PrivateAttr(0)
+    _dropped: bool = PrivateAttr(False)
+    _since: int = PrivateAttr(0)
+    _seed: int = PrivateAttr(0)
+    _before_that: tuple[int, bool, int, int] = PrivateAttr(_NOTHING)
+    _too_large: float = PrivateAttr(math.inf)
+    _applied: tuple[Any, ...] = PrivateAttr(())
+    _parts: tuple[Cut, tuple[nn.Module, nn.Module]] | None = PrivateAttr(None)
+    _features: Features | None = PrivateAttr(None)
+    _temporary: Any = PrivateAttr(None)
+    _shared: _Shared = PrivateAttr(default_factory=_Shared)
+    _record: dict[int, tuple[str, ...]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the network's layers in forward order."""
+        return [layer.name for layer in self._plan.layers]
+
+    @property
+    def prefix(self) -> int:
+        """How many layers, from the input on, are dropped or frozen from the next epoch on."""
+        return self._count
+
+    @property
+    def dropped(self) -> bool:
+        """Whether that prefix is dropped rather than frozen."""
+        return self._dropped
+
+    def same_layers_frozen(self) -> SameLayersFrozen:
+        """A strategy that freezes what this one drops, in the same epochs: for a later arm of the same `compare`."""
+        twin = SameLayersFrozen()
+        twin._shared = self._shared
+        return twin
+
+    # ---------------------------------------------------------------------------- hooks
+
+    def on_fit_start(self, run: Run) -> None:
+        """Find the layers and the cuts.
+
+        Raises:
+            LayerlabError: torch.fx cannot trace the network, or it has a single layer.
+        """
+        self._release()
+        self._plan, self._images = make_plan(run.model, run.example), run.data
+        count = len(self._plan.layers)
+        self._changes, self._done = [[] for _ in range(count)], [False] * count
+        self._before, self._first_rate = {}, 0.0
+        self._count, self._dropped, self._since, self._seed = self._before_that = _NOTHING
+        self._too_large, self._applied = math.inf, ()
+        self._record = self._shared[run.generator.initial_seed()] = {}
+
+    def on_epoch_start(self, run: Run) -> None:
+        run.log(f"{NAME}/feature_flops", 0)
+        run.log(f"{NAME}/feature_seconds", 0)
+        self._apply(run)
+        self._record[run.epoch] = self._plan.cuts[self._count].modules if self._count else ()
+        self._rate = _rate(run)
+        self._before = {
+            index: [weight.clone() for weight in self._weights(run, index)]
+            for index in range(self._count, len(self._plan.layers))
+        }
+        run.log(f"{NAME}/dropped_layers", self._count if self._dropped else 0)
+        run.log(f"{NAME}/frozen_layers", self._count if not self._dropped else 0)
+        features = self._features
+        run.log(f"{NAME}/feature_bytes", features.nbytes if features else 0)
+        run.log(f"{NAME}/features_in_file", features is not None and features.file is not None)
+
+    def on_epoch_end(self, run: Run) -> None:
+        frozen = {id(parameter) for module in run.frozen for parameter in module.parameters(recurse=False)}
+        rate = (self._rate + _rate(run)) / 2
+        if rate > 0:
+            self._first_rate = self._first_rate or rate
+            changes = {}
+            for index, before in self._before.items():
+                weights = self._weights(run, index)
+                # A layer that another strategy kept from learning shows nothing by standing still.
+                if not any(id(parameter) in frozen for parameter in self._parameters(run, index)):
+                    changes[index] = relative_change(weights, before) * self._first_rate / rate
+            self.observe(changes)
+            for index, change in changes.items():
+                run.log(f"{NAME}/change/{self.layers[index]}", change)
+                slope = trend(self._changes[index], self.window)
+                if math.isfinite(slope):
+                    run.log(f"{NAME}/trend/{self.layers[index]}", slope)
+        self._before = {}
+        self._decide(run)
+
+    def on_fit_end(self, run: Run) -> None:
+        """Leave the whole network and the images, and no feature maps."""
+        run.training_model, run.data = run.model, self._images
+        self._release()
+
+    # ---------------------------------------------------------------------------- scores and decision
+
+    def observe(self, changes: dict[int, float]) -> int:
+        """Take an epoch's changes and say which layers are done.
+
+        Args:
+            changes: index of a layer in forward order → its change; layers that did not learn are missing.
+
+        Returns:
+            The length of the longest prefix of done layers.
+        """
+        for index, change in changes.items():
+            history = self._changes[index]
+            history.append(change)
+            slope = trend(history, self.window)
+            if change <= self.settled * max(history) and abs(slope) <= self.flat:
+                self._done[index] = True
+        return self.ready
+
+    @property
+    def ready(self) -> int:
+        """The length of the longest prefix of layers that are done."""
+        return self._done.index(False) if False in self._done else len(self._done)
+
+    def cost(self, count: int, epochs: int, made: bool = False) -> float:
+        """FLOPs an image of training for so many epochs with the first `count` layers dropped, the making included.
+
+        Backward is taken as twice the forward pass. Features that are `made` cost only their refreshing.
+        """
+        if not count:
+            return epochs * 3 * self._plan.flops
+        passes = 0 if made else max(1, self._passes)
+        if self._refreshes:
+            passes = math.ceil(epochs / self.refresh_every)
+        before = self._plan.cuts[count].flops
+        return epochs * 3 * (self._plan.flops - before) + passes * before
+
+    def _decide(self, run: Run) -> None:
+        """Choose the next epochs' prefix and whether it is dropped or frozen."""
+        left = run.epochs - run.epoch
+        allowed = [
+            count for count, cut in self._plan.cuts.items()
+            if self._count < count <= self.ready and cut.flops <= self.at_most * self._plan.flops
+            and self._estimate(run, cut) < self._too_large
+        ]
+        if not allowed or not left:
+            return
+        best = min(allowed, key=lambda count: self.cost(count, left))
+        if self.cost(best, left) >= self.cost(self._count, left, made=True):
+            return
+        drop = self._worth_storing(run, self._plan.cuts[best])
+        if self._dropped and not drop:
+            return
+        self._before_that = (self._count, self._dropped, self._since, self._seed)
+        self._count, self._dropped, self._since = best, drop, run.epoch + 1
+        self._seed = int(torch.randint(2**62, (), generator=run.generator))
+
+    def _estimate(self, run: Run, cut: Cut) -> float:
+        """Bytes of the features, before any are made."""
+        width = {"compute": 4, "bfloat16": 2, "int8": 1}[self.storage]
+        return cut.elements * width * len(self._images) * max(1, self._passes)
+
+    def _worth_storing(self, run: Run, cut: Cut) -> bool:
+        """Whether features are smaller than the images, or read faster than made again; the latter measured."""
+        image = run.example[0].numel()  # bytes, as uint8
+        if self._estimate(run, cut) <= image * len(self._images) * max(1, self._passes):
+            return True
+        prefix, _ = self._split(run, cut)
+        making = self._making(run, prefix, 0)
+        # Where the whole would lie, a sample is laid.
+        budget = math.inf if making.size <= self._budget(run) else 0
+        try:
+            sample = making.make(run.device, budget, self._folder(run) / "probe.bin", limit=PROBE_BATCHES)
+        except NoRoom:
+            return True  # whether there is room is found out, with a warning, when all of it is made
+        images, shuffle = next(making.images())[0], torch.Generator()
+        try:
+            turns = time_by_turns({
+                "read": lambda: list(sample.batches(run.batch_size, shuffle)),
+                "compute": lambda: making.evaluate(images),
+            }, rounds=5, warmup=1, device=str(run.device))
+        finally:
+            sample.close()
+        # The fastest round of each: what else the machine does only adds.
+        batches = len(sample) // run.batch_size
+        return min(turns["read"].seconds) / batches < min(turns["compute"].seconds)
+
+    # ---------------------------------------------------------------------------- network and data
+
+    def _apply(self, run: Run) -> None:
+        """Put the decided prefix in force, where it is not."""
+        age = run.epoch - self._since
+        version = age // self.refresh_every if self._refreshes else 0
+        wanted = (self._count, self._dropped, version)
+        if self._count and self._applied != wanted:
+            if not self._dropped:
+                run.freeze(NAME, [run.model.get_submodule(name) for name in self._plan.cuts[self._count].modules])
+            elif not self._drop(run, version):
+                self._go_back(run)
+                return
+            self._applied = wanted
+        if self._features is not None:
+            self._features.current = age % self._features.passes
+
+    def _go_back(self, run: Run) -> None:
+        """Return to what was in force before a drop for which there was no room."""
+        self._count, self._dropped, self._since, self._seed = self._before_that
+        self._before_that = _NOTHING
+        if self._count == 0:
+            run.training_model, run.data = run.model, self._images
+            run.model.train()
+            run.apply_freezing()
+        self._apply(run)
+
+    def _drop(self, run: Run, version: int) -> bool:
+        """Cut the network, make or take the features, and let the tail train on them; False if they have no room."""
+        start = time.perf_counter()
+        cut = self._plan.cuts[self._count]
+        prefix, tail = self._split(run, cut)
+        making = self._making(run, prefix, version)
+        key = self._key(prefix, making)
+        if self._applied[:2] == (self._count, self._dropped):
+            self._close()  # of the same size, and of no more use
+        try:
+            features = making.make_or_take(
+                run.device, self._budget(run), self._folder(run) / f"features-{key}.bin", key)
+        except NoRoom as error:
+            self._too_large = min(self._too_large, self._estimate(run, cut))
+            warnings.warn(
+                f"learn-and-drop: {error}; the layers up to {self.layers[self._count - 1]} are not dropped, training "
+                "goes on without. Make room, or store in fewer bits (storage=\"int8\").",
+                stacklevel=2,
+            )
+            return False
+        self._close()
+        self._features = features
+        run.freeze(NAME, ())
+        run.training_model, run.data = tail, features
+        tail.train()
+        run.apply_freezing()
+        if not features.reused:
+            run.log(f"{NAME}/feature_flops", cut.flops * making.rows * features.passes)
+        synchronise(run.device)
+        run.log(f"{NAME}/feature_seconds", time.perf_counter() - start)
+        return True
+
+    def _split(self, run: Run, cut: Cut) -> tuple[nn.Module, nn.Module]:
+        """The parts, which the measuring, the drop and every refresh of its features share."""
+        if self._parts is None or self._parts[0] is not cut:
+            self._parts = (cut, split(run.model, cut))
+        return self._parts[1]
+
+    def _making(self, run: Run, prefix: nn.Module, version: int) -> Making:
+        channels_last = run.example.is_contiguous(memory_format=torch.channels_last) and not run.example.is_contiguous()
+        return Making(
+            prefix, self._images, self.storage, self._passes, (self._seed + version) % 2**62, run.batch_size,
+            run.autocast, torch.channels_last if channels_last else torch.contiguous_format,
+        )
+
+    @property
+    def _passes(self) -> int:
+        """Augmented passes that are stored; 0 for the plain images."""
+        if self.augmentation == "none" or getattr(self._images, "augment", "") == "none":
+            return 0
+        return self.copies if self.augmentation == "copies" else 1
+
+    @property
+    def _refreshes(self) -> bool:
+        return self.augmentation == "refresh" and self._passes > 0
+
+    def _key(self, prefix: nn.Module, making: Making) -> str:
+        """A digest of what decides the features, for the file's name."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in prefix.state_dict().items():
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(f"{self._count}|{making.storage}|{making.passes}|{making.seed}|{making.rows}".encode())
+        return digest.hexdigest()
+
+    def _budget(self, run: Run) -> float:
+        return free_memory(run.device) / 2 if self.memory_budget is None else self.memory_budget
+
+    def _folder(self, run: Run) -> Path:
+        if self.folder is not None:
+            return Path(self.folder)
+        if run.folder is not None:
+            return run.folder
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="layerlab-features-", ignore_cleanup_errors=True)
+        return Path(self._temporary.name)
+
+    def _close(self) -> None:
+        if self._features is not None:
+            self._features.close()
+            self._features = None
+
+    def _release(self) -> None:
+        self._close()
+        self._parts = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _parameters(self, run: Run, index: int) -> list[nn.Parameter]:
+        return [run.model.get_parameter(name) for name in self._plan.layers[index].parameters]
+
+    def _weights(self, run: Run, index: int) -> list[Tensor]:
+        return [parameter.detach() for parameter in self._parameters(run, index)]
+
+    # ---------------------------------------------------------------------------- going on after an interruption
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "changes": self._changes, "done": self._done, "first_rate": self._first_rate, "count": self._count,
+            "dropped": self._dropped, "since": self._since, "seed": self._seed, "too_large": self._too_large,
+            "before_that": list(self._before_that),
+            "record": {epoch: list(names) for epoch, names in self._record.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._changes, self._done = [list(history) for history in state["changes"]], list(state["done"])
+        self._first_rate, self._count, self._dropped = state["first_rate"], state["count"], state["dropped"]
+        self._since, self._seed, self._too_large = state["since"], state["seed"], state["too_large"]
+        count, dropped, since, seed = state["before_that"]
+        self._before_that = (count, dropped, since, seed)
+        self._record.update({epoch: tuple(names) for epoch, names in state["record"].items()})
+
+
+class SameLayersFrozen(Strategy):
+    """Freezes the layers that a `LearnAndDrop` of the same comparison drops, in the same epochs: what dropping adds.
+
+    Made by `LearnAndDrop.same_layers_frozen()`; the arm stands after that of the strategy whose decisions it takes.
+    """
+
+    name: ClassVar[str] = "same-layers-frozen"
+
+    _shared: _Shared = PrivateAttr(default_factory=_Shared)
+
+    def on_epoch_start(self, run: Run) -> None:
+        """Freeze.
+
+        Raises:
+            LayerlabError: the strategy that decides has not come to this epoch.
+        """
+        decided = self._shared.get(run.generator.initial_seed(), {})
+        if run.epoch not in decided:
+            raise LayerlabError(
+                "same-layers-frozen takes its decisions from learn-and-drop: make it with "
+                "LearnAndDrop.same_layers_frozen() and give it to the same compare() as a later arm."
+            )
+        run.freeze(self.name, [run.model.get_submodule(name) for name in decided[run.epoch]])
+        run.log(f"{self.name}/frozen_modules", len(decided[run.epoch]))
+
+
+def _rate(run: Run) -> float:
+    return float(run.optimizer.param_groups[0]["lr"])
