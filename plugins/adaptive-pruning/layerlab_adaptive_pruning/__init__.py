@@ -1,0 +1,6 @@
+"""Adaptive pruning: channels and layers go while the network trains (Zhang et al.)."""
+
+from layerlab_adaptive_pruning.structure import rebuild, structure, trace
+from layerlab_adaptive_pruning.surgery import below, merge_thin_layers, remove_channels, scales
+
+__all__ = ["below", "merge_thin_layers", "rebuild", "remove_channels", "scales", "structure", "trace"]
