@@ -9,9 +9,9 @@ layers are coupled is found by torch-pruning's dependency graph, which also does
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch_pruning
@@ -21,23 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc
 
-from layerlab import LayerlabError
-from layerlab_adaptive_pruning.structure import Select, clean, edit, forget_selections, layer, source, trace
+from layerlab import LayerlabError, Replaced
+from layerlab_adaptive_pruning.structure import Select, Shift, clean, edit, forget_selections, layer, source, trace
 
 Bridge = Literal["zero", "merge"]
-
-
-class Replaced(NamedTuple):
-    """A parameter whose place another one took.
-
-    Attributes:
-        old, new: the parameters.
-        carry: from a tensor of the old one's shape, its momentum say, that of the new one's; None where there is none.
-    """
-
-    old: nn.Parameter
-    new: nn.Parameter
-    carry: Callable[[Tensor], Tensor] | None
 
 
 def scales(network: nn.Module) -> dict[str, Tensor]:
@@ -85,10 +72,13 @@ def remove_channels(
     traced.eval()
     marks = _marks(traced, dead)
     replaced: list[Replaced] = []
-    with _recorded(replaced):
+    with recorded(replaced):
         _remove_branches(traced, example, marks, bridge, replaced)
+        values = Constants(traced, marks, example).values
         for each in list(traced.graph.nodes):
-            if each.target in marks and any(marks[str(each.target)]) and _reads_a_trunk(traced, each):
+            norm = layer(traced, each)
+            if (isinstance(norm, _BatchNorm) and norm.affine and _reads_a_trunk(traced, each)
+                    and not values[each.name].isnan().all()):
                 edit(traced, "select", each.name)
         clean(traced)
         _cut(traced, example, marks, replaced)
@@ -261,35 +251,29 @@ def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, 
     values = Constants(network, marks, example).values if starved else {}
     empty = _reached(network, zeroed)
     for each in [n for n in network.graph.nodes if n in starved]:
-        if each.target in (torch.cat, torch.concat) or len(each.all_input_nodes) != 2:
-            continue
+        if each.target in (torch.cat, torch.concat):
+            continue  # its readers will leave the constants out
         lost = starved[each][0]
         (other,) = [n for n in each.all_input_nodes if n is not lost]
         constant = values[lost.name]
+        edit(network, "bypass", each.name, other.name)
+        network.graph.eliminate_dead_code()
         # 4.4.1 sets the weights to zero, so that not even a constant is left of the branch.
-        if lost in empty and not constant.isnan().any() and constant.any():
-            only = list(each.users)
-            edit(network, "bypass", each.name, other.name)
-            if not _add_constant(network, other, constant, replaced, readers=len(only)):
-                edit(network, "shift", other.name, len(constant))
-                network.get_submodule(f"{other.name}_shift").bias.copy_(constant)
-        else:
-            edit(network, "bypass", each.name, other.name)
+        if lost in empty and constant.any() and not _add_constant(network, other, constant, replaced):
+            edit(network, "shift", other.name, len(constant))
+            _add_constant(network, next(iter(other.users)), constant, replaced)
     clean(network)
 
 
-def _add_constant(network: fx.GraphModule, at: fx.Node, constant: Tensor, replaced: list[Replaced],
-                  readers: int) -> bool:
-    """Add a constant a channel to what a node gives, in the bias of a layer that nothing else reads; False if there
-    is none."""
-    if len(at.users) != readers:
-        return False
+def _add_constant(network: fx.GraphModule, at: fx.Node, constant: Tensor, replaced: list[Replaced]) -> bool:
+    """Add a constant a channel to what a node gives, in the bias of a layer; False if no layer gives just that."""
     module = layer(network, at)
-    if isinstance(module, (nn.Conv2d, nn.Linear)) or (isinstance(module, _BatchNorm) and module.affine):
+    if isinstance(module, (nn.Conv2d, nn.Linear, Shift)) or (isinstance(module, _BatchNorm) and module.affine):
         _add_bias(module, constant, replaced)
         return True
     if getattr(at.target, "__name__", "") == "add" and len(at.all_input_nodes) == 2:
-        return any(_add_constant(network, each, constant, replaced, 1) for each in at.all_input_nodes)
+        return any(len(each.users) == 1 and _add_constant(network, each, constant, replaced)
+                   for each in at.all_input_nodes)
     return False
 
 
@@ -399,31 +383,28 @@ def _removable(
     graph: Any, group: Any, nodes: Mapping[nn.Module, fx.Node], values: Mapping[str, Tensor]
 ) -> tuple[list[int], list[tuple[nn.Module, list[int]]]]:
     """Which of a group's channels can go, and for each layer that reads them which of its inputs that are."""
-    count = len(group[0].idxs)
-    constant = torch.ones(count, dtype=torch.bool)
+    constant = torch.ones(len(group[0].idxs), dtype=torch.bool)
+    strength = torch.zeros(len(constant))
     readers: list[tuple[nn.Module, list[int], list[int]]] = []
-    strength = torch.zeros(count)
     read = False
     for item in group:
         module, idxs, roots = item.dep.target.module, item.idxs, item.root_idxs
         if isinstance(module, Select):
             if item.dep.handler == graph.get_pruner_of_module(module).prune_in_channels:
                 read = True
-                chosen = set(module.index.tolist())
-                for index, root in zip(idxs, roots, strict=True):
-                    constant[root] &= index not in chosen
+                chosen = torch.isin(torch.tensor(idxs), module.index.cpu())
+                constant[torch.tensor(roots)[chosen]] = False
         elif isinstance(module, nn.Conv2d):
             if module.groups > 1 and module.groups != module.in_channels:
                 return [], []
             if module.groups == 1 and not _gives(graph, item.dep):
                 readers.append((module, idxs, roots))
-            elif len(idxs) > module.out_channels or max(idxs) >= module.out_channels:
+            elif max(idxs) >= module.out_channels:
                 return [], []
         elif isinstance(module, nn.Linear):
             readers.append((module, idxs, roots))
         elif isinstance(module, _BatchNorm):
-            for index, root in zip(idxs, roots, strict=True):
-                strength[root] = max(float(strength[root]), float(module.weight[index].abs()))
+            strength.scatter_reduce_(0, torch.tensor(roots), module.weight.abs().float().cpu()[idxs], "amax")
         elif isinstance(module, (nn.Parameter, ops._OutputOp)) or "Pad" in str(module) or (
             not isinstance(module, nn.PReLU) and next(module.parameters(), None) is not None
         ):
@@ -431,16 +412,16 @@ def _removable(
             return [], []
     for module, idxs, roots in readers:
         read = True
-        value = values[source(nodes[module]).name]
-        for index, root in zip(idxs, roots, strict=True):
-            constant[root] &= not bool(value[index].isnan())
+        varies = values[source(nodes[module]).name].isnan().cpu()[idxs]
+        constant[torch.tensor(roots)[varies]] = False
     if not read or not constant.any():
         return [], []
     if constant.all():
         # A convolution without outputs is no convolution.
         constant[strength.argmax()] = False
     gone = {int(each) for each in constant.nonzero()}
-    folds = [(module, [i for i, root in zip(idxs, roots, strict=True) if root in gone]) for module, idxs, roots in readers]
+    folds = [(module, [index for index, root in zip(idxs, roots, strict=True) if root in gone])
+             for module, idxs, roots in readers]
     return sorted(gone), [(module, channels) for module, channels in folds if channels]
 
 
@@ -546,7 +527,7 @@ def _mergeable(conv: nn.Conv2d) -> bool:
 
 
 @contextmanager
-def _recorded(replaced: list[Replaced]) -> Iterator[None]:
+def recorded(replaced: list[Replaced]) -> Iterator[None]:
     """Note every parameter that torch-pruning replaces: all of it passes this one function."""
     plain = BasePruningFunc._prune_parameter_and_grad
 
