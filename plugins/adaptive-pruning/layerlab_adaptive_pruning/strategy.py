@@ -7,7 +7,6 @@ Efficient Convolutional Networks through Network Slimming", ICCV 2017, in torch-
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
@@ -67,15 +66,14 @@ class Pruning(Strategy):
     speed_batch: int = Field(1, ge=1)
     """Images a batch when speed is measured for the goal `speedup`."""
 
-    _network: Callable[[], nn.Module] | None = PrivateAttr(None)
     _stages: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _dense: Any = PrivateAttr(None)
-    _structure: str = PrivateAttr("")
 
     @property
     def stages(self) -> list[dict[str, Any]]:
         """One row a pruning and one before the first: `epoch` after which it was, `parameters`, `channels` (path of a
-        batch norm → how many are left of its channels; 0 when it is gone), `threshold` on |γ|."""
+        batch norm → how many are left of its channels; 0 when it is gone), `threshold` on |γ| (network slimming: the
+        share of channels asked for), and the network's `structure`, for `rebuild`."""
         return self._stages
 
     def on_fit_start(self, run: Run) -> None:
@@ -85,7 +83,7 @@ class Pruning(Strategy):
             LayerlabError: it cannot be traced, or has nothing that this method prunes.
         """
         network = trace(run.model)
-        self._stages, self._structure = [], ""
+        self._stages = []
         if not channels(network) and not any(
             isinstance(module, nn.Conv2d) and module.out_channels == 1 for module in network.modules()
         ):
@@ -108,9 +106,9 @@ class Pruning(Strategy):
         self._note(run, 0, 0.0)
 
     def on_load_checkpoint(self, run: Run) -> None:
-        if self._structure:
+        if len(self._stages) > 1:
             before = dict(run.model.named_parameters())
-            network = rebuild(run.model, json.loads(self._structure))
+            network = rebuild(run.model, self._stages[-1]["structure"])
             run.restructure(network, [Replaced(before[name], new, None)
                                       for name, new in network.named_parameters() if name in before])
 
@@ -119,7 +117,6 @@ class Pruning(Strategy):
         if done < len(self.targets) and run.epoch == self._length(run) * (done + 1) + 1:
             network, replaced, threshold = self.prune(run, self.targets[done])
             run.restructure(network, replaced)
-            self._structure = json.dumps(structure(network))
             self._note(run, run.epoch - 1, threshold)
         run.log(f"{self.name}/parameters", count(run.model))
         run.log(f"{self.name}/channels", sum(channels(run.model).values()))
@@ -174,14 +171,14 @@ class Pruning(Strategy):
         first = self._stages[0]["channels"] if self._stages else left
         self._stages.append({
             "epoch": epoch, "parameters": count(run.model), "threshold": threshold,
-            "channels": {path: left.get(path, 0) for path in first},
+            "channels": {path: left.get(path, 0) for path in first}, "structure": structure(run.model),
         })
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stages": self._stages, "structure": self._structure}
+        return {"stages": self._stages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stages, self._structure = list(state["stages"]), state["structure"]
+        self._stages = list(state["stages"])
 
 
 class AdaptivePruning(Pruning):
