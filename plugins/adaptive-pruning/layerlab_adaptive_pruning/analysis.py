@@ -26,16 +26,25 @@ from layerlab_adaptive_pruning.surgery import remove_channels
 BASELINE, OURS, PEER = "conventional", "adaptive pruning", "network slimming"
 
 
-def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, initial_scale: float, bridge: str) -> dict:
+def residual_network(classes: int, channels: int, depth: int, initial_scale: float) -> nn.Module:
+    """The pre-activation ResNet with every γ at `initial_scale`, as network slimming's authors start it, at 0.5."""
+    network = build_model("preact-resnet", num_classes=classes, channels=channels, depth=depth)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.constant_(module.weight, initial_scale)
+    return network
+
+
+def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, bridge: str) -> dict[str, Any]:
     """The three ways of training that are compared: the plain one, the paper's and its peer's.
 
     Args:
         shares: of the parameters that are left after each pruning, the same for both methods.
         stage_epochs: from one pruning to the next.
-        sparsity, initial_scale, bridge: as the strategies' settings.
+        sparsity, bridge: as the strategies' settings.
     """
     shared: dict[str, Any] = {"targets": [{"parameters": share} for share in shares], "every": stage_epochs,
-                              "sparsity": sparsity, "initial_scale": initial_scale}
+                              "sparsity": sparsity}
     return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, **shared), PEER: NetworkSlimming(**shared)}
 
 

@@ -61,8 +61,6 @@ class Pruning(Strategy):
     device."""
     every: int | None = Field(None, ge=1)
     """Epochs from one pruning to the next, and before the first. Default: so that all stages are equally long."""
-    initial_scale: float | None = Field(None, gt=0)
-    """Set γ of every batch norm to this before the first epoch; network slimming's authors start from 0.5."""
     speed_batch: int = Field(1, ge=1)
     """Images a batch when speed is measured for the goal `speedup`."""
 
@@ -77,7 +75,7 @@ class Pruning(Strategy):
         return self._stages
 
     def on_fit_start(self, run: Run) -> None:
-        """Trace the network and set γ.
+        """Trace the network.
 
         Raises:
             LayerlabError: it cannot be traced, or has nothing that this method prunes.
@@ -96,10 +94,6 @@ class Pruning(Strategy):
                 f"{self.name}: {len(self.targets)} prunings, one every {self._length(run)} epochs, leave no epoch of "
                 f"{run.epochs} after the last; train longer or prune less often."
             )
-        if self.initial_scale is not None:
-            for module in network.modules():
-                if isinstance(module, _BatchNorm) and module.affine:
-                    nn.init.constant_(module.weight, self.initial_scale)
         run.restructure(network)
         # The speed of the network as it was is measured anew at each pruning, by turns with the pruned one's.
         self._dense = copy.deepcopy(network) if any("speedup" in target for target in self.targets) else None

@@ -131,7 +131,7 @@ def test_what_was_frozen_stays_frozen_and_thaws(data):
 
 
 @pytest.mark.parametrize(("strategy", "optimizer"), [
-    (AdaptivePruning(targets=[{"ratio": 0.3}, {"threshold": 0.4}], sparsity=0.05, initial_scale=0.5), "sgd"),
+    (AdaptivePruning(targets=[{"ratio": 0.3}, {"threshold": 0.4}], sparsity=0.05), "sgd"),
     (AdaptivePruning(targets=[{"threshold": 0.3}], sparsity=0.05, bridge="merge"), "adamw"),
     (NetworkSlimming(targets=[{"parameters": 0.7}], sparsity=0.05), "sgd"),
 ], ids=["targets", "merge", "peer"])
