@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.05)
 
 @pytest.fixture(scope="module")
 def data():
-    return load_dataset("digits", image_size=8, channels=3, limit=192, test_limit=64, device="cpu")
+    return load_dataset("digits", image_size=8, channels=3, limit=128, test_limit=64, device="cpu")
 
 
 def network() -> nn.Module:
@@ -131,12 +131,12 @@ def test_what_was_frozen_stays_frozen_and_thaws(data):
 
 
 @pytest.mark.parametrize(("strategy", "optimizer"), [
-    (AdaptivePruning(targets=[{"ratio": 0.3}, {"threshold": 0.4}], sparsity=0.05), "sgd"),
-    (AdaptivePruning(targets=[{"threshold": 0.3}], sparsity=0.05, bridge="merge"), "adamw"),
-    (NetworkSlimming(targets=[{"parameters": 0.7}], sparsity=0.05), "sgd"),
+    (AdaptivePruning(targets=[{"ratio": 0.3}, {"threshold": 0.4}], every=1, sparsity=0.05), "sgd"),
+    (AdaptivePruning(targets=[{"threshold": 0.3}], every=1, sparsity=0.05, bridge="merge"), "adamw"),
+    (NetworkSlimming(targets=[{"parameters": 0.7}], every=1, sparsity=0.05), "sgd"),
 ], ids=["targets", "merge", "peer"])
 def test_a_fit_goes_on_across_prunings_bit_by_bit(data, tmp_path, strategy, optimizer):
-    options = dict(OPTIONS, epochs=4, optimizer=optimizer, schedule="cosine")
+    options = dict(OPTIONS, epochs=3, optimizer=optimizer, schedule="cosine")
 
     class Thinning(Strategy):
         """Brings a whole layer below every threshold, so that layers go too."""
@@ -150,7 +150,7 @@ def test_a_fit_goes_on_across_prunings_bit_by_bit(data, tmp_path, strategy, opti
 
     both = [strategy, Thinning()]
     whole = fit(network, data, both, progress=False, **options)
-    for stop in (1, 2, 3):
+    for stop in (1, 2):
         first = Fit(network, data, both, checkpoint=tmp_path / str(stop), **options)
         for _ in range(stop):
             first.train_epoch()

@@ -34,7 +34,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet-bottleneck": lambda: ResNet(Bottleneck, [2, 1, 1, 1], num_classes=10),
     "vgg-bn": lambda: vgg_bn(),
     "densenet": lambda: DenseNet(8, (3, 3), 16, num_classes=10),
-    "mobilenet-v2": lambda: MobileNetV2(num_classes=10, width_mult=0.35),
+    "mobilenet-v2": lambda: MobileNetV2(num_classes=10, width_mult=0.35, inverted_residual_setting=[
+        [1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 1], [6, 64, 2, 2]]),
     "resnet-cifar": lambda: build_model("resnet-cifar", depth=8),
 }
 
