@@ -139,19 +139,22 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
         labels: of the stages, as the paper calls them; the first is the baseline's.
     """
     rows = []
-    for arm in dict.fromkeys(table["arm"]):
-        for stage, part in table[table["arm"] == arm].groupby("stage"):
-            name = f"{arm}, {labels[stage]}"
-            known = published.loc[name] if name in published.index else {}
-            rows.append({
-                "": name, "top-1, paper": known.get("top-1", ""), "top-1": _spread(100 * part["top-1"], " %"),
-                "parameters, paper": known.get("parameters", ""), "parameters": f"{part['parameters'].mean():,.0f}",
-                "channels left": f"{part['channels'].mean():.0%}", "convolutions": _spread(part["convolutions"], ""),
-                "size, paper": known.get("size", ""), "size": f"{part['megabytes'].mean():.2f} MB",
-                "speed, paper": known.get("speed", ""),
-                **{f"speed, batch {size}": _spread(part[f"batch {size} ×"], " ×") for size in batches},
-            })
-    return pd.DataFrame(rows).set_index("")
+    plain = table[table["arm"] == BASELINE].groupby("stage")["top-1"]
+    for (arm, stage), part in table.groupby(["arm", "stage"], sort=False):
+        if arm == BASELINE and stage:
+            continue
+        name = f"{arm}, {labels[stage]}"
+        known = published.loc[name] if name in published.index else {}
+        row = {
+            "network": name, "top-1, paper": known.get("top-1", ""), "top-1 [%]": _spread(100 * part["top-1"]),
+            "conventional, as many epochs [%]": _spread(100 * plain.get_group(stage)),
+            "parameters, paper": known.get("parameters", ""), "parameters": f"{part['parameters'].mean():,.0f}",
+            "channels left": f"{part['channels'].mean():.0%}", "convolutions": _spread(part["convolutions"]),
+            "size, paper": known.get("size", ""), "size [MB]": f"{part['megabytes'].mean():.2f}",
+            "speed, paper": known.get("speed", ""),
+        }
+        rows.append(row | {f"speed, batch {size} [×]": _spread(part[f"batch {size} ×"]) for size in batches})
+    return pd.DataFrame(rows).set_index("network")
 
 
 def gains(table: pd.DataFrame, arm: str, other: str, stage: int) -> list[float]:
@@ -166,16 +169,17 @@ def column(table: pd.DataFrame, arm: str, stage: int, name: str) -> list[float]:
     return table[(table["arm"] == arm) & (table["stage"] == stage)][name].tolist()
 
 
-def choices(table: pd.DataFrame, batches: Sequence[int]) -> pd.DataFrame:
-    """What a user chooses from, as `layerlab.figures.families` takes it: means over seeds, a row an arm and stage."""
+def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) -> pd.DataFrame:
+    """What a user chooses from, as `layerlab.figures.families` takes it: means over seeds, a row a pruned network and
+    one for the conventional network after all epochs."""
     rows = []
     for (arm, stage), part in table.groupby(["arm", "stage"], sort=False):
-        if (arm == BASELINE) != (stage == 0) and arm == BASELINE:
+        if stage != table["stage"].max() if arm == BASELINE else not stage:
             continue
-        mean, half = measure.mean_interval((part["top-1"]).tolist())
-        rows.append({"arm": arm, "stage": f"{part['parameters'].mean() / table['parameters'].max():.0%}",
+        mean, half = measure.mean_interval(part["top-1"].tolist())
+        rows.append({"method": arm, "network": labels[0 if arm == BASELINE else stage],
                      "parameters": part["parameters"].mean(), "top-1": mean, "top-1 ±": half,
-                     **{f"batch {size}": part[f"batch {size} [ms]"].mean() for size in batches}})
+                     **{f"batch {size} [ms]": part[f"batch {size} [ms]"].mean() for size in batches}})
     return pd.DataFrame(rows)
 
 
@@ -303,6 +307,6 @@ def _bytes(folder: Path, *names: str) -> int:
     return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
 
 
-def _spread(values: Any, unit: str) -> str:
+def _spread(values: Any) -> str:
     mean, half = measure.mean_interval([float(value) for value in values])
-    return f"{mean:.4g}" + (f" ± {half:.2g}" if math.isfinite(half) and half > 0 else "") + unit
+    return f"{mean:.3g}" + (f" ± {half:.2g}" if math.isfinite(half) and half > 0 else "")

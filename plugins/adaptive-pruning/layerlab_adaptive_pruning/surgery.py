@@ -143,7 +143,7 @@ class Constants(fx.Interpreter):
         if isinstance(module, _BatchNorm) and target in self.dead:
             shape = (1, -1, *[1] * (x.dim() - 2))
             return torch.where(self.dead[target].view(shape), module.bias.view(shape), module(x))
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and x.dim() == 2):
             return _of_constants(module, x)
         return super().call_module(target, args, kwargs)
 
@@ -255,7 +255,7 @@ def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, 
             continue  # its readers will leave the constants out
         lost = starved[each][0]
         (other,) = [n for n in each.all_input_nodes if n is not lost]
-        constant = values[lost.name]
+        constant = values[lost.name].nan_to_num(0.0)
         edit(network, "bypass", each.name, other.name)
         network.graph.eliminate_dead_code()
         # 4.4.1 sets the weights to zero, so that not even a constant is left of the branch.
@@ -520,7 +520,7 @@ _FUNCTIONS = (torch.relu, functional.relu, functional.relu6, functional.leaky_re
 
 def _mergeable(conv: nn.Conv2d) -> bool:
     """Whether a 1 × 1 convolution of the same stride gives an output of the same size."""
-    return conv.groups == 1 and all(
+    return conv.groups == 1 and conv.padding_mode == "zeros" and all(
         2 * pad == step * (kernel - 1)
         for pad, step, kernel in zip(_padding(conv), conv.dilation, conv.kernel_size, strict=True)
     )
