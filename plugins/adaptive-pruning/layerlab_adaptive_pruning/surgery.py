@@ -97,7 +97,8 @@ def merge_thin_layers(network: nn.Module) -> tuple[fx.GraphModule, list[Replaced
 
     Its weights are conv2 · BN · conv1 with each kernel summed up and the activation taken as open. This equals the
     original where the activation passes its input on unchanged and the kernels are 1 × 1; for larger kernels, where
-    the input does not change within the kernel's reach.
+    the input does not change within the kernel's reach. A pooling in between moves in front of the new convolution,
+    which changes nothing for the mean, and for the maximum where the input does not change within it.
 
     Args:
         network: with or without batch norms; it is changed.
@@ -508,6 +509,8 @@ def _thin(network: fx.GraphModule) -> tuple[fx.Node, fx.Node | None, list[fx.Nod
                 break
             if isinstance(module, nn.BatchNorm2d) and norm is None and len(between) == 1 and module.track_running_stats:
                 norm = at
+            elif isinstance(module, _POOLINGS) and conv1.stride == (1, 1):
+                continue  # stays, in front of the new convolution
             elif not (isinstance(module, _ACTIVATIONS) or at.target in _FUNCTIONS):
                 break
             between.append(at)
@@ -515,6 +518,7 @@ def _thin(network: fx.GraphModule) -> tuple[fx.Node, fx.Node | None, list[fx.Nod
 
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.ELU, nn.Identity, nn.Dropout)
+_POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 _FUNCTIONS = (torch.relu, functional.relu, functional.relu6, functional.leaky_relu, "relu", "relu_")
 
 
@@ -534,7 +538,6 @@ def recorded(replaced: list[Replaced]) -> Iterator[None]:
     def noted(self: Any, weight: nn.Parameter, keep_idxs: list[int], pruning_dim: int) -> nn.Parameter:
         new = plain(self, weight, keep_idxs, pruning_dim)
         index = torch.tensor(keep_idxs, dtype=torch.int64, device=weight.device)
-        new.requires_grad_(weight.requires_grad)
         replaced.append(Replaced(weight, new, lambda tensor: tensor.index_select(pruning_dim, index)))
         return new
 

@@ -185,6 +185,14 @@ def test_everything_dead_is_no_error_and_leaves_a_network_that_reads_its_image(n
 
 
 @torch.no_grad()
+def test_a_layer_without_a_way_around_goes_alone():
+    network, _ = built("vgg-bn")
+    cut, _ = remove_channels(network, images(), {"features.1": list(range(16))})
+    assert [module.out_channels for module in cut.modules() if isinstance(module, nn.Conv2d)] == [32, 32, 32]
+    assert Constants(cut, {}, images()).values["output"].isnan().any()
+
+
+@torch.no_grad()
 def test_conv_norm_conv_with_one_channel_becomes_a_convolution_exact_where_the_activation_is_open():
     torch.manual_seed(0)
     network = nn.Sequential(
