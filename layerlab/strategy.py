@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,6 +34,19 @@ class Batches(Protocol):
         What a batch gives to the network is one tensor, or a tuple of them for a training network that takes several.
         """
         ...
+
+
+class Replaced(NamedTuple):
+    """A parameter that took the place of another one.
+
+    Attributes:
+        old, new: the parameters.
+        carry: from a tensor of the old one's shape, its momentum say, the same of the new one's; None if there is none.
+    """
+
+    old: nn.Parameter
+    new: nn.Parameter
+    carry: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(eq=False)
@@ -120,6 +133,49 @@ class Run:
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     self._stopped.append(parameter)
+
+    def restructure(self, model: nn.Module, replaced: Iterable[Replaced] = ()) -> None:
+        """Let `model` be the network from now on: the one that there was with a changed structure, or another.
+
+        Everything that refers to parameters follows: the optimizer holds exactly those of `model`, in its order, each
+        in the group of the one whose place it took, with its state; what was frozen stays frozen and is thawed by
+        whoever froze it. The optimizer stays the same object, and with it the schedule.
+
+        Args:
+            model: the changed network.
+            replaced: (old, new, carry) of every parameter that took another's place, in the order in which that
+                happened; a parameter replaced twice stands there twice. `carry` makes the new one's state of a tensor
+                of the old one's shape (momentum, say); None starts it anew. Parameters that are in both networks need
+                no entry; new ones join the first group.
+
+        Raises:
+            LayerlabError: another strategy trains another network than the one that predicts.
+        """
+        if self.training_model is not self.model:
+            raise LayerlabError(
+                "The network's structure cannot change while another strategy trains a part of it; use one of the two."
+            )
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        place = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
+        stopped = set(self._stopped)
+        for old, new, carry in replaced:
+            place[new] = place.get(old, 0)
+            new.requires_grad_(old.requires_grad)
+            if old in stopped:
+                stopped.add(new)
+            if carry is not None and old in state:
+                state[new] = {
+                    key: carry(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+                    for key, value in state[old].items()
+                }
+        parameters = list(model.parameters())
+        for index, group in enumerate(groups):
+            group["params"] = [parameter for parameter in parameters if place.get(parameter, 0) == index]
+        alive = set(parameters)
+        for parameter in [each for each in state if each not in alive]:
+            del state[parameter]
+        self._stopped = [parameter for parameter in parameters if parameter in stopped]
+        self.model = self.training_model = model
 
     def backward(self, loss: Tensor) -> None:
         """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from layerlab.checkpoint import Checkpoint
@@ -780,6 +780,8 @@ def _graphs() -> int:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The parts that are compiled one by one: children, and what is inside plain lists of blocks."""
+    if isinstance(model, fx.GraphModule):
+        return [model]  # its graph calls the layers themselves, not the blocks that they came in
     blocks = []
     for child in model.children():
         inner = list(child.children())

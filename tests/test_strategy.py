@@ -10,7 +10,8 @@ from helpers import Freezer
 from pydantic import Field
 from torch import nn
 
-from layerlab import LayerlabError, Run, Strategy, fit
+from layerlab import LayerlabError, Replaced, Run, Strategy, fit
+from layerlab.training import Fit
 
 
 class Recorder(Strategy):
@@ -206,3 +207,54 @@ def test_the_network_is_left_as_the_user_would_have_it(digits, residual):
     assert not any(module._forward_hooks or module._backward_hooks for module in result.model.modules())
     fresh: nn.Module = residual()
     fresh.load_state_dict(result.model.state_dict())
+
+
+def test_a_change_of_structure_takes_optimizer_and_freezing_along(digits, residual):
+    class Halves(Strategy):
+        name: ClassVar[str] = "halves"
+
+        def on_epoch_start(self, run: Run) -> None:
+            run.freeze(self.name, [run.model.bn2] if run.epoch == 2 else [])
+            if run.epoch != 2:
+                return
+            model, replaced = run.model, []
+            kept = slice(0, 8)
+            for layer, names in ((model.conv1, ("weight", "bias")), (model.bn1, ("weight", "bias")),
+                                 (model.conv2, ("weight", "bias")), (model.bn2, ("weight", "bias"))):
+                for name in names:
+                    old = getattr(layer, name)
+                    new = nn.Parameter(old.detach()[kept].clone())
+                    setattr(layer, name, new)
+                    replaced.append(Replaced(old, new, lambda tensor: tensor[kept]))
+            for bn in (model.bn1, model.bn2):
+                bn.running_mean, bn.running_var, bn.num_features = bn.running_mean[kept], bn.running_var[kept], 8
+            for layer in (model.conv2, model.classifier):
+                old = layer.weight
+                layer.weight = nn.Parameter(old.detach()[:, kept].clone())
+                replaced.append(Replaced(old, layer.weight, lambda tensor: tensor[:, kept]))
+            for parameter, state in run.optimizer.state.items():
+                state["momentum_buffer"].copy_(parameter.detach())
+            # conv1's bias goes and has no successor.
+            model.conv1.bias = None
+            run.restructure(model, replaced)
+
+    job = Fit(residual, digits, Halves(), epochs=3, batch_size=256)
+    job.train_epoch()
+    run, groups = job.run, job.run.optimizer.param_groups
+    run.epoch = 2
+    job.strategies[0].on_epoch_start(run)
+    live = dict(run.model.named_parameters())
+    assert "conv1.bias" not in live
+    assert run.optimizer.param_groups is groups
+    assert [id(p) for p in groups[0]["params"]] == [id(p) for p in live.values()]
+    assert set(run.optimizer.state) == set(live.values())
+    for parameter in live.values():
+        assert torch.equal(run.optimizer.state[parameter]["momentum_buffer"], parameter)
+    assert {name for name, p in live.items() if not p.requires_grad} == {"bn2.weight", "bn2.bias"}
+    run.freeze("halves", [])
+    assert all(p.requires_grad for p in live.values())
+    job.train_epoch()
+
+    run.training_model = nn.Identity()
+    with pytest.raises(LayerlabError, match="structure cannot change while another strategy trains a part"):
+        run.restructure(run.model)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import Freezer, same_weights
-from torch import nn
+from torch import fx, nn
 
 from layerlab import LayerlabError, build_model, compare, evaluate, fit, load_dataset
 
@@ -148,3 +148,10 @@ def test_a_network_that_does_not_fit_the_data_is_refused_with_its_shape():
 
 def test_help_shows_every_setting():
     assert "label_smoothing (0.0): Of the cross-entropy." in (fit.__doc__ or "")
+
+
+def test_a_traced_network_is_compiled_although_its_blocks_are_never_called(digits):
+    inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    network = nn.Sequential(nn.Sequential(inner), nn.Flatten(), nn.Linear(4 * 6 * 6, 10))
+    (row,) = fit(fx.symbolic_trace(network), digits, epochs=1, batch_size=512, compile=True, progress=False).history
+    assert row["compile/graphs"] > 0

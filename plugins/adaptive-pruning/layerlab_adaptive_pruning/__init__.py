@@ -1,0 +1,10 @@
+"""Adaptive pruning: channels and layers go while the network trains (Zhang et al.)."""
+
+from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming
+from layerlab_adaptive_pruning.structure import rebuild, structure, trace
+from layerlab_adaptive_pruning.surgery import below, merge_thin_layers, remove_channels, scales
+
+__all__ = [
+    "AdaptivePruning", "NetworkSlimming", "below", "merge_thin_layers", "rebuild", "remove_channels", "scales",
+    "structure", "trace",
+]  # fmt: skip

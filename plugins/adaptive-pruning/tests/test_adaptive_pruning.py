@@ -1,0 +1,225 @@
+"""Pruning while training: the penalty, the targets, what the optimizer holds, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from layerlab import LayerlabError, Run, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab.training import Fit
+from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, rebuild, structure
+from layerlab_adaptive_pruning.strategy import count, search
+
+OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("digits", image_size=8, channels=3, limit=128, test_limit=64, device="cpu")
+
+
+def network() -> nn.Module:
+    return build_model("preact-resnet", depth=11)
+
+
+def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def ready(data, strategy: Strategy, **options: Any) -> Fit:
+    """A fit after its first epoch, with scales of all sizes and one layer that is to go."""
+    job = Fit(network, data, strategy, **{**OPTIONS, "epochs": 2, **options})
+    job.train_epoch()
+    with torch.no_grad():
+        for name, norm in norms(job.run.model).items():
+            norm.weight.copy_(0.1 + 0.9 * torch.rand(norm.num_features))
+            norm.bias.zero_()
+            if name == "stage2.0.bn2":
+                norm.weight.fill_(0.01)
+    return job
+
+
+def test_the_penalty_adds_its_sign_to_the_scales_gradients_and_nothing_else(data):
+    job = Fit(network, data, AdaptivePruning(sparsity=0.25), epochs=3, **OPTIONS)
+    run = job.run
+    frozen = run.model.get_submodule("stage1.0.bn1").weight.requires_grad_(False)
+    x, y = next(iter(run.data.batches(64, run.generator, torch.float32, torch.contiguous_format)))
+    scales = {f"{name}.weight": module.weight for name, module in norms(run.model).items()}
+    with torch.no_grad():
+        for weight in scales.values():
+            weight[:2] = torch.tensor([0.0, -0.5])
+    run.loss(run.model(x), y).backward()
+    plain = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    job.strategies[0].on_after_backward(run)
+    assert frozen.grad is None
+    for name, parameter in run.model.named_parameters():
+        if name in plain:
+            added = 0.25 * parameter.detach().sign() if name in scales else torch.zeros(())
+            assert torch.equal(parameter.grad, plain[name] + added)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", [AdaptivePruning, NetworkSlimming])
+def test_the_optimizers_state_follows_the_channels_that_are_left(data, optimizer, kind):
+    job = ready(data, kind(targets=[{"parameters": 0.6}]), optimizer=optimizer)
+    run = job.run
+    # A parameter and its state are made equal, so that they have to be equal afterwards if both were cut alike.
+    for parameter, state in run.optimizer.state.items():
+        for value in state.values():
+            if value.shape == parameter.shape:
+                value.copy_(parameter.detach())
+    steps = [state.get("step") for state in run.optimizer.state.values()]
+    before, schedule = run.optimizer, run.schedule
+    run.epoch = 2
+    job.strategies[0].on_epoch_start(run)
+    live = dict(run.model.named_parameters())
+    assert 0.55 * job.strategies[0].stages[0]["parameters"] < count(run.model) <= 0.6 * count(network())
+    assert [id(p) for group in run.optimizer.param_groups for p in group["params"]] == [id(p) for p in live.values()]
+    # A layer that got a bias, for what a removed branch left behind, starts without momentum for it.
+    old = {name: p for name, p in live.items() if name in dict(network().named_parameters())}
+    assert set(run.optimizer.state) == set(old.values())
+    for name, parameter in old.items():
+        state = run.optimizer.state[parameter]
+        for key, value in state.items():
+            if key != "step":
+                assert torch.equal(value, parameter), (name, key)
+        assert state.get("step") == steps[0]
+    assert run.optimizer is before is schedule.optimizer
+    assert run.schedule is schedule
+
+
+class Freezes(Strategy):
+    """Freezes the first stage, then nothing."""
+
+    name: ClassVar[str] = "freezes"
+
+    def on_epoch_start(self, run: Run) -> None:
+        run.freeze(self.name, [run.model.get_submodule("stage1")] if run.epoch < 4 else [])
+
+
+def test_what_was_frozen_stays_frozen_and_thaws(data):
+    def partly_frozen() -> nn.Module:
+        model = network()
+        model.conv.weight.requires_grad_(False)
+        return model
+
+    job = Fit(partly_frozen, data, [AdaptivePruning(targets=[{"ratio": 0.3}], every=1, sparsity=0.01), Freezes()],
+              epochs=4, **OPTIONS)
+    job.train_epoch()
+    model = job.run.model
+    with torch.no_grad():
+        model.get_submodule("stage1.0.bn2").weight[:8] = 1e-3
+
+    def values() -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    job.train_epoch()
+    pruned = values()
+    assert len(pruned["stage1.0.bn2.weight"]) <= 8
+    job.train_epoch()
+    third = values()
+    moved = {name for name in third if not torch.equal(third[name], pruned[name])}
+    assert not any(name.startswith(("stage1", "conv")) for name in moved)
+    assert "fc.weight" in moved
+    job.train_epoch()
+    assert not torch.equal(values()["stage1.0.bn2.weight"], third["stage1.0.bn2.weight"])
+    assert torch.equal(model.conv.weight, third["conv.weight"])
+
+
+@pytest.mark.parametrize(("strategy", "optimizer"), [
+    (AdaptivePruning(targets=[{"ratio": 0.3}, {"threshold": 0.4}], every=1, sparsity=0.05), "sgd"),
+    (AdaptivePruning(targets=[{"threshold": 0.3}], every=1, sparsity=0.05, bridge="merge"), "adamw"),
+    (NetworkSlimming(targets=[{"parameters": 0.7}], every=1, sparsity=0.05), "sgd"),
+], ids=["targets", "merge", "peer"])
+def test_a_fit_goes_on_across_prunings_bit_by_bit(data, tmp_path, strategy, optimizer):
+    options = dict(OPTIONS, epochs=3, optimizer=optimizer, schedule="cosine")
+
+    class Thinning(Strategy):
+        """Brings a whole layer below every threshold, so that layers go too."""
+
+        name: ClassVar[str] = "thinning"
+
+        def on_epoch_end(self, run: Run) -> None:
+            if "stage2.0.bn2" in norms(run.model):
+                with torch.no_grad():
+                    run.model.get_submodule("stage2.0.bn2").weight.mul_(1e-3)
+
+    both = [strategy, Thinning()]
+    whole = fit(network, data, both, progress=False, **options)
+    for stop in (1, 2):
+        first = Fit(network, data, both, checkpoint=tmp_path / str(stop), **options)
+        for _ in range(stop):
+            first.train_epoch()
+        again = fit(network, data, both, checkpoint=tmp_path / str(stop), progress=False, **options)
+        assert again.history[stop]["train/loss"] == whole.history[stop]["train/loss"]
+        states = whole.model.state_dict(), again.model.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert again.strategies[0].stages == whole.strategies[0].stages
+
+
+def test_layers_go_while_training_and_what_comes_out_is_described_by_json(data):
+    job = ready(data, AdaptivePruning(targets=[{"threshold": 0.05}]))
+    job.train_epoch()
+    result = job.finish()
+    assert not any("stage2.0.conv" in name for name, _ in result.model.named_modules())
+    stages = result.strategies[0].stages
+    assert stages[1]["channels"]["stage2.0.bn2"] == stages[1]["channels"]["stage2.0.bn3"] == 0
+    again = rebuild(network(), json.loads(json.dumps(structure(result.model))))
+    again.load_state_dict(result.model.state_dict())
+    assert evaluate(again, data.test) == evaluate(result.model, data.test)
+
+
+@pytest.mark.parametrize("target", [{"ratio": 0.4}, {"parameters": 0.7}, {"parameters": 60_000}])
+def test_one_threshold_for_all_layers_meets_the_target(data, target):
+    job = ready(data, AdaptivePruning(targets=[target]))
+    run, strategy = job.run, job.strategies[0]
+    run.epoch = 2
+    before = {name: norm.weight.detach().clone() for name, norm in norms(run.model).items()}
+    strategy.on_epoch_start(run)
+    first, last = strategy.stages
+    left = {name: norm.weight.detach() for name, norm in norms(run.model).items()}
+    gone = 1 - sum(map(len, left.values())) / sum(map(len, before.values()))
+    if "ratio" in target:
+        assert 0.4 <= gone < 0.45
+    else:
+        wanted = target["parameters"] if target["parameters"] > 1 else target["parameters"] * first["parameters"]
+        assert 0.9 * wanted < last["parameters"] <= wanted
+    assert last["threshold"] > 0.01
+    assert "stage2.0.bn2" not in left
+    # What is above the threshold is there, unless its branch is gone; what is below is gone where it can go alone.
+    for name in ("stage1.0.bn2", "stage3.0.bn2", "stage3.0.bn1", "bn"):
+        assert torch.equal(left[name], before[name][before[name] > last["threshold"]])
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"targets": [{"ratio": 0.2, "parameters": 0.5}]}, "one goal"),
+    ({"targets": [{"ratio": 1.5}]}, "out of range"),
+    ({"targets": [{"speedup": 0.9}]}, "out of range"),
+    ({"targets": [{"share": 0.9}]}, "targets"),
+])
+def test_targets_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(LayerlabError, match=message):
+        AdaptivePruning(**settings)
+
+
+def test_what_cannot_be_done_is_refused_before_training(data):
+    with pytest.raises(LayerlabError, match="leave no epoch of 2 after the last"):
+        Fit(network, data, AdaptivePruning(), epochs=2, **OPTIONS)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with pytest.raises(LayerlabError, match="has neither"):
+        Fit(plain, data, AdaptivePruning(), epochs=4, **OPTIONS)
+    with pytest.raises(LayerlabError, match=r"out of reach: at the least, the network has 40\.0%"):
+        search(lambda level: 1 - level, [0.0, 0.3, 0.6], 0.2, "ratio 0.8")
+
+
+def test_without_batch_norms_a_convolution_of_one_channel_is_bridged(data):
+    plain = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.ReLU(), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    result = fit(plain, data, AdaptivePruning(targets=[{"threshold": 0.0}]), epochs=2, progress=False, **OPTIONS)
+    (conv,) = [module for module in result.model.modules() if isinstance(module, nn.Conv2d)]
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (3, 8, (1, 1))

@@ -1,0 +1,289 @@
+"""Taking channels and layers out of networks: what must stay the same, and what must be gone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import DenseNet, MobileNetV2, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vgg import VGG, make_layers
+
+from layerlab import LayerlabError, build_model
+from layerlab_adaptive_pruning import merge_thin_layers, rebuild, remove_channels, scales, structure, trace
+from layerlab_adaptive_pruning.surgery import Constants
+
+
+def vgg_bn() -> nn.Module:
+    """torchvision's VGG with narrow layers: its own hidden layers of 4096 would take most of the tests' time."""
+    with torch.device("meta"):
+        network = VGG(nn.Sequential(), num_classes=10, init_weights=False)
+    network.features = make_layers([16, "M", 32, 32, "M", 32], batch_norm=True)
+    network.classifier = nn.Sequential(nn.Linear(32 * 49, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10))
+    return network
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "preact-resnet": lambda: build_model("preact-resnet", depth=20),
+    "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10),
+    "resnet-bottleneck": lambda: ResNet(Bottleneck, [2, 1, 1, 1], num_classes=10),
+    "vgg-bn": lambda: vgg_bn(),
+    "densenet": lambda: DenseNet(8, (3, 3), 16, num_classes=10),
+    "mobilenet-v2": lambda: MobileNetV2(num_classes=10, width_mult=0.35, inverted_residual_setting=[
+        [1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 1], [6, 64, 2, 2]]),
+    "resnet-cifar": lambda: build_model("resnet-cifar", depth=8),
+}
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def built(name: str, share: float = 0.0, shift: Callable[[Tensor], Tensor] = torch.zeros_like) -> tuple:
+    """A network with lively batch norms, a share of whose channels has γ = 0 and β = shift; and those channels."""
+    torch.manual_seed(0)
+    network, dead = NETWORKS[name](), {}
+    for path, module in network.eval().named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                for value in (module.weight, module.running_var):
+                    value.copy_(torch.rand(module.num_features) + 0.5)
+                for value in (module.bias, module.running_mean):
+                    value.copy_(0.2 * torch.randn(module.num_features))
+                gone = torch.rand(module.num_features) < share
+                module.weight[gone] = 0
+                module.bias[gone] = shift(module.bias[gone])
+            dead[path] = gone.nonzero().flatten().tolist()
+    return network, dead
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def layers(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.Conv2d) for module in network.modules())
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-5 * float(b.abs().max().clamp(min=1)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_channels_with_scale_and_shift_zero_go_without_a_trace(name):
+    network, dead = built(name, 0.45)
+    before, size = network(images()), parameters(network)
+    cut, _ = remove_channels(network, images(), dead)
+    assert close(cut(images()), before)
+    assert parameters(cut) < 0.75 * size
+    # Where a channel can go alone, nothing that is dead is left; norm0 writes what several layers read.
+    if name in ("preact-resnet", "vgg-bn", "densenet"):
+        assert {path for path, scale in scales(cut).items() if (scale == 0).any()} <= {"features.norm0"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_pruned_network_is_built_again_from_json_and_its_weights(name):
+    network, dead = built(name, 0.45)
+    cut, _ = remove_channels(network, images(), dead)
+    described, weights = json.dumps(structure(cut)), io.BytesIO()
+    torch.save(cut.state_dict(), weights)
+    weights.seek(0)
+    again = rebuild(built(name)[0], json.loads(described))
+    again.load_state_dict(torch.load(weights, weights_only=True))
+    assert torch.equal(again.eval()(images()), cut(images()))
+    # Pruned once more, it is still told by one description.
+    more = {path: [0] for path, scale in scales(cut).items() if len(scale) > 2}
+    twice, _ = remove_channels(cut, images(), more)
+    assert parameters(twice) < parameters(again)
+    third = rebuild(built(name)[0], json.loads(json.dumps(structure(twice))))
+    third.load_state_dict(twice.state_dict())
+    assert torch.equal(third.eval()(images()), twice(images()))
+
+
+@pytest.mark.parametrize("shift", [lambda beta: -beta.abs(), lambda beta: beta.abs()], ids=["negative", "positive"])
+@torch.no_grad()
+def test_the_shift_of_a_removed_channel_is_folded_into_what_follows(shift):
+    torch.manual_seed(0)
+    # No padding, so that a constant stays one at the borders; the readers have a bias, a norm behind them, neither.
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()
+    dead = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.copy_(torch.randn(8))
+            module.weight[1:4] = 0
+            module.bias[1:4] = shift(module.bias[1:4])
+            dead[path] = [1, 2, 3]
+    before = network(images())
+    cut, _ = remove_channels(network, images(), dead)
+    assert close(cut(images()), before)
+    assert [module.out_channels for module in cut.modules() if isinstance(module, nn.Conv2d)] == [5, 5, 5, 8]
+
+
+@torch.no_grad()
+def test_at_padded_borders_alone_a_folded_shift_is_not_exact():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1),
+                            nn.Conv2d(4, 4, 1)).eval()
+    network[1].weight[:3], network[1].bias[:3] = 0, 1.0
+    before = network(images())
+    after = remove_channels(network, images(), {"1": [0, 1, 2]})[0](images())
+    assert close(after[..., 1:-1, 1:-1], before[..., 1:-1, 1:-1])
+    assert not close(after, before)
+
+
+@torch.no_grad()
+def test_one_channel_left_removes_the_residual_branch_as_weights_of_zero_would():
+    network, _ = built("preact-resnet")
+    branchless = copy.deepcopy(network)
+    branchless.get_submodule("stage2.1.conv3").weight.zero_()  # 4.4.1: weights of zero
+    cut, _ = remove_channels(network, images(), {"stage2.1.bn3": list(range(1, 32))})
+    assert close(cut(images()), branchless(images()))
+    assert layers(cut) == layers(branchless) - 3
+    assert not any(name.startswith("stage2.1") for name, _ in cut.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["preact-resnet", "resnet", "densenet", "mobilenet-v2"])
+@torch.no_grad()
+def test_a_branch_whose_layer_lost_every_channel_is_removed_and_its_constant_kept(name):
+    network, _ = built(name)
+    path = {"preact-resnet": "stage3.1.bn3", "resnet": "layer1.0.bn2", "mobilenet-v2": "features.3.conv.3",
+            "densenet": "features.denseblock2.denselayer2.norm2"}[name]
+    norm = network.get_submodule(path)
+    norm.weight.zero_()
+    if name == "resnet":
+        norm.bias.zero_()  # a constant in front of a ReLU would stay as a shift
+    if name == "densenet":
+        norm.bias.copy_(-norm.bias.abs())  # its 3 × 3 convolution pads
+    before, size = network(images()), layers(network)
+    cut, _ = remove_channels(network, images(), {path: list(range(norm.num_features))})
+    assert close(cut(images()), before)
+    assert layers(cut) < size
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("bridge", ["zero", "merge"])
+@torch.no_grad()
+def test_everything_dead_is_no_error_and_leaves_a_network_that_reads_its_image(name, bridge):
+    for left in (0, 1):
+        network, _ = built(name)
+        size = layers(network)
+        dead = {path: list(range(left, len(scale))) for path, scale in scales(network).items()}
+        cut, _ = remove_channels(network, images(), dead, bridge)
+        assert layers(cut) < size
+        assert Constants(cut, {}, images()).values["output"].isnan().any()
+
+
+@torch.no_grad()
+def test_a_layer_without_a_way_around_goes_alone():
+    network, _ = built("vgg-bn")
+    cut, _ = remove_channels(network, images(), {"features.1": list(range(16))})
+    assert [module.out_channels for module in cut.modules() if isinstance(module, nn.Conv2d)] == [32, 32, 32]
+    assert Constants(cut, {}, images()).values["output"].isnan().any()
+
+
+@torch.no_grad()
+def test_conv_norm_conv_with_one_channel_becomes_a_convolution_exact_where_the_activation_is_open():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 1, 1, stride=2), nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 6, 1, bias=False), nn.BatchNorm2d(6),
+        nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16 * 16, 10),
+    ).eval()
+    network[1].bias.fill_(50.0)
+    network[1].running_mean.fill_(0.3)
+    opened, closed = copy.deepcopy(network), copy.deepcopy(network)
+    before = network(images())
+    merged, _ = merge_thin_layers(opened)
+    assert layers(merged) == 1
+    assert torch.allclose(merged(images()), before, atol=1e-4)
+    closed[1].bias.fill_(0.0)
+    before = closed(images())
+    assert not torch.allclose(merge_thin_layers(closed)[0](images()), before, atol=1e-2)
+
+
+@torch.no_grad()
+def test_larger_kernels_are_summed_up_which_is_exact_where_the_image_is_flat():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.ReLU(), nn.Conv2d(1, 5, 5, padding=2), nn.ReLU(),
+                            nn.Conv2d(5, 5, 1)).eval()  # without batch norms, too
+    network[0].bias.fill_(20.0)
+    flat = torch.tensor([0.3, -1.0, 0.5]).view(1, 3, 1, 1).expand(2, 3, 12, 12)
+    before = network(flat)
+    merged, _ = merge_thin_layers(network)
+    assert [module.kernel_size for module in merged.modules() if isinstance(module, nn.Conv2d)] == [(1, 1), (1, 1)]
+    assert torch.allclose(merged(flat)[..., 3:-3, 3:-3], before[..., 3:-3, 3:-3], atol=1e-4)
+
+
+@torch.no_grad()
+def test_merging_keeps_the_block_and_zero_removes_it():
+    dead = {"stage2.1.bn2": list(range(1, 32))}
+    sizes = {}
+    for bridge in ("zero", "merge"):
+        network, _ = built("preact-resnet")
+        cut, _ = remove_channels(network, images(), dead, bridge)
+        sizes[bridge] = layers(network) if cut is network else layers(cut)
+        if bridge == "merge":
+            conv = cut.get_submodule("stage2.1.conv2")
+            assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (128, 32, (1, 1))
+    whole = layers(built("preact-resnet")[0])
+    assert sizes == {"zero": whole - 3, "merge": whole - 1}
+
+
+@torch.no_grad()
+def test_onnx_and_export_give_the_same(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network, dead = built("preact-resnet", 0.45)
+    dead["stage2.1.bn3"] = list(range(32))
+    cut, _ = remove_channels(network, images(), dead)
+    exported = torch.export.export(cut, (images(),))
+    assert torch.allclose(exported.module()(images()), cut(images()), atol=1e-5)
+    torch.onnx.export(exported, f=str(tmp_path / "pruned.onnx"), verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "pruned.onnx"))
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    assert torch.allclose(torch.from_numpy(logits), cut(images()), atol=1e-4)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.conv(x))).mean((2, 3))
+
+
+class Branching(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).mean((2, 3)) if x.sum() > 0 else x.mean((2, 3))
+
+
+class Dropping(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.norm(self.conv(x)), 0.5, self.training).mean((2, 3))
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    (Twice, "its layer conv is called twice"), (Branching, "forward pass cannot be traced"), (Dropping, "nn.Dropout"),
+])
+def test_what_cannot_be_traced_is_refused_with_the_reason(kind, reason):
+    with pytest.raises(LayerlabError, match=f"{kind.__name__} cannot be pruned: .*{reason}"):
+        trace(kind())
+
+
+def test_a_structure_of_another_network_is_refused():
+    network, dead = built("preact-resnet", 0.45)
+    described = structure(remove_channels(network, images(), dead)[0])
+    with pytest.raises(LayerlabError, match="does not belong to ResNet"):
+        rebuild(built("resnet")[0], described)
+    with pytest.raises(LayerlabError, match="its format is None"):
+        rebuild(built("resnet")[0], {})
