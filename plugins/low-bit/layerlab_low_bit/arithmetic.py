@@ -1,8 +1,8 @@
-"""The arithmetic of a network: while it is entered, convolutions, linear layers and what backward needs are fixed point.
+"""The arithmetic of a network: inside it, convolutions, linear layers and what backward needs are fixed point.
 
-A context rather than a change of the network: nothing is wrapped or replaced, so that other strategies may freeze, prune
-or rebuild layers. Operands and what is kept for backward are rounded; what one operation hands to the next within a
-layer (convolution, normalisation, activation) is read from the wide accumulator, as in hardware that fuses them.
+A context rather than a change of the network: nothing is wrapped or replaced, so that other strategies may freeze,
+prune or rebuild layers. Operands and what is kept for backward are rounded; what one operation hands to the next within
+a layer (convolution, normalisation, activation) is read from the wide accumulator, as in hardware that fuses them.
 """
 
 from __future__ import annotations
@@ -200,8 +200,7 @@ class Arithmetic(TorchFunctionMode):
         if self._operation not in STORED or not self._store_activations or tensor.numel() < SMALLEST:
             return tensor
         if tensor.dtype == torch.int64:
-            largest = int(tensor.max())
-            return _Places(tensor.to(torch.int16 if largest < 2**15 else torch.int32 if largest < 2**31 else tensor.dtype))
+            return _Places(tensor.to(torch.int16 if int(tensor.max()) < 2**15 else torch.int32))
         if tensor.dtype != torch.float32 or tensor.dim() < 2 or isinstance(tensor, nn.Parameter):
             return tensor
         return self.operand(tensor, self._stored_name(tensor), "activation")

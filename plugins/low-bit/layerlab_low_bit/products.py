@@ -171,7 +171,7 @@ class Product:
             .view(len(x), height, width, -1).permute(0, 3, 1, 2)
             for part, rows in zip(x.chunk(g.groups, 1), w.chunk(g.groups), strict=True)
         ]
-        return torch.cat(parts, 1)
+        return _ordered_as(torch.cat(parts, 1), x)
 
     def _input_gradient_on_units(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         if self.geometry is None:
@@ -183,7 +183,7 @@ class Product:
             columns = columns.view(len(dy), -1, columns.shape[1]).transpose(1, 2)
             # fold adds up in floating point: exact in float64.
             parts.append(functional.fold(columns.double(), shape[2:], kernel, g.dilation, g.padding, g.stride))
-        return torch.cat(parts, 1)
+        return _ordered_as(torch.cat(parts, 1), dy)
 
     def _weight_gradient_on_units(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         if self.geometry is None:
@@ -192,6 +192,13 @@ class Product:
         parts = [matrix_product(_by_place(of_y).t(), self._columns(of_x), self.units)
                  for of_y, of_x in zip(dy.chunk(g.groups, 1), x.chunk(g.groups, 1), strict=True)]
         return torch.cat(parts).view(shape)
+
+
+def _ordered_as(result: Tensor, operand: Tensor) -> Tensor:
+    """In the memory order that a convolution gives for the operand: what is summed up later, in whatever order, is
+    summed in the same one."""
+    return result.contiguous(memory_format=torch.channels_last if operand.is_contiguous(
+        memory_format=torch.channels_last) and not operand.is_contiguous() else torch.contiguous_format)
 
 
 def _by_place(dy: Tensor) -> Tensor:

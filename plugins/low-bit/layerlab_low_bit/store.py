@@ -13,7 +13,7 @@ from layerlab_low_bit.fixedpoint import BIAS, BINS, LOWEST, NOT_FINITE
 
 Steering = Literal["statistic", "static", "current-max", "delayed-max"]
 Kind = Literal["activation", "weight", "error", "gradient", "master"]
-"""`error` is the gradient of a layer's output, `gradient` that of a parameter, `master` the weights that are updated."""
+"""`error`: gradient of a layer's output; `gradient`: of a parameter; `master`: the weights that are updated."""
 
 
 def choose(histograms: Tensor, saturation: float) -> list[int | None]:
@@ -54,15 +54,16 @@ class Store:
         bits: of every tensor of each kind.
         steering: see `LowBit.steering`.
         saturation, underflow: bounds, as shares of a tensor's non-zero values.
+        headroom: bits kept free above what the last iterations chose.
         history: iterations kept.
         device: where the histograms are.
     """
 
     def __init__(
-        self, bits: dict[str, int], steering: Steering, saturation: float, underflow: float, history: int,
-        device: torch.device,
+        self, bits: dict[str, int], steering: Steering, saturation: float, underflow: float, headroom: int,
+        history: int, device: torch.device,
     ) -> None:
-        self.steering, self.saturation, self.underflow = steering, saturation, underflow
+        self.steering, self.saturation, self.underflow, self.headroom = steering, saturation, underflow, headroom
         self._kind_bits = bits
         self.names: list[str] = []
         self.kinds: list[str] = []
@@ -125,7 +126,7 @@ class Store:
             chosen = choose(now, 0.0)
         for index, position in enumerate(chosen):
             if position is not None and (self.steering != "static" or self.positions[index] is None):
-                self.positions[index] = position
+                self.positions[index] = position + (0 if self.steering == "current-max" else self.headroom)
         if self.underflow < 1:
             self._widen()
         now.zero_()

@@ -1,7 +1,7 @@
 """Low-bit training: fixed point of 2 to 16 bits, steered by the statistics of the iterations before.
 
 A. Ike et al., "Technologies for Practical Application of Deep Learning", Fujitsu Sci. Tech. J. 53 (2017), section 5;
-the mechanism as in T. Yamaguchi et al., "Training Deep Neural Networks in 8-bit Fixed Point with Dynamic Shared Exponent
+mechanism: T. Yamaguchi et al., "Training Deep Neural Networks in 8-bit Fixed Point with Dynamic Shared Exponent
 Management", DATE 2021, and patent US 11551087.
 """
 
@@ -47,6 +47,8 @@ class LowBit(Strategy):
     """r_max: at most this share of a tensor's non-zero values may have been too large for a format that is chosen."""
     underflow: float = Field(1.0, gt=0, le=1)
     """A tensor of which a larger share would round to zero gets twice the bits; 1: none does."""
+    headroom: int = Field(1, ge=0, le=8)
+    """Bits kept free above what earlier iterations chose, for values that grow from one to the next."""
     history: int = Field(8, ge=1)
     """Iterations whose histograms the store keeps."""
     interval: int = Field(1, ge=1)
@@ -94,7 +96,7 @@ class LowBit(Strategy):
         self._store = Store(
             {"activation": self.bits, "weight": self.bits, "error": errors, "gradient": errors,
              "master": self.master_bits},
-            self.steering, self.saturation, self.underflow, self.history, run.device,
+            self.steering, self.saturation, self.underflow, self.headroom, self.history, run.device,
         )
         self._arithmetic = Arithmetic(
             self._store, lambda: (*run.training_model.named_parameters(), *run.model.named_parameters()),
