@@ -76,7 +76,7 @@ def steering_table(run: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rates_figure(table: pd.DataFrame) -> Figure:
+def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
     """Saturated and vanished shares of `steering_table`, one panel each, on logarithmic axes."""
     _theme()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
@@ -99,7 +99,8 @@ def rates_figure(table: pd.DataFrame) -> Figure:
         axis.grid(axis="x", visible=False)
     axes[0].set_title("too large for the format")
     axes[1].set_title("below half of the lowest bit")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(arms)))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(arms)))
+    figure.suptitle(title)
     return figure
 
 
@@ -250,9 +251,6 @@ def noise(shape: tuple[int, int, int], images: int, device: str = "cpu") -> Data
     return Dataset("noise", split, Split(pixels[:8], labels[:8], split.mean, split.std), 10, "noise", "random numbers")
 
 
-CAPACITY = ("weights", "activations kept", "gradients on the wire")
-
-
 def capacity(
     build: Build, shape: tuple[int, int, int], batch_size: int, bits: Sequence[int], peaks: bool = False,
     device: str = "cpu",
@@ -267,8 +265,8 @@ def capacity(
         peaks: also the most memory of a whole training step (SGD with momentum) by layerlab's meter.
 
     Returns:
-        Rows for weights, activations kept for backward, gradients on the wire, all three, what stays float32 (master
-        weights, gradients at the optimizer, momentum), and the step's peak.
+        Rows for weights, activations kept for backward, both, gradients on the wire, what stays float32 (gradients at
+        the optimizer, momentum, and beside the b-bit weights the master weights), and the step's peak.
     """
     network = build().to(device).train()
     x = torch.randn(batch_size, *shape, device=device)
@@ -276,11 +274,11 @@ def capacity(
     by_what: dict[str, list[float]] = {
         "weights": [_weight_bytes(network, width) for width in widths],
         "activations kept": [kept_bytes(network, x, width) for width in widths],
-        "gradients on the wire": [_wire_bytes(network, width) for width in widths],
     }
-    by_what["all three"] = [sum(column) for column in zip(*by_what.values(), strict=True)]
+    by_what["both in memory"] = [sum(column) for column in zip(*by_what.values(), strict=True)]
+    by_what["gradients on the wire"] = [_wire_bytes(network, width) for width in widths]
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    by_what["float32 throughout: gradients, momentum (and master weights)"] = [2 * weights] + [3 * weights] * len(bits)
+    by_what["float32 still: gradients, momentum, master weights"] = [2 * weights] + [3 * weights] * len(bits)
     del network, x
     if peaks:
         data = noise(shape, 2 * batch_size, device)
@@ -436,3 +434,77 @@ def gathering_cost(
                      "upper quartile": high})
     middle, low, high = turns["formats as they are"].ratio(turns["with the statistic"])
     return pd.DataFrame(rows), (1 - middle, 1 - high, 1 - low)
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "saturation": {"r_max 0": {"saturation": 0.0}, "r_max 1e-3": {"saturation": 1e-3},
+                   "r_max 1e-2": {"saturation": 1e-2}},
+    "headroom": {"no headroom": {"headroom": 0}, "2 bits of headroom": {"headroom": 2}},
+    "history": {"history of 1": {"history": 1}, "history of 64": {"history": 64}},
+    "interval": {"every 10th step": {"interval": 10}},
+    "rounding": {"gradients to the nearest": {"gradient_rounding": "nearest"},
+                 "all stochastic": {"rounding": "stochastic"}},
+    "master": {"16-bit master weights": {"master_bits": 16}, "no master weights": {"master_bits": None}},
+    "accumulation": {"sums in float32": {"accumulation": "float32"}},
+    "storage": {"normalisation and pooling keep floats": {"store_activations": False}},
+}
+"""One setting each away from the default; a width of None is that of the other tensors."""
+
+
+def ablation_arms(names: Sequence[str], bits: int) -> dict[str, LowBit]:
+    """Arms of a comparison: the default, and what differs from it in one setting."""
+    arms = {"default": LowBit(bits=bits)}
+    for name in names:
+        for label, settings in ABLATIONS[name].items():
+            filled = {key: bits if value is None else value for key, value in settings.items()}
+            arms[label] = LowBit(bits=bits, **filled)
+    return arms
+
+
+def ablation_table(run: Comparison) -> pd.DataFrame:
+    """One row an arm: top-1, difference from the default, seconds and peak memory relative to it."""
+    table = accuracies({"": run}, "default").drop(columns="task")
+    return table.rename(columns={"arithmetic": "setting", "against float32 [points]": "against the default [points]"})
+
+
+STEERINGS = {
+    "statistic (the paper's)": {},
+    "statistic, no headroom": {"headroom": 0},
+    "static: the first step's": {"steering": "static"},
+    "largest value of this step": {"steering": "current-max"},
+    "largest value of the last steps": {"steering": "delayed-max"},
+}
+
+
+def section_5(
+    published: pd.DataFrame, capacities: Mapping[str, pd.DataFrame], energies: Mapping[str, pd.DataFrame],
+    runs: Mapping[str, Comparison],
+) -> pd.DataFrame:
+    """The paper's table with what was measured beside it: the range over the networks.
+
+    Args:
+        published: the paper's, with columns `16 bits` and `8 bits`.
+        capacities: `capacity` by network, indexed by `what`.
+        energies: `energy` by network.
+        runs: accuracy comparisons by network, with the baseline `float32`.
+    """
+    table = published.astype(object).copy()
+    for bits in (16, 8):
+        column = f"{bits} bits"
+        fit_in = [capacity.loc[what, f"{column}, ×"] for capacity in capacities.values()
+                  for what in ("both in memory", "gradients on the wire") if f"{column}, ×" in capacity]
+        saved = [energy.set_index("arithmetic").loc[column, "saved [%]"] for energy in energies.values()]
+        points = [measure.mean_interval(difference(run, "float32", column))[0] for run in runs.values()
+                  if column in run.arms]
+        table[f"measured, {column}"] = [
+            _range(fit_in) + " (memory, bus)", _range([1 / (1 - share / 100) for share in saved]) + " (estimate)",
+            _range([-share for share in saved]) + " (estimate)", _range(points) + " points",
+        ]
+    return table
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in (min(values, default=np.nan), max(values, default=np.nan)))
+    return low if low == high else f"{low} to {high}"
