@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -68,10 +69,9 @@ def steering_table(run: Comparison) -> pd.DataFrame:
         mean, half = measure.mean_interval(run.per_seed(lambda r: 100 * r.final["test/top1"], arm))
         row: dict[str, Any] = {"arm": arm, "top-1 [%]": mean, "±": half}
         for rate in ("saturated", "vanished"):
-            for kind, label in KINDS.items():
-                of_kind = frame[frame["kind"] == kind]
-                share = (of_kind[rate] * of_kind["values"]).sum() / of_kind["values"].sum()
-                row[f"{rate}: {label} [ppm]"] = 1e6 * share
+            for kind, label in {**KINDS, "": "all"}.items():
+                part = frame[frame["kind"] == kind] if kind else frame
+                row[f"{rate}: {label} [ppm]"] = 1e6 * (part[rate] * part["values"]).sum() / part["values"].sum()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -355,6 +355,8 @@ def torchao_networks(build: Build) -> dict[str, Build]:
     Its int8 products, and float8 with scales of the current tensors, emulated where there are no such units. Its int8
     weights are left out: no foreach optimizer takes them.
     """
+    # Of its own import torchao says on stderr what concerns torchao only.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
     from torchao.quantization import quantize_
