@@ -191,19 +191,26 @@ def test_resume_restores_the_statistics(data, tmp_path, settings):
 
 
 def test_evaluation_uses_the_formats_of_training(data):
-    """A deployed format does not look at what it is given: inputs beyond it saturate."""
+    """A deployed format does not look at what it is given: values beyond it saturate."""
     torch.manual_seed(0)
-    job = Fit(Network(), data, LowBit(), epochs=1, batch_size=256, measure=False)
+    network = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten())
+    job = Fit(network, data, LowBit(), epochs=1, batch_size=256, measure=False)
     job.train_epoch()
-    x = next(data.test.batches(16))[0]
+    model, x = job.run.model.eval(), next(data.test.batches(16))[0]
 
-    def logits(scale: float) -> Tensor:
+    def logits(scale: float, shift: float) -> Tensor:
         with torch.no_grad(), job.run.autocast():
-            return job.run.model.eval()(x * scale)
+            model[0].bias += shift
+            result = model(x * scale)
+            model[0].bias -= shift
+            return result
 
     held = job.strategies[0].statistics.copy()
-    assert torch.equal(logits(1e4), logits(1e6))
-    assert not torch.equal(logits(1.0), logits(1e4))
+    # Of the first layer's input, and of the second's, which training knows as what ReLU kept.
+    assert torch.equal(logits(1e4, 0.0), logits(1e6, 0.0))
+    assert torch.equal(logits(1.0, 1e4), logits(1.0, 1e6))
+    assert not torch.equal(logits(1.0, 0.0), logits(1e4, 0.0))
     assert held.equals(job.strategies[0].statistics)
 
 
