@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layerlab import Dataset, Run, Strategy, measure
 from layerlab.data import Split
 from layerlab.measure import Turns
-from layerlab.training import Comparison, Fit, FitResult
+from layerlab.training import Comparison, Fit, FitResult, total
 from layerlab_low_bit.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.store import Kind, Store
 from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit
@@ -38,8 +38,13 @@ def difference(run: Comparison, baseline: str, arm: str) -> list[float]:
     return [100 * (of_arm - of_baseline) for of_baseline, of_arm in pairs]
 
 
+def joules(run: Comparison, arm: str) -> float:
+    """Mean energy of an arm's runs by the device's own counter; NaN where it keeps none."""
+    return float(np.mean(run.per_seed(lambda r: total(r, "cost/energy_joules"), arm)))
+
+
 def accuracies(runs: Mapping[str, Comparison], baseline: str) -> pd.DataFrame:
-    """One row a task and arm: top-1, its difference from the baseline, seconds and peak memory relative to it."""
+    """One row a task and arm: top-1, its difference from the baseline; seconds, peak memory, energy relative to it."""
     rows = []
     for task, run in runs.items():
         plain = run.summary.set_index("arm").loc[baseline]
@@ -49,6 +54,7 @@ def accuracies(runs: Mapping[str, Comparison], baseline: str) -> pd.DataFrame:
                 "task": task, "arithmetic": arm, "top-1 [%]": 100 * row["top-1"], "±": 100 * row["top-1 ±"],
                 "against float32 [points]": mean, "± ": half, "seconds, relative": row["seconds"] / plain["seconds"],
                 "peak memory, relative": row["peak MB"] / plain["peak MB"],
+                "energy, relative": joules(run, arm) / joules(run, baseline),
             })
     return pd.DataFrame(rows)
 
@@ -168,12 +174,12 @@ class _Counting(Arithmetic):
     """Remembers what it keeps for backward, the weights' codes apart."""
 
     kept: dict[int, Tensor]
-    weights: set[int]
+    weights: dict[int, Tensor]
 
     def round(self, values: Tensor, name: str, kind: Kind, stochastic: bool, gather: bool) -> Encoded:
         rounded = super().round(values, name, kind, stochastic, gather)
         if kind == "weight":
-            self.weights.add(rounded.codes.untyped_storage()._cdata)
+            self.weights[rounded.codes.untyped_storage()._cdata] = rounded.codes
         return rounded
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -201,7 +207,8 @@ def kept_bytes(network: nn.Module, x: Tensor, bits: int | None) -> int:
         x: images.
         bits: None: plain float32.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+    # Tensors rather than numbers: memory that were freed would come back under the same number.
+    own = {tensor.untyped_storage()._cdata: tensor for tensor in (*network.parameters(), *network.buffers())}
     kept: dict[int, Tensor] = {}
     if bits is None:
         def count(tensor: Tensor) -> Tensor:

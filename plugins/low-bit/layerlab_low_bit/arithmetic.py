@@ -170,6 +170,8 @@ class Arithmetic(TorchFunctionMode):
             share = store.saturation if store.steering == "statistic" else 0.0
             (position,) = choose(msb_histogram(values)[None], share)
             position = LOWEST if position is None else position
+            if store.steering == "static":
+                position += store.headroom
             if index is not None:
                 store.positions[index] = position
         try:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from layerlab import LayerlabError
+
 BINS = 256
 BIAS = 127
 """Bin e of a histogram counts values whose most significant bit is at position e - BIAS."""
@@ -18,6 +20,7 @@ NOT_FINITE = BINS - 1
 LOWEST = -100
 """No position below this: scales stay normal float32 numbers at all widths."""
 _CHUNK = 2**18
+"""Elements of a piece on the CPU: its few passes then stay in the cache."""
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -50,14 +53,14 @@ def msb_histogram(values: Tensor, out: Tensor | None = None) -> Tensor:
     For a float this is the position in its fixed-point form, floor(log2|x|), which its exponent field holds.
 
     Args:
-        values: float32, any shape.
+        values: floats, any shape; taken as float32.
         out: int64, (256,): added to, if given.
 
     Returns:
         int64, (256,): bin e counts 2**(e-127) <= |x| < 2**(e-126); bin 0 zeros and subnormals; bin 255 NaN and Inf.
     """
     out = torch.zeros(BINS, dtype=torch.int64, device=values.device) if out is None else out
-    for _, piece in _pieces(dense(values)):
+    for _, piece in _pieces(dense(values.detach().float())):
         _count(piece, out)
     return out
 
@@ -83,7 +86,7 @@ def encode(
     """Round to fixed point; what does not fit saturates, symmetrically.
 
     Args:
-        values: float32, any shape.
+        values: floats, any shape; taken as float32.
         bits: 2 to 16, the sign included.
         position: of the most significant bit that the format holds.
         stochastic: round up with the probability of what is cut off (from 16 random bits), so that the mean is right
@@ -94,9 +97,12 @@ def encode(
         Codes: int8 up to 8 bits, int16 above, in the values' shape and memory order.
 
     Raises:
+        LayerlabError: another number of bits.
         ValueError: NaN or Inf, where no histogram counts them.
     """
-    values = dense(values.detach())
+    if not 2 <= bits <= 16:
+        raise LayerlabError(f"Fixed point has 2 to 16 bits here, got {bits}.")
+    values = dense(values.detach().float())
     codes = torch.empty_like(values, dtype=code_type(bits))
     target = _flat(codes)
     inverse, most = 2.0 ** -exponent_of(position, bits), 2 ** (bits - 1) - 1

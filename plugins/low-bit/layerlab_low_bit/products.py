@@ -7,8 +7,10 @@ bound beforehand; where the bound does not hold, the sum is made in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,7 +102,8 @@ class Product:
         if self.geometry is None:
             return (x @ w.t()).float()
         g = self.geometry
-        return functional.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups).float()
+        with _full_float32(x):
+            return functional.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups).float()
 
     def input_gradient(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         """dX of that shape, of dY and w."""
@@ -141,12 +144,14 @@ class Product:
 
     def _convolution_backward(self, dy: Tensor, x: Tensor, w: Tensor, of_input: bool) -> Tensor:
         g = self.geometry
-        gradients = torch.ops.aten.convolution_backward(
-            dy, x, w, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, (of_input, not of_input, False)
-        )
+        wanted = (of_input, not of_input, False)
+        with _full_float32(dy):
+            gradients = torch.ops.aten.convolution_backward(
+                dy, x, w, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, wanted
+            )
         return gradients[0 if of_input else 1]
 
-    def _float(self, bound) -> torch.dtype:
+    def _float(self, bound: Callable[[], Any]) -> torch.dtype:
         return torch.float32 if not self.exact or bound() <= _FLOAT32 else torch.float64
 
     def _on_units(self, *codes: Tensor) -> bool:
@@ -199,6 +204,14 @@ def _ordered_as(result: Tensor, operand: Tensor) -> Tensor:
     summed in the same one."""
     return result.contiguous(memory_format=torch.channels_last if operand.is_contiguous(
         memory_format=torch.channels_last) and not operand.is_contiguous() else torch.contiguous_format)
+
+
+def _full_float32(operand: Tensor) -> AbstractContextManager[Any]:
+    """Keep cuDNN from TensorFloat-32, whose 11 bits do not hold 16-bit codes."""
+    if not operand.is_cuda:
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 def _by_place(dy: Tensor) -> Tensor:

@@ -147,11 +147,14 @@ class Store:
         })
         self._rates = torch.zeros_like(self._rates)
 
-    @property
-    def frame(self) -> pd.DataFrame:
-        """One row an epoch and tensor: `kind`, `bits`, `position`, and the shares `saturated` and `vanished`."""
+    def frame(self, last: bool = False) -> pd.DataFrame:
+        """One row an epoch and tensor: `kind`, `bits`, `position`, and the shares `saturated` and `vanished`.
+
+        Args:
+            last: of the last epoch only.
+        """
         rows = []
-        for record in self.epochs:
+        for record in self.epochs[-1:] if last else self.epochs:
             for name, kind, bits, position, (saturated, vanished, values) in zip(
                 record["names"], record["kinds"], record["bits"], record["positions"], record["rates"], strict=True
             ):

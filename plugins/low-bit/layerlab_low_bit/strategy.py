@@ -144,8 +144,7 @@ class LowBit(Strategy):
         """Log the epoch's rates."""
         store = self._store
         store.end_epoch(run.epoch)
-        frame = self.statistics
-        frame = frame[frame["epoch"] == run.epoch]
+        frame = store.frame(last=True)
         for kind, part in frame.groupby("kind"):
             for rate in ("saturated", "vanished"):
                 share = (part[rate] * part["values"]).sum() / max(1, part["values"].sum())
@@ -178,7 +177,7 @@ class LowBit(Strategy):
     @property
     def statistics(self) -> pd.DataFrame:
         """One row an epoch and tensor: its format, and the shares of values that saturated and vanished."""
-        return self._store.frame
+        return self._store.frame()
 
     @property
     def histograms(self) -> pd.DataFrame:

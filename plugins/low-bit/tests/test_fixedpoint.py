@@ -63,6 +63,15 @@ def test_rounding_to_the_nearest_is_numpys_and_saturates(bits):
     assert ((decode(codes, position - bits + 2) - values)[fits].abs() <= lowest / 2).all()
 
 
+def test_other_widths_are_refused_and_other_floats_are_taken():
+    for bits in (1, 17):
+        with pytest.raises(LayerlabError, match=f"2 to 16 bits here, got {bits}"):
+            encode(torch.ones(3), bits, 0)
+    values = torch.randn(1000, dtype=torch.float64)
+    assert torch.equal(encode(values, 8, 1), encode(values.float(), 8, 1))
+    assert torch.equal(msb_histogram(values), msb_histogram(values.float()))
+
+
 def test_memory_order_is_kept():
     values = torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last)
     codes = encode(values, 8, 2)
