@@ -195,7 +195,8 @@ class Arithmetic(TorchFunctionMode):
             # What was rounded as another operation's tensor in training has its format.
             name = self.aliases.get(name, name)
         rounded = self.round(values, name, kind, stochastic, self.gathering and learning)
-        self._cache[key] = (weakref.ref(values.untyped_storage()), rounded, name)
+        if learning:
+            self._cache[key] = (weakref.ref(values.untyped_storage()), rounded, name)
         return rounded
 
     def _pack(self, tensor: Tensor) -> Any:
