@@ -166,13 +166,12 @@ class LowBit(Strategy):
         self._arithmetic = self._wire = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The store, and which tensors share a format."""
-        return {"store": self._store.state_dict(), "aliases": dict(self._arithmetic.aliases)}
+        """The store."""
+        return self._store.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self._store.load_state_dict(state["store"])
-        self._arithmetic.aliases = dict(state["aliases"])
+        self._store.load_state_dict(state)
 
     @property
     def statistics(self) -> pd.DataFrame:
