@@ -1,0 +1,515 @@
+"""What the notebook measures and tabulates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from layerlab import Dataset, Run, Strategy, measure
+from layerlab.data import Split
+from layerlab.measure import Turns
+from layerlab.training import Comparison, Fit, FitResult, total
+from layerlab_low_bit.arithmetic import Arithmetic, Encoded
+from layerlab_low_bit.store import Kind, Store
+from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit
+
+Build = Callable[[], nn.Module]
+KINDS = {"activation": "activations", "weight": "weights", "error": "errors (dY)", "gradient": "gradients (dW)"}
+
+
+# ---------------------------------------------------------------------------------------- accuracy
+
+
+def difference(run: Comparison, baseline: str, arm: str) -> list[float]:
+    """Final top-1 of an arm less the baseline's, in points, seed by seed."""
+    pairs = zip(*(run.per_seed(lambda r: r.final["test/top1"], name) for name in (baseline, arm)), strict=True)
+    return [100 * (of_arm - of_baseline) for of_baseline, of_arm in pairs]
+
+
+def joules(run: Comparison, arm: str) -> float:
+    """Mean energy of an arm's runs by the device's own counter; NaN where it keeps none."""
+    return float(np.mean(run.per_seed(lambda r: total(r, "cost/energy_joules"), arm)))
+
+
+def accuracies(runs: Mapping[str, Comparison], baseline: str) -> pd.DataFrame:
+    """One row a task and arm: top-1, its difference from the baseline; seconds, peak memory, energy relative to it."""
+    rows = []
+    for task, run in runs.items():
+        plain = run.summary.set_index("arm").loc[baseline]
+        for arm, row in run.summary.set_index("arm").iterrows():
+            mean, half = measure.mean_interval(difference(run, baseline, arm))
+            rows.append({
+                "task": task, "arithmetic": arm, "top-1 [%]": 100 * row["top-1"], "±": 100 * row["top-1 ±"],
+                "against float32 [points]": mean, "± ": half, "seconds, relative": row["seconds"] / plain["seconds"],
+                "peak memory, relative": row["peak MB"] / plain["peak MB"],
+                "energy, relative": joules(run, arm) / joules(run, baseline),
+            })
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------- statistics
+
+
+def steering_table(run: Comparison) -> pd.DataFrame:
+    """One row an arm: final top-1, and the shares of values that saturated and vanished over the run, in parts per
+    million, by kind of tensor; means over seeds."""
+    rows = []
+    for arm in run.arms:
+        parts = []
+        for seed in run.seeds:
+            (strategy,) = run.results[arm, seed].strategies
+            parts.append(strategy.statistics)
+        frame = pd.concat(parts)
+        mean, half = measure.mean_interval(run.per_seed(lambda r: 100 * r.final["test/top1"], arm))
+        row: dict[str, Any] = {"arm": arm, "top-1 [%]": mean, "±": half}
+        for rate in ("saturated", "vanished"):
+            for kind, label in {**KINDS, "": "all"}.items():
+                part = frame[frame["kind"] == kind] if kind else frame
+                row[f"{rate}: {label} [ppm]"] = 1e6 * (part[rate] * part["values"]).sum() / part["values"].sum()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
+    """Saturated and vanished shares of `steering_table`, one panel each, on logarithmic axes."""
+    _theme()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+    arms = list(table["arm"])
+    places, width = np.arange(len(KINDS)), 0.8 / len(arms)
+    for axis, rate in zip(axes, ("saturated", "vanished"), strict=True):
+        shares = table[[f"{rate}: {label} [ppm]" for label in KINDS.values()]].to_numpy()
+        floor = 0.2 * min(shares[shares > 0], default=1.0)
+        for number, (colour, arm) in enumerate(zip(sns.color_palette("colorblind", len(arms)), arms, strict=True)):
+            row = table[table["arm"] == arm].iloc[0]
+            values = [row[f"{rate}: {label} [ppm]"] for label in KINDS.values()]
+            shown = axis.bar(places + (number - (len(arms) - 1) / 2) * width, np.maximum(values, floor), width,
+                             label=arm, color=colour)
+            axis.bar_label(shown, [f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in values],
+                           fontsize=6.5, rotation=90, padding=2)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_ylim(floor, high * (high / low) ** 0.22)
+        axis.set_xticks(places, KINDS.values())
+        axis.set(ylabel=f"{rate} values [ppm]")
+        axis.grid(axis="x", visible=False)
+    axes[0].set_title("too large for the format")
+    axes[1].set_title("below half of the lowest bit")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(arms)))
+    figure.suptitle(title)
+    return figure
+
+
+def msb_map(result: FitResult, title: str = "") -> Figure:
+    """The store as a picture: tensors × position of the most significant bit, and the format chosen for the next step.
+
+    Args:
+        result: of a fit with LowBit.
+        title: of the figure.
+    """
+    (strategy,) = result.strategies
+    frame = strategy.statistics
+    frame = frame[(frame["epoch"] == frame["epoch"].max()) & frame["kind"].isin(KINDS)]
+    # Of the parameters' gradients only the weights': biases and normalisations would fill the picture.
+    frame = frame[(frame["kind"] != "gradient") | frame["tensor"].str.endswith(".weight.gradient")]
+    frame = frame[frame["values"] > 0]
+    counts = strategy.histograms
+    _theme()
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(15.5, 1.9 + 0.24 * frame["kind"].value_counts().max()))
+    for axis, (kind, label) in zip(axes, KINDS.items(), strict=True):
+        part = frame[frame["kind"] == kind]
+        table = counts.loc[part["tensor"]]
+        shares = table.div(table.sum(1).clip(lower=1), axis=0)
+        used = shares.columns[(shares > 0).any()]
+        first = max(used.min(), int((part["position"] - part["bits"]).min()) - 4)
+        last = max(used.max(), int(part["position"].max())) + 1
+        shares = shares.loc[:, first:last]
+        axis.imshow(np.ma.masked_less_equal(shares.to_numpy(), 0), aspect="auto", cmap="viridis",
+                    norm=LogNorm(1e-6, 1), extent=(first - 0.5, last + 0.5, len(part) - 0.5, -0.5))
+        for row, (position, bits) in enumerate(zip(part["position"], part["bits"], strict=True)):
+            axis.add_patch(Rectangle((position - bits + 1.5, row - 0.42), bits - 1, 0.84, fill=False, linewidth=1.6,
+                                     edgecolor="#d55e00"))
+        ends = (".weight.gradient", ".weight", ".error", ".input")
+        names = [next((n.removesuffix(end) for end in ends if n.endswith(end)), n) for n in part["tensor"]]
+        names = [name.removeprefix("features.") for name in names]
+        axis.set_yticks(range(len(part)), names, fontsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axis.set(title=label, xlabel="position of the most significant bit")
+        axis.grid(False)
+    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.8, pad=0.01)
+    bar.set_label("share of non-zero values")
+    figure.suptitle(title)
+    return figure
+
+
+def positions_over_epochs(result: FitResult, kind: str) -> pd.DataFrame:
+    """Tensors × epochs: the position chosen at each epoch's end, for the weights' layers."""
+    frame = result.strategies[0].statistics
+    frame = frame[frame["kind"] == kind]
+    table = frame.pivot(index="tensor", columns="epoch", values="position")
+    return table.loc[list(dict.fromkeys(frame["tensor"]))].rename(index=lambda name: name.removesuffix(f".{kind}"))
+
+
+def _theme() -> None:
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
+        "axes.grid": True, "grid.alpha": 0.35, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "figure.constrained_layout.use": True, "font.size": 10})
+
+
+# ---------------------------------------------------------------------------------------- capacity
+
+
+class _Counting(Arithmetic):
+    """Remembers what it keeps for backward, the weights' codes apart."""
+
+    kept: dict[int, Tensor]
+    weights: dict[int, Tensor]
+
+    def round(self, values: Tensor, name: str, kind: Kind, stochastic: bool, gather: bool) -> Encoded:
+        rounded = super().round(values, name, kind, stochastic, gather)
+        if kind == "weight":
+            self.weights[rounded.codes.untyped_storage()._cdata] = rounded.codes
+        return rounded
+
+    def _pack(self, tensor: Tensor) -> Any:
+        packed = super()._pack(tensor)
+        for part in (packed, getattr(packed, "codes", None), getattr(packed, "indices", None)):
+            if isinstance(part, Tensor):
+                self.kept[part.untyped_storage()._cdata] = part
+        return packed
+
+
+def _arithmetic(network: nn.Module, bits: int, kind: type[Arithmetic]) -> Arithmetic:
+    settings = LowBit(bits=bits)
+    store = Store({name: bits for name in (*KINDS, "master")}, settings.steering, settings.saturation,
+                  settings.underflow, settings.headroom, settings.history, next(network.parameters()).device)
+    return kind(store, network.named_parameters, (False, True), True, "emulated", None)
+
+
+def kept_bytes(network: nn.Module, x: Tensor, bits: int | None) -> int:
+    """Bytes that autograd holds for backward after a forward pass, without parameters, their codes and buffers.
+
+    Every piece of memory is counted once, whoever refers to it.
+
+    Args:
+        network: in training mode.
+        x: images.
+        bits: None: plain float32.
+    """
+    # Tensors rather than numbers: memory that were freed would come back under the same number.
+    own = {tensor.untyped_storage()._cdata: tensor for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, Tensor] = {}
+    if bits is None:
+        def count(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            network(x)
+    else:
+        counting = _arithmetic(network, bits, _Counting)
+        counting.kept, counting.weights = kept, own
+        with counting:
+            network(x)
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+
+def _weight_bytes(network: nn.Module, bits: int | None) -> int:
+    """Of the network as a user deploys it: weights of convolutions and linear layers as codes."""
+    total = 0
+    layers = {m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    rounding = None if bits is None else _arithmetic(network, bits, Arithmetic)
+    for name, parameter in network.named_parameters():
+        if rounding is not None and parameter in layers:
+            codes = rounding.round(parameter, name, "weight", False, True).codes
+            total += codes.nbytes + EXPONENT_BYTES
+        else:
+            total += parameter.nbytes
+    return total
+
+
+def _wire_bytes(network: nn.Module, bits: int | None) -> int:
+    """Of one step's gradients as they travel."""
+    parameters = dict(network.named_parameters())
+    if bits is None:
+        return sum(parameter.nbytes for parameter in parameters.values())
+    wire = GradientWire(_arithmetic(network, bits, Arithmetic), True)
+    for name, parameter in parameters.items():
+        wire.encode(name, torch.randn_like(parameter))
+    return sum(wire.sent.values())
+
+
+def noise(shape: tuple[int, int, int], images: int, device: str = "cpu") -> Dataset:
+    """Random images with random labels: for what does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, *shape), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(0, 10, (images,), generator=generator).to(device)
+    split = Split(pixels, labels, (127.5,) * shape[0], (73.6,) * shape[0])
+    return Dataset("noise", split, Split(pixels[:8], labels[:8], split.mean, split.std), 10, "noise", "random numbers")
+
+
+def capacity(
+    build: Build, shape: tuple[int, int, int], batch_size: int, bits: Sequence[int], peaks: bool = False,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Measured bytes [MB] in float32 and in b bits, and how many times less.
+
+    Args:
+        build: makes the network.
+        shape: of an image, (channels, height, width).
+        batch_size: images a step.
+        bits: widths.
+        peaks: also the most memory of a whole training step (SGD with momentum) by layerlab's meter.
+
+    Returns:
+        Rows for weights, activations kept for backward, both, gradients on the wire, what stays float32 (gradients at
+        the optimizer, momentum, and beside the b-bit weights the master weights), and the step's peak.
+    """
+    network = build().to(device).train()
+    x = torch.randn(batch_size, *shape, device=device)
+    widths = [None, *bits]
+    by_what: dict[str, list[float]] = {
+        "weights": [_weight_bytes(network, width) for width in widths],
+        "activations kept": [kept_bytes(network, x, width) for width in widths],
+    }
+    by_what["both in memory"] = [sum(column) for column in zip(*by_what.values(), strict=True)]
+    by_what["gradients on the wire"] = [_wire_bytes(network, width) for width in widths]
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    by_what["float32 still: gradients, momentum, master weights"] = [2 * weights] + [3 * weights] * len(bits)
+    del network, x
+    if peaks:
+        data = noise(shape, 2 * batch_size, device)
+        by_what["peak of a training step"] = []
+        for width in widths:
+            job = Fit(build, data, () if width is None else LowBit(bits=width), epochs=1, batch_size=batch_size)
+            by_what["peak of a training step"].append(job.train_epoch()["cost/peak_memory_bytes"])
+    rows = []
+    for what, values in by_what.items():
+        row: dict[str, Any] = {"what": what, "float32 [MB]": values[0] / 1e6}
+        for width, value in zip(bits, values[1:], strict=True):
+            row |= {f"{width} bits [MB]": value / 1e6, f"{width} bits, ×": values[0] / value}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------- energy
+
+PICOJOULES = {
+    "float32": (3.7, 0.9),
+    16: (0.79, 0.1),
+    8: (0.2, 0.1),
+}
+"""Of a multiplication and an addition at 45 nm: M. Horowitz, ISSCC 2014, Figure 1.1.9. Products add up in 32 bits. The
+16-bit multiplication is interpolated between the published 8 (0.2) and 32 bits (3.1) by the power law through them."""
+PICOJOULES_A_BYTE = 1300 / 8
+"""Of DRAM, the same source: 1.3 to 2.6 nJ for 64 bits; the lower one."""
+
+
+def energy(build: Build, shape: tuple[int, int, int], images: int, batch_size: int) -> pd.DataFrame:
+    """Joules of an epoch, estimated: operations times published energy an operation, tensors moved once.
+
+    Args:
+        build: makes the network.
+        shape: of an image.
+        images: of an epoch.
+        batch_size: images a step.
+    """
+    costs = measure.layer_costs(build(), shape, batch_size)
+    steps = images // batch_size
+    macs = sum(costs[f"{part}_macs"].sum() for part in ("forward", "dx", "dw")) * steps
+    elements = sum(costs[f"{part}_tensors"].sum() for part in ("forward", "dx", "dw")) * steps
+    rows = []
+    for format_, (multiply, add) in PICOJOULES.items():
+        width = 4 if format_ == "float32" else format_ / 8
+        rows.append({
+            "arithmetic": format_ if format_ == "float32" else f"{format_} bits",
+            "operations [J]": macs * (multiply + add) * 1e-12,
+            "memory traffic [J]": elements * width * PICOJOULES_A_BYTE * 1e-12,
+        })
+    table = pd.DataFrame(rows)
+    table["together [J]"] = table["operations [J]"] + table["memory traffic [J]"]
+    table["saved [%]"] = 100 * (1 - table["together [J]"] / table["together [J]"].iloc[0])
+    return table
+
+
+# ---------------------------------------------------------------------------------------- peers
+
+
+class Bfloat16(Strategy):
+    """Torch's autocast to bfloat16, as an arm of a comparison."""
+
+    name: ClassVar[str] = "bfloat16"
+
+    def on_fit_start(self, run: Run) -> None:
+        """Forward and loss under autocast."""
+        run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16)
+
+
+def torchao_networks(build: Build) -> dict[str, Build]:
+    """The same network for torchao's kinds of low-bit training, which act on linear layers only.
+
+    Its int8 products, and float8 with scales of the current tensors, emulated where there are no such units. Its int8
+    weights are left out: no foreach optimizer takes them.
+    """
+    # Of its own import torchao says on stderr what concerns torchao only.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
+    from torchao.quantization import quantize_
+
+    # Checkpoints are read with weights_only.
+    torch.serialization.add_safe_globals([
+        Int8MixedPrecisionTrainingConfig, int8_mixed_precision.Int8MixedPrecisionTrainingLinearWeight])
+
+    def int8() -> nn.Module:
+        network = build()
+        quantize_(network, Int8MixedPrecisionTrainingConfig())
+        return network
+
+    def float8() -> nn.Module:
+        emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+        return convert_to_float8_training(build(), config=Float8LinearConfig(emulate=emulate))
+
+    return {"torchao int8": int8, "torchao float8": float8}
+
+
+def peers(run: Comparison, baseline: str, steps: int) -> pd.DataFrame:
+    """One row an arm: top-1, difference from the baseline, milliseconds a step (of the median epoch), relative."""
+    rows = []
+    def milliseconds(arm):
+        return 1e3 * float(run.frame.query("arm == @arm")["time/epoch_seconds"].median()) / steps
+
+    for arm in run.arms:
+        mean, half = measure.mean_interval(run.per_seed(lambda r: 100 * r.final["test/top1"], arm))
+        off, spread = measure.mean_interval(difference(run, baseline, arm))
+        rows.append({"arm": arm, "top-1 [%]": mean, "±": half, "against float32 [points]": off, "± ": spread,
+                     "ms a step": milliseconds(arm), "relative": milliseconds(arm) / milliseconds(baseline)})
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------- what gathering costs
+
+
+def gathering_cost(
+    build: Build, shape: tuple[int, int, int], batch_size: int, rounds: int, bits: int = 8, device: str = "cpu"
+) -> tuple[pd.DataFrame, tuple[float, float, float]]:
+    """Seconds of a training step with the statistic, without it, and in plain float32, by turns.
+
+    Args:
+        build: makes the network.
+        shape: of an image.
+        batch_size: images a step.
+        rounds: steps of each, beside two unmeasured ones.
+        bits: width.
+
+    Returns:
+        (table, (median, lower, upper quartile) of what gathering and choosing take of a step).
+    """
+    data = noise(shape, batch_size, device)
+    arms: dict[str, Sequence[Strategy]] = {
+        "float32": (),
+        "formats as they are": [LowBit(bits=bits, interval=10**6)],
+        "with the statistic": [LowBit(bits=bits)],
+    }
+    warm = 2
+    jobs = {name: Fit(build, data, arm, epochs=rounds + warm, batch_size=batch_size, lr=1e-3, measure=False)
+            for name, arm in arms.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds + warm):
+        for name in jobs if turn % 2 == 0 else reversed(jobs):
+            value = jobs[name].train_epoch()["time/epoch_seconds"]
+            if turn >= warm:
+                seconds[name].append(value)
+    turns = {name: Turns(tuple(values)) for name, values in seconds.items()}
+    rows = []
+    for name, of_arm in turns.items():
+        middle, low, high = of_arm.ratio(turns["float32"])
+        rows.append({"step": name, "seconds": of_arm.median, "relative to float32": middle, "lower quartile": low,
+                     "upper quartile": high})
+    middle, low, high = turns["formats as they are"].ratio(turns["with the statistic"])
+    return pd.DataFrame(rows), (1 - middle, 1 - high, 1 - low)
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "saturation": {"r_max 0": {"saturation": 0.0}, "r_max 1e-3": {"saturation": 1e-3},
+                   "r_max 1e-2": {"saturation": 1e-2}},
+    "headroom": {"no headroom": {"headroom": 0}, "2 bits of headroom": {"headroom": 2}},
+    "history": {"history of 1": {"history": 1}, "history of 64": {"history": 64}},
+    "interval": {"every 10th step": {"interval": 10}},
+    "rounding": {"gradients to the nearest": {"gradient_rounding": "nearest"},
+                 "all stochastic": {"rounding": "stochastic"}},
+    "master": {"16-bit master weights": {"master_bits": 16}, "no master weights": {"master_bits": None}},
+    "accumulation": {"sums in float32": {"accumulation": "float32"}},
+    "storage": {"normalisation and pooling keep floats": {"store_activations": False}},
+}
+"""One setting each away from the default; a width of None is that of the other tensors."""
+
+
+def ablation_arms(names: Sequence[str], bits: int) -> dict[str, LowBit]:
+    """Arms of a comparison: the default, and what differs from it in one setting."""
+    arms = {"default": LowBit(bits=bits)}
+    for name in names:
+        for label, settings in ABLATIONS[name].items():
+            filled = {key: bits if value is None else value for key, value in settings.items()}
+            arms[label] = LowBit(bits=bits, **filled)
+    return arms
+
+
+def ablation_table(run: Comparison) -> pd.DataFrame:
+    """One row an arm: top-1, difference from the default, seconds and peak memory relative to it."""
+    table = accuracies({"": run}, "default").drop(columns="task")
+    return table.rename(columns={"arithmetic": "setting", "against float32 [points]": "against the default [points]"})
+
+
+STEERINGS = {
+    "statistic (the paper's)": {},
+    "statistic, no headroom": {"headroom": 0},
+    "static: the first step's": {"steering": "static"},
+    "largest value of this step": {"steering": "current-max"},
+    "largest value of the last steps": {"steering": "delayed-max"},
+}
+
+
+def section_5(
+    published: pd.DataFrame, capacities: Mapping[str, pd.DataFrame], energies: Mapping[str, pd.DataFrame],
+    runs: Mapping[str, Comparison],
+) -> pd.DataFrame:
+    """The paper's table with what was measured beside it: the range over the networks.
+
+    Args:
+        published: the paper's, with columns `16 bits` and `8 bits`.
+        capacities: `capacity` by network, indexed by `what`.
+        energies: `energy` by network.
+        runs: accuracy comparisons by network, with the baseline `float32`.
+    """
+    table = published.astype(object).copy()
+    for bits in (16, 8):
+        column = f"{bits} bits"
+        fit_in = [capacity.loc[what, f"{column}, ×"] for capacity in capacities.values()
+                  for what in ("both in memory", "gradients on the wire") if f"{column}, ×" in capacity]
+        saved = [energy.set_index("arithmetic").loc[column, "saved [%]"] for energy in energies.values()]
+        points = [measure.mean_interval(difference(run, "float32", column))[0] for run in runs.values()
+                  if column in run.arms]
+        table[f"measured, {column}"] = [
+            _range(fit_in) + " (memory, bus)", _range([1 / (1 - share / 100) for share in saved]) + " (estimate)",
+            _range([-share for share in saved]) + " (estimate)", _range(points) + " points",
+        ]
+    return table
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.3g}" for value in (min(values, default=np.nan), max(values, default=np.nan)))
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,240 @@
+"""Convolutions and matrix products of integer codes, on int8 or fp8 units or emulated, with the same bits.
+
+All give the exact integer sum, rounded once to float32 and scaled by a power of two. The emulation multiplies the codes
+as floats: products and sums of integers are exact as long as no sum exceeds the float's integers, which is proved by a
+bound beforehand; where the bound does not hold, the sum is made in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Units = Literal["auto", "int8", "fp8", "emulated"]
+_FLOAT32 = 2**24
+"""All integers up to this one are float32 numbers."""
+_INT32 = 2**31 - 1
+
+
+def find_units(wanted: Units, device: torch.device) -> Units:
+    """What `auto` means on a device: int8 on GPUs and CPUs that have such units, else emulated."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "int8" if torch.cuda.get_device_capability(device) >= (7, 5) else "emulated"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "int8" if any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else "emulated"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a two-dimensional convolution.
+
+    Attributes:
+        stride, padding, dilation: (vertical, horizontal).
+        groups: of channels.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def matrix_product(a: Tensor, b: Tensor, units: Units) -> Tensor:
+    """Codes (m, k) × codes (k, n), exact.
+
+    Args:
+        a, b: int8; for fp8, |code| <= 15, so that e4m3's four significant bits hold every code.
+        units: `int8` by torch._int_mm, `fp8` by torch._scaled_mm.
+
+    Returns:
+        (m, n), int32; int64 where the sum over k may exceed int32.
+    """
+    m, k = a.shape
+    most = 15 if units == "fp8" else 127
+    longest = (_FLOAT32 if units == "fp8" else _INT32) // most**2
+    if k > longest:
+        parts = [matrix_product(a[:, i : i + longest], b[i : i + longest], units).long()
+                 for i in range(0, k, longest)]
+        return torch.stack(parts).sum(0)
+    n = b.shape[1]
+    # The units take more than 16 rows and multiples of 16 columns.
+    rows = max(32, m)
+    a = functional.pad(a, (0, -k % 16, 0, rows - m))
+    b = functional.pad(b, (0, -n % 16, 0, -k % 16))
+    if units == "int8":
+        return torch._int_mm(a.contiguous(), b.contiguous())[:m, :n]
+    one = torch.ones((), device=a.device)
+    eighths = torch.float8_e4m3fn
+    # _scaled_mm wants the second operand column by column.
+    return torch._scaled_mm(
+        a.to(eighths).contiguous(), b.t().to(eighths).contiguous().t(), scale_a=one, scale_b=one,
+        out_dtype=torch.float32, use_fast_accum=False,
+    )[:m, :n].to(torch.int32)
+
+
+class Product:
+    """A layer's three products on codes of one shape: forward, input gradient, weight gradient.
+
+    Args:
+        geometry: of a convolution; None for a linear layer, whose codes are matrices.
+        units: where they run.
+        exact: integer sums. Else one product of floats, whose sums round beyond 24 bits.
+    """
+
+    def __init__(self, geometry: Geometry | None, units: Units, exact: bool) -> None:
+        self.geometry, self.exact = geometry, exact
+        self.units = units if exact else "emulated"
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """y of x, (batch, …), and w, (outputs, …), as codes; float32, in units of the codes' product."""
+        if self._on_units(x, w):
+            return self._forward_on_units(x, w).float()
+        kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
+        x, w = x.to(kind), w.to(kind)
+        if self.geometry is None:
+            return (x @ w.t()).float()
+        g = self.geometry
+        with _full_float32(x):
+            return functional.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups).float()
+
+    def input_gradient(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        """dX of that shape, of dY and w."""
+        if self._on_units(dy, w):
+            return self._input_gradient_on_units(dy, w, shape).float()
+        # Each dX sums over outputs and kernel places.
+        kind = self._float(lambda: _largest(dy) * _norms(w, 1, 0).sum(tuple(range(1, w.dim() - 1))).max())
+        dy, w = dy.to(kind), w.to(kind)
+        if self.geometry is None:
+            return (dy @ w).float()
+        return self._convolution_backward(dy, dy.new_empty(()).expand(shape), w, True).float()
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """dW of that shape, of dY and x."""
+        if self._on_units(dy, x):
+            return self._weight_gradient_on_units(dy, x, shape).float()
+        if not self.exact:
+            return self._weight_gradient(dy, x, shape, torch.float32)
+        # Cauchy and Schwarz: |Σ dy·x| <= ‖dy‖·‖x‖, channel by channel; images are taken together as long as that holds.
+        dims = slice(2, None)
+        of_dy, of_x = (_norms(part, 2, dims).cumsum(0) for part in (dy, x))
+        total, start = None, 0
+        while start < len(dy):
+            bound = torch.sqrt(_after(of_dy, start) * _after(of_x, start))
+            count = int((bound <= _FLOAT32).sum())
+            kind = torch.float32 if count else torch.float64
+            end = start + max(1, count)
+            part = self._weight_gradient(dy[start:end], x[start:end], shape, kind)
+            total = part if total is None else total.double() + part
+            start = end
+        return total.float()
+
+    def _weight_gradient(self, dy: Tensor, x: Tensor, shape: torch.Size, kind: torch.dtype) -> Tensor:
+        dy, x = dy.to(kind), x.to(kind)
+        if self.geometry is None:
+            return dy.t() @ x
+        return self._convolution_backward(dy, x, x.new_empty(()).expand(shape), False)
+
+    def _convolution_backward(self, dy: Tensor, x: Tensor, w: Tensor, of_input: bool) -> Tensor:
+        g = self.geometry
+        wanted = (of_input, not of_input, False)
+        with _full_float32(dy):
+            gradients = torch.ops.aten.convolution_backward(
+                dy, x, w, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, wanted
+            )
+        return gradients[0 if of_input else 1]
+
+    def _float(self, bound: Callable[[], Any]) -> torch.dtype:
+        return torch.float32 if not self.exact or bound() <= _FLOAT32 else torch.float64
+
+    def _on_units(self, *codes: Tensor) -> bool:
+        return self.units != "emulated" and all(part.dtype == torch.int8 for part in codes)
+
+    # ------------------------------------------------------------------------ as matrix products (im2col)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """(images × places, inputs × kernel places) of one group's x."""
+        g = self.geometry
+        columns = functional.unfold(x.float(), self._kernel, g.dilation, g.padding, g.stride)
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1]).to(torch.int8)
+
+    def _forward_on_units(self, x: Tensor, w: Tensor) -> Tensor:
+        if self.geometry is None:
+            return matrix_product(x, w.t(), self.units)
+        g, self._kernel = self.geometry, w.shape[2:]
+        height, width = ((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel,
+                         stride in zip(x.shape[2:], g.padding, g.dilation, self._kernel, g.stride, strict=True))
+        parts = [
+            matrix_product(self._columns(part), rows.flatten(1).t(), self.units)
+            .view(len(x), height, width, -1).permute(0, 3, 1, 2)
+            for part, rows in zip(x.chunk(g.groups, 1), w.chunk(g.groups), strict=True)
+        ]
+        return _ordered_as(torch.cat(parts, 1), x)
+
+    def _input_gradient_on_units(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        if self.geometry is None:
+            return matrix_product(dy, w, self.units)
+        g, kernel = self.geometry, w.shape[2:]
+        parts = []
+        for part, rows in zip(dy.chunk(g.groups, 1), w.chunk(g.groups), strict=True):
+            columns = matrix_product(_by_place(part), rows.flatten(1), self.units)
+            columns = columns.view(len(dy), -1, columns.shape[1]).transpose(1, 2)
+            # fold adds up in floating point: exact in float64.
+            parts.append(functional.fold(columns.double(), shape[2:], kernel, g.dilation, g.padding, g.stride))
+        return _ordered_as(torch.cat(parts, 1), dy)
+
+    def _weight_gradient_on_units(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        if self.geometry is None:
+            return matrix_product(dy.t(), x, self.units)
+        g, self._kernel = self.geometry, shape[2:]
+        parts = [matrix_product(_by_place(of_y).t(), self._columns(of_x), self.units)
+                 for of_y, of_x in zip(dy.chunk(g.groups, 1), x.chunk(g.groups, 1), strict=True)]
+        return torch.cat(parts).view(shape)
+
+
+def _ordered_as(result: Tensor, operand: Tensor) -> Tensor:
+    """In the memory order that a convolution gives for the operand: what is summed up later, in whatever order, is
+    summed in the same one."""
+    return result.contiguous(memory_format=torch.channels_last if operand.is_contiguous(
+        memory_format=torch.channels_last) and not operand.is_contiguous() else torch.contiguous_format)
+
+
+def _full_float32(operand: Tensor) -> AbstractContextManager[Any]:
+    """Keep cuDNN from TensorFloat-32, whose 11 bits do not hold 16-bit codes."""
+    if not operand.is_cuda:
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+
+
+def _by_place(dy: Tensor) -> Tensor:
+    """(images × places, outputs)."""
+    return dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
+
+
+def _largest(codes: Tensor) -> int:
+    """What no code exceeds, from their type: a bound that needs no pass."""
+    return 2 ** (8 * codes.element_size() - 1)
+
+
+def _norms(codes: Tensor, power: int, dims: slice | int) -> Tensor:
+    """Σ|c| or Σc² over dimensions, float64."""
+    values = codes.float()
+    values = values.abs() if power == 1 else values.square_()
+    if isinstance(dims, int):
+        return values.sum(dims, dtype=torch.float64)
+    over = tuple(range(codes.dim())[dims])
+    return values.sum(over, dtype=torch.float64) if over else values.double()
+
+
+def _after(cumulative: Tensor, start: int) -> Tensor:
+    """The largest channel's sum of squares of the images from `start` on: (images - start,)."""
+    before = cumulative[start - 1] if start else 0
+    return (cumulative[start:] - before).amax(1)
