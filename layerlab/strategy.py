@@ -32,6 +32,21 @@ class Batches(Protocol):
         ...
 
 
+class Wire(Protocol):
+    """How gradients travel between workers: whatever communicates them encodes, sends both parts, and decodes.
+
+    A gradient is about `codes × 2**exponent`. Codes of equal exponents may be added as they are, in wider integers.
+    """
+
+    def encode(self, name: str, gradient: Tensor) -> tuple[Tensor, int]:
+        """(codes, exponent) of the gradient of the parameter called `name`: integers of the gradient's shape."""
+        ...
+
+    def decode(self, codes: Tensor, exponent: int) -> Tensor:
+        """The gradient that the codes stand for, float32."""
+        ...
+
+
 @dataclass(eq=False)
 class Run:
     """The one mutable thing that `fit` and its strategies share.
@@ -53,6 +68,10 @@ class Run:
         generator: the CPU generator behind shuffling and augmentation.
         history: one row an epoch of everything logged, including `logged` of the epochs that are finished.
         logged: what strategies logged in the current epoch.
+        autocast: gives the context in which forward and loss run, in training and in evaluation.
+        batch_size: images a step.
+        after_backward: every strategy's `on_after_backward`, as `backward` calls them.
+        wire: how gradients travel where a strategy says so; None: as they are.
     """
 
     model: nn.Module
@@ -74,6 +93,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     logged: dict[str, float] = field(default_factory=dict)
     after_backward: list[Callable[[Run], None]] = field(default_factory=list)
+    wire: Wire | None = None
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
 

@@ -146,3 +146,34 @@ def test_the_network_is_left_as_the_user_would_have_it(digits, residual):
     assert not any(module._forward_hooks or module._backward_hooks for module in result.model.modules())
     fresh: nn.Module = residual()
     fresh.load_state_dict(result.model.state_dict())
+
+
+def test_a_strategy_says_how_gradients_travel_and_another_sends_them_so(digits, residual):
+    class Eighths(Strategy):
+        name: ClassVar[str] = "eighths"
+
+        def on_fit_start(self, run: Run) -> None:
+            run.wire = self
+
+        def encode(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return (gradient * 8).round().to(torch.int16), -3
+
+        def decode(self, codes: torch.Tensor, exponent: int) -> torch.Tensor:
+            return codes * 2.0**exponent
+
+    class Sender(Strategy):
+        name: ClassVar[str] = "sender"
+
+        def on_after_backward(self, run: Run) -> None:
+            assert run.wire is not None
+            for name, parameter in run.training_model.named_parameters():
+                parameter.grad.copy_(run.wire.decode(*run.wire.encode(name, parameter.grad)))
+
+    torch.manual_seed(0)
+    model = residual()
+    options = dict(epochs=1, batch_size=512, lr=0.5, momentum=0.0, weight_decay=0.0, progress=False)
+    sent = fit(model, digits, [Sender(), Eighths()], **options)
+    moved = [after - before for after, before in zip(sent.model.parameters(), model.parameters(), strict=True)]
+    # Every step of 0.5 × a multiple of 1/8 is a multiple of 1/16.
+    assert max(m.abs().max() for m in moved) > 0
+    assert all(torch.allclose(16 * m, (16 * m).round(), atol=1e-4) for m in moved)
