@@ -120,6 +120,7 @@ class Engine:
         self._groups = [{key: value for key, value in group.items() if key != "params"}
                         for group in self.optimizer.param_groups]
         self._buckets = 0
+        self._bucket_of.clear()
         self.transport.begin()
         self._backward_start = time.perf_counter()
         (loss * weight).backward()
@@ -147,20 +148,17 @@ class Engine:
         self.waited += time.perf_counter() - start
 
     @property
-    def buckets(self) -> list[list[str]]:
-        """The names of the parameters of each of DDP's buckets, in the order of backward."""
-        found: dict[int, list[str]] = defaultdict(list)
+    def buckets(self) -> list[dict[str, int]]:
+        """Of each of DDP's buckets, in the order of backward: names of parameters and the bytes of their gradients."""
+        found: dict[int, dict[str, int]] = defaultdict(dict)
         for parameter, index in self._bucket_of.items():
-            found[index].append(self._names[parameter])
+            found[index][self._names[parameter]] = parameter.numel() * parameter.element_size()
         return [found[index] for index in sorted(found)]
 
     def communicate(self) -> float:
         """Seconds in which all gradients travel when nothing is computed."""
         self.arrive()
-        sizes: dict[int, int] = defaultdict(int)
-        for parameter, index in self._bucket_of.items():
-            sizes[index] += parameter.numel() * parameter.element_size()
-        return self.transport.exchange([sizes[index] for index in sorted(sizes)])
+        return self.transport.exchange([sum(bucket.values()) for bucket in self.buckets])
 
     def detach(self) -> None:
         """Leave the network plain."""

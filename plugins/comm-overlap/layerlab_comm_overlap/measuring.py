@@ -65,7 +65,7 @@ def measure(
     Returns:
         `seconds`: name → seconds a step, one a round, the mean over the workers; with `COMPUTE` (the same steps
         without communication, in all workers at the same time), `WHOLE` and `CUT` (all buckets with nothing computed).
-        `layers`: see `layer_times`. `link`: see `link_times`. `buckets`: names of layers of each bucket.
+        `layers`: see `layer_times`. `link`: see `link_times`. `buckets`: of each bucket, the bytes of each layer.
     """
     options = dict(network)
     shape = (options["channels"], options["image_size"], options["image_size"])
@@ -91,8 +91,8 @@ def measure(
             values = [strategies[name].seconds_to_communicate() for _ in range(3)]
             if turn:
                 seconds[label].append(statistics.median(values))
-    buckets = strategies[variants[-1]].buckets
     layers = layer_times(model, random_images(batch * 4, shape), batch)
+    buckets = [[bucket.get(layer, 0) for layer in layers["layer"]] for bucket in strategies[variants[-1]].buckets]
     link = link_times(CommOverlap(**settings, **OFF))
     for job in jobs.values():
         job.finish()
@@ -276,6 +276,7 @@ def timeline(
     return found
 
 
-def _label(layers: Sequence[str]) -> str:
-    short = [layer.rpartition(".")[2] for layer in layers]
+def _label(layers: Mapping[str, int]) -> str:
+    # Backward fills a bucket from the last layer on.
+    short = [layer.rpartition(".")[2] for layer in reversed(layers)]
     return short[0] if len(short) == 1 else f"{short[0]}–{short[-1]}"

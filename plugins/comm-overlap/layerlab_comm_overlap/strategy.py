@@ -148,11 +148,15 @@ class CommOverlap(Strategy):
         self._release()
 
     @property
-    def buckets(self) -> list[list[str]]:
-        """During a fit: the names of the layers whose gradients travel together, bucket by bucket as backward fills
-        them."""
-        names = [] if self._engine is None else self._engine.buckets
-        return [list(dict.fromkeys(name.rpartition(".")[0] for name in bucket)) for bucket in names]
+    def buckets(self) -> list[dict[str, int]]:
+        """During a fit, of each bucket as backward fills them: layers and the bytes of their gradients in it."""
+        found: list[dict[str, int]] = []
+        for bucket in self._engine.buckets if self._engine is not None else ():
+            found.append({})
+            for name, size in bucket.items():
+                layer = name.rpartition(".")[0]
+                found[-1][layer] = found[-1].get(layer, 0) + size
+        return found
 
     def seconds_to_communicate(self) -> float:
         """During a fit, called in all workers: seconds in which a step's gradients travel when nothing is computed.
@@ -225,7 +229,11 @@ class CommOverlap(Strategy):
 def join(device: torch.device) -> None:
     """Set up the process group of a job that `torchrun` started, unless that is done: nccl on GPUs, gloo on CPUs."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, workers = next(dist.rendezvous("env://"))
+        # torchrun's own store outlives a restart, and the addresses of workers that are gone would be found in it.
+        store = dist.PrefixStore(f"comm-overlap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=workers)
         atexit.register(leave)
 
 
