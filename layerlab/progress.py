@@ -70,8 +70,10 @@ class Progress:
     def __init__(self, total: int, show: bool = True) -> None:
         self.total = total
         self.done = 0
-        self._file = os.environ.get(VARIABLE)
-        self._bars = Bars() if show and not self._file else None
+        # Of the processes of a torchrun job the first alone reports.
+        first = os.environ.get("RANK", "0") == "0"
+        self._file = os.environ.get(VARIABLE) if first else None
+        self._bars = Bars() if show and first and not self._file else None
 
     def epoch(self, run: str, epoch: int, epochs: int, text: str) -> None:
         """Report that `run` has finished `epoch` of `epochs`."""

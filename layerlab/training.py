@@ -604,7 +604,7 @@ def compare(
     if not seeds:
         raise LayerlabError("seeds is empty; give at least one.")
     checked = _settings(settings)
-    bars = Progress(len(arms) * len(seeds) * checked.epochs, progress and os.environ.get("RANK", "0") == "0")
+    bars = Progress(len(arms) * len(seeds) * checked.epochs, progress)
     results: dict[tuple[str, int], FitResult] = {}
     fits: list[Fit] = []
     try:
