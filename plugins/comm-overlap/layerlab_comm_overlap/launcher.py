@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -56,10 +59,30 @@ def launch(
             local_addr="localhost", logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            results = elastic_launch(config, _work)(folder, threads, tuple(networks))
+            with _own_signals():
+                results = elastic_launch(config, _work)(folder, threads, tuple(networks))
         except ChildFailedError as error:
             raise LayerlabError(_explain(error, workers)) from error
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise
         return [cloudpickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in sorted(results)]
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give this process its signal handlers back, which the launcher replaces: a notebook's interrupt is one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                                                            signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _explain(error: ChildFailedError, workers: int) -> str:

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from layerlab import build_model, forward_order
 from layerlab.data import Dataset, Split
+from layerlab.measure import synchronise
 from layerlab.training import Fit
 from layerlab_comm_overlap.strategy import CommOverlap
 
@@ -72,7 +73,7 @@ def measure(
     workers = dist.get_world_size()
     torch.manual_seed(0)
     model = build_model(options.pop("name"), **options)
-    common: dict[str, Any] = {"epochs": rounds + 1, "lr": 1e-3, "measure": False}
+    common: dict[str, Any] = {"epochs": rounds + 1, "lr": 1e-3, "measure": False, "device": str(_device())}
     alone = random_images(batch * steps, shape)
     shared = random_images(batch * steps * workers, shape)
     jobs = {COMPUTE: Fit(model, alone, batch_size=batch, **common)}
@@ -102,6 +103,11 @@ def measure(
     return {"seconds": means, "layers": layers, "link": link, "buckets": buckets}
 
 
+def _device() -> torch.device:
+    """This worker's: the GPU that it was given, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def link_times(strategy: CommOverlap, sizes: Sequence[int] = (2**12, 2**15, 2**18, 2**20, 2**22)) -> pd.DataFrame:
     """Seconds of an all-reduce by its size, one after the other, over this job's link with nothing computed.
 
@@ -109,7 +115,7 @@ def link_times(strategy: CommOverlap, sizes: Sequence[int] = (2**12, 2**15, 2**1
         One row a size: `bytes`, `seconds` (median of five).
     """
     rows = []
-    with strategy.transport(torch.device("cpu")) as transport:
+    with strategy.transport(_device()) as transport:
         for size in sizes:
             values = [transport.exchange([size]) for _ in range(6)][1:]
             rows.append({"bytes": size, "seconds": statistics.median(values)})
@@ -155,14 +161,14 @@ def spans(profiler: Any) -> pd.DataFrame:
 
     Returns:
         One row a span in time order: `kind` (forward, backward, communicate, update), `what` (a layer's name, a
-        bucket's index), `start`, `end` in seconds since the first.
+        bucket's index), `start`, `end` in seconds since the first on the host, `device`: seconds of a GPU in it.
     """
     rows, marks, sequence = [], [], {}
     events = list(profiler.events())
     for event in events:
         kind, _, what = event.name.partition(" ")
         if kind in ("forward", "communicate", "update") and what:
-            rows.append((kind, what, event.time_range.start, event.time_range.end))
+            rows.append((kind, what, event.time_range.start, event.time_range.end, event.device_time_total))
             if kind == "forward":
                 marks.append((event.time_range.start, event.time_range.end, what))
     marks.sort()
@@ -176,10 +182,13 @@ def spans(profiler: Any) -> pd.DataFrame:
                 sequence[number] = marks[at][2]
     for event in events:
         if event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in sequence:
-            rows.append(("backward", sequence[event.sequence_nr], event.time_range.start, event.time_range.end))
-    frame = pd.DataFrame(rows, columns=["kind", "what", "start", "end"]).sort_values("start", ignore_index=True)
+            rows.append(("backward", sequence[event.sequence_nr], event.time_range.start, event.time_range.end,
+                         event.device_time_total))
+    frame = pd.DataFrame(rows, columns=["kind", "what", "start", "end", "device"])
+    frame = frame.sort_values("start", ignore_index=True)
     first = frame["start"].min()
     frame["start"], frame["end"] = (frame["start"] - first) / 1e6, (frame["end"] - first) / 1e6
+    frame["device"] /= 1e6
     return frame
 
 
@@ -187,8 +196,9 @@ def record(model: nn.Module, example: torch.Tensor, call: Any) -> pd.DataFrame:
     """The spans of whatever `call` does with a network."""
     from torch._C._profiler import _ExperimentalConfig
 
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * example.is_cuda
     with LayerRanges(model, example), profile(
-        activities=[ProfilerActivity.CPU], experimental_config=_ExperimentalConfig(profile_all_threads=True)
+        activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)
     ) as profiler:
         call()
     return spans(profiler)
@@ -203,8 +213,9 @@ def layer_times(model: nn.Module, data: Dataset, batch: int) -> pd.DataFrame:
     Returns:
         One row a layer with parameters in forward order: `layer`, `forward`, `backward` (seconds), `bytes` (gradients).
     """
-    network = copy.deepcopy(model).train()
-    x, y = next(data.train.batches(batch, torch.Generator().manual_seed(0)))
+    device = _device()
+    network = copy.deepcopy(model).to(device).train()
+    x, y = (each.to(device) for each in next(data.train.batches(batch, torch.Generator().manual_seed(0))))
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
@@ -221,11 +232,13 @@ def layer_times(model: nn.Module, data: Dataset, batch: int) -> pd.DataFrame:
         for name, call in (("step", step), ("forward", forward)):
             start = time.perf_counter()
             call()
+            synchronise(device)
             times[name].append(time.perf_counter() - start)
     whole, ahead = statistics.median(times["step"]), statistics.median(times["forward"])
     dist.barrier()
     frame = record(network, x[:2], lambda: [step() for _ in range(3)])
-    summed = frame.assign(seconds=frame["end"] - frame["start"]).groupby(["kind", "what"])["seconds"].sum()
+    seconds = frame["device"] if device.type == "cuda" else frame["end"] - frame["start"]
+    summed = seconds.groupby([frame["kind"], frame["what"]]).sum()
     rows = []
     for name, module in forward_order(network, x[:2]):
         size = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -254,7 +267,8 @@ def timeline(
     found = {}
     for name in variants:
         strategy = CommOverlap(**settings, **VARIANTS[name])
-        job = Fit(model, data, strategy, batch_size=batch * workers, epochs=1, lr=1e-3, measure=False)
+        job = Fit(model, data, strategy, batch_size=batch * workers, epochs=1, lr=1e-3, measure=False,
+                  device=str(_device()))
         run = job.run
         run.epoch, run.steps_per_epoch = 1, warm + steps + 1
         run.training_model.train()

@@ -149,18 +149,50 @@ class Measured:
         """Seconds a step outside of layers."""
         return max(0.0, self.seconds[COMPUTE] - float(self.layers[["forward", "backward"]].to_numpy().sum()))
 
-    def predict(self, variant: str, link: AllReduce | None = None, workers: int | None = None) -> float:
-        """Seconds of a step by the model.
+    @property
+    def alone(self) -> float:
+        """Seconds of a step of one worker, without communication."""
+        return float(self.layers[["forward", "backward"]].to_numpy().sum()) + self.other
+
+    def predict(self, variant: str) -> float:
+        """Seconds of a step by the model, under the settings of the measurement.
 
         Args:
             variant: a name of `VARIANTS`.
-            link: another one than was measured.
-            workers: another number than was measured.
         """
-        return step_seconds(
-            self.layers, self.results["buckets"], link or self.link, workers or self.workers, VARIANTS[variant],
-            self.settings.get("segment_mb", 0.25) * 2**20, self.settings.get("in_flight", 2), self.other,
-        )
+        return self._step(variant, self.link, self.workers, self.results["buckets"], self._segment)
+
+    def best(self, variant: str, link: AllReduce, workers: int) -> float:
+        """Seconds of a step by the model, with the sizes of buckets and segments that suit link and workers best.
+
+        Many workers on a ring make small messages dear, with and without overlap; so both choose anew, from buckets as
+        measured, merged two by two again and again up to a single one, and segments as measured, doubled again and
+        again up to whole buckets.
+        """
+        if workers == 1:
+            return self.alone
+        buckets, seconds = [list(bucket) for bucket in self.results["buckets"]], []
+        while True:
+            segment = self._segment
+            while True:
+                seconds.append(self._step(variant, link, workers, buckets, segment))
+                if segment >= max(sum(bucket) for bucket in buckets) or not VARIANTS[variant]["pipeline_segments"]:
+                    break
+                segment *= 2
+            if len(buckets) == 1:
+                return min(seconds)
+            buckets = [[sum(sizes) for sizes in zip(*buckets[start : start + 2], strict=True)]
+                       for start in range(0, len(buckets), 2)]
+
+    @property
+    def _segment(self) -> float:
+        return self.settings["segment_mb"] * 2**20
+
+    def _step(
+        self, variant: str, link: AllReduce, workers: int, buckets: Sequence[Sequence[float]], segment: float
+    ) -> float:
+        return step_seconds(self.layers, buckets, link, workers, VARIANTS[variant], segment,
+                            self.settings["in_flight"], self.other)
 
 
 def predictions(measured: Iterable[Measured]) -> pd.DataFrame:
@@ -183,6 +215,8 @@ def predictions(measured: Iterable[Measured]) -> pd.DataFrame:
 def scaling(base: Measured, workers: Sequence[int], variants: Sequence[str]) -> pd.DataFrame:
     """Figure 1: learning speed against the number of workers, each with its own processor and a batch of the same size.
 
+    Bucket and segment sizes are those that suit best, for every number and variant (`Measured.best`).
+
     Args:
         base: layers and link as measured.
         workers: numbers of workers.
@@ -192,42 +226,38 @@ def scaling(base: Measured, workers: Sequence[int], variants: Sequence[str]) -> 
         One row a number, algorithm and variant: `workers`, `algorithm`, `variant`, `seconds` a step, `speed` (images a
         second relative to one worker), `gain` (speed relative to the first variant).
     """
-    alone = float(base.layers[["forward", "backward"]].to_numpy().sum()) + base.other
     rows = []
     for algorithm in ("ring", "tree"):
         link = AllReduce(base.link.latency, base.link.bandwidth, algorithm)
         for count in workers:
             first = None
             for variant in variants:
-                seconds = base.predict(variant, link, count) if count > 1 else alone
+                seconds = base.best(variant, link, count)
                 first = first or seconds
                 rows.append({"workers": count, "algorithm": algorithm, "variant": variant, "seconds": seconds,
-                             "speed": count * alone / seconds, "gain": first / seconds})
+                             "speed": count * base.alone / seconds, "gain": first / seconds})
     return pd.DataFrame(rows)
 
 
 def gain_by_bandwidth(
-    base: Measured, workers: int, variants: tuple[str, str], factors: Sequence[float]
+    base: Measured, workers: int, variants: tuple[str, str], ratios: Sequence[float]
 ) -> pd.DataFrame:
-    """What overlap gains on a faster or slower link.
+    """What overlap gains on a faster or slower link of the measured latency.
 
     Args:
-        base: layers and link as measured.
+        base: layers and latency as measured.
         workers: their number.
         variants: (without, with) overlap.
-        factors: bandwidths relative to the measured link's.
+        ratios: seconds in which the gradients keep the link busy over seconds of computing.
 
     Returns:
-        One row a factor: `ratio` (seconds of communicating over seconds of computing), `gain`, and `limit`: (compute +
-        communicate) / max(compute, communicate), more than which nothing can gain.
+        One row a ratio: `ratio`, `gain`, and `limit`: (compute + communicate) / max(compute, communicate), with no
+        latency; more than which nothing can gain.
     """
-    compute = float(base.layers[["forward", "backward"]].to_numpy().sum()) + base.other
+    size = sum(sum(bucket) for bucket in base.results["buckets"])
     rows = []
-    for factor in factors:
-        link = AllReduce(base.link.latency, base.link.bandwidth * factor)
-        sizes = [sum(bucket) for bucket in base.results["buckets"]]
-        communicate = sum(link.busy(size, workers) for size in sizes) + link.delay(workers)
-        gain = base.predict(variants[0], link, workers) / base.predict(variants[1], link, workers)
-        rows.append({"ratio": communicate / compute, "gain": gain,
-                     "limit": (compute + communicate) / max(compute, communicate)})
+    for ratio in ratios:
+        link = AllReduce(base.link.latency, AllReduce(0.0, 1.0).busy(size, workers) / (ratio * base.alone))
+        gain = base.best(variants[0], link, workers) / base.best(variants[1], link, workers)
+        rows.append({"ratio": ratio, "gain": gain, "limit": (1 + ratio) / max(1.0, ratio)})
     return pd.DataFrame(rows)

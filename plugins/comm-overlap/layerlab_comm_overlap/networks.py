@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerlab import LayerlabError
+
 
 @dataclass(frozen=True)
 class LimitedLink:
     """A link between workers, and how it is made slow.
 
     Attributes:
-        megabits: a second, that each worker can send, and receive.
+        megabits: a second, that each worker can send, and receive; 0: as many as it can.
         latency_ms: milliseconds that each message takes longer.
         networks: a namespace a worker, for `launch`; empty where the machine allows none.
         delays: settings of `CommOverlap` that imitate by a delay what the namespaces cannot.
@@ -31,6 +33,8 @@ class LimitedLink:
     @property
     def how(self) -> str:
         """One sentence that says what limits what."""
+        if not self.megabits and not self.latency_ms:
+            return "The link as it is."
         delayed = " and ".join(
             text for key, text in (("link_megabits", "bandwidth"), ("link_latency_ms", "latency")) if key in self.delays
         )
@@ -66,9 +70,17 @@ def limited_link(workers: int, megabits: float, latency_ms: float = 0.0) -> Iter
 
     Args:
         workers: how many.
-        megabits: a second, in each direction.
+        megabits: a second, in each direction; 0 with a latency of 0 leaves the link as it is.
         latency_ms: of a message from one worker to another.
+
+    Raises:
+        LayerlabError: a latency without a bandwidth.
     """
+    if not megabits:
+        if latency_ms:
+            raise LayerlabError("A link with a latency needs a bandwidth too; give megabits.")
+        yield LimitedLink(0.0, 0.0)
+        return
     job = f"overlap-{uuid.uuid4().hex[:8]}"
     hub, networks = f"{job}-hub", tuple(f"{job}-{rank}" for rank in range(workers))
     made: list[str] = []

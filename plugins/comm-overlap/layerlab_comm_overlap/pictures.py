@@ -104,16 +104,19 @@ def figure_1(frame: pd.DataFrame, sweep: pd.DataFrame, announced: pd.DataFrame, 
                  variants[-1]: announced["speed"]}
     for variant, points in published.items():
         speed.plot(points.index, points, "o", markersize=6, markerfacecolor="white", color=colours[variant],
-                   label=f"{variant}, AlexNet, announced in 2016")
+                   label=f"{variant}, announced (AlexNet, 2016)")
     speed.set(xscale="log", yscale="log", xlabel="GPUs (workers)", ylabel="learning speed, one = 1")
     gain.plot([at], [claimed], "k*", markersize=11, label=f"claimed: {claimed:g}× at {at}")
     gain.set(xscale="log", xlabel="GPUs (workers)", ylabel=f"gain over {variants[0]}")
-    gain.legend(loc="best")
+    gain.set_ylim(None, 2.3)
+    gain.legend(loc="upper left", fontsize=9)
     link.plot(sweep["ratio"], sweep["limit"], color="0.6", linewidth=0.9, label="limit")
     link.plot(sweep["ratio"], sweep["gain"], color=colours[variants[-1]], label=variants[-1])
     link.axhline(claimed, color="k", linewidth=0.9, linestyle=":", label=f"claimed: {claimed:g}×")
-    link.set(xscale="log", xlabel="communicate / compute (by bandwidth)", ylabel=f"gain at {at} workers, ring")
-    link.legend(loc="best")
+    link.set(xlabel="communicate / compute, by the link's bandwidth", ylabel=f"gain at {at} workers, ring",
+             ylim=(None, 2.3))
+    link.set_xscale("log", base=4)
+    link.legend(loc="upper left", ncols=3, fontsize=8, columnspacing=1.0)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (speed, gain):
         axis.set_xscale("log", base=4)
