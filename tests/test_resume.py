@@ -130,6 +130,7 @@ def test_of_a_torchrun_job_the_first_process_alone_writes_and_all_read(digits, r
 
     options = dict(epochs=2, batch_size=256, checkpoint=tmp_path, progress=False)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LAYERLAB_PROGRESS", str(tmp_path / "progress"))
     silent = Count()
     alone = fit(residual, digits, observers=[silent], **options)
     assert (silent.told, list(tmp_path.iterdir())) == (0, [])
