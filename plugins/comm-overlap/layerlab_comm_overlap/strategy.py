@@ -207,9 +207,11 @@ class CommOverlap(Strategy):
 
     def _share(self, run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
         """This worker's images and labels, and the part of the batch that they are."""
-        if isinstance(run.data, Split):
+        index, workers = dist.get_rank(), _workers()
+        # Another strategy may have put whole batches there since the epoch began.
+        if isinstance(run.data, Split) and run.data.share == (index, workers):
             return x, y, len(y) / run.batch_size
-        count, index, workers = len(y), dist.get_rank(), _workers()
+        count = len(y)
         first, last = count * index // workers, count * (index + 1) // workers
         if first == last:
             # Nothing left for this worker: any image will do, at no weight.

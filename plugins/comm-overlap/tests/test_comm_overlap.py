@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -100,6 +101,15 @@ class _Uneven:
         return iter([*whole, (x[:2], y[:2])])
 
 
+class Whole(Strategy):
+    """Puts other data there at an epoch's start, after comm-overlap: their batches come whole."""
+
+    name: ClassVar[str] = "whole"
+
+    def on_epoch_start(self, run: Run) -> None:
+        run.data = replace(run.data, share=(0, 1), padding=2)
+
+
 class Hooked(Strategy):
     """Changes all gradients after backward."""
 
@@ -138,6 +148,7 @@ CASES = {
     "slow": (lenet, [], CommOverlap(link_megabits=200, **SMALL), {}),
     "adamw": (lenet, [], CommOverlap(**SMALL), {"optimizer": "adamw", "lr": 0.002}),
     "uneven": (lenet, [Uneven()], CommOverlap(**SMALL), {}),
+    "whole": (lenet, [Whole()], CommOverlap(**SMALL), {}),
     "hooked": (lenet, [Hooked()], CommOverlap(**SMALL), {}),
     "frozen": (chain, [Freezer()], CommOverlap(bucket_mb=0.004), {"epochs": 4, "measure": True}),
     "unused": (Changing, [], CommOverlap(find_unused_parameters=True, **SMALL), {}),
@@ -149,7 +160,8 @@ ALONE = {
 
 
 def train(network, others, ours, more):
-    result = fit(network, digits(), [*others, *([ours] if ours else [])], **(SETTINGS | more))
+    strategies = sorted([*others, *([ours] if ours else [])], key=lambda each: isinstance(each, Whole))
+    result = fit(network, digits(), strategies, **(SETTINGS | more))
     hooks = any(module._forward_pre_hooks or module._forward_hooks for module in result.model.modules())
     return {"weights": result.model.state_dict(), "history": result.history, "hooks": hooks}
 
