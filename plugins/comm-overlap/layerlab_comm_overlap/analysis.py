@@ -75,7 +75,8 @@ def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
         for name, values in seconds.items():
             if name not in VARIANTS:
                 continue
-            quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+            quartiles = (
+                statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3)
             ratios = [base / value for base, value in zip(seconds["no overlap"], values, strict=True)]
             rows.append({
                 "workers": workers, "variant": name, "seconds": statistics.median(values), "low": quartiles[0],
