@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -264,7 +265,7 @@ class Engine:
         order = None
         if dist.get_rank() == 0:
             count = len(self._sizes)
-            ready = [sum(self._ready[index]) / len(self._ready[index]) for index in range(count)]
+            ready = [statistics.median(self._ready[index]) for index in range(count)]
             parts = [self._sizes[index][0] for index in range(count)]
             seconds = [rate * self._sizes[index][1] / parts[index] for index in range(count)]
             needed = [len(self._names)] * count
