@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,8 @@ def measured(
     Returns:
         What was measured by number of workers; timelines of the first worker by variant; the link.
     """
+    # Workers inherit it: the profiler otherwise reports each of its starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     found: dict[int, Measured] = {}
     timelines: dict[str, pd.DataFrame] = {}
     for count in workers:
