@@ -144,7 +144,7 @@ def late(**more) -> CommOverlap:
 # name: (network, strategies besides ours, ours, other settings)
 CASES = {
     "late": (lenet, [], late(), {}),
-    "late, weights used elsewhere": (Borrowing, [], late(in_flight=4), {"lr": 0.01}),
+    "late, weights used elsewhere": (Borrowing, [], late(overlap_backward=False, in_flight=1), {"lr": 0.01}),
     "slow": (lenet, [], CommOverlap(link_megabits=200, **SMALL), {}),
     "adamw": (lenet, [], CommOverlap(**SMALL), {"optimizer": "adamw", "lr": 0.002}),
     "uneven": (lenet, [Uneven()], CommOverlap(**SMALL), {}),
