@@ -62,6 +62,8 @@ class Split:
         augment: what `batches` does to shuffled batches: `none`, `crop` (shift by up to `padding` pixels, zeros
             outside), `crop-flip` (and mirror half of them).
         padding: pixels.
+        share: (index, count) of several processes that train together: `batches` gives this one's part of each
+            shuffled batch, drawn as if it were alone, and reads no more than that part.
     """
 
     images: Tensor | Streamed
@@ -70,6 +72,7 @@ class Split:
     std: tuple[float, ...]
     augment: Augment = "none"
     padding: int = 4
+    share: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,17 +113,18 @@ class Split:
             images (batch, channels, height, width), normalised; labels (batch,).
         """
         device, n = self.labels.device, len(self)
+        index, workers = self.share if generator is not None else (0, 1)
         count = n // batch_size if generator is not None else -(-n // batch_size)
         order = (torch.randperm(n, generator=generator) if generator is not None else torch.arange(n)).to(device)
         shifts = self._draw(n, generator) if generator is not None else None
+        first, last = batch_size * index // workers, batch_size * (index + 1) // workers
+        places = [slice(i * batch_size + first, i * batch_size + last) for i in range(count)]
         if isinstance(self.images, Streamed):
-            chunks = [order[i * batch_size : (i + 1) * batch_size] for i in range(count)]
-            raw = self.images.stream(chunks)
+            raw = self.images.stream([order[here] for here in places])
         else:
             images = self.images
-            raw = (images[order[i * batch_size : (i + 1) * batch_size]] for i in range(count))
-        for i, batch in enumerate(raw):
-            here = slice(i * batch_size, (i + 1) * batch_size)
+            raw = (images[order[here]] for here in places)
+        for here, batch in zip(places, raw, strict=True):
             batch = batch.to(device, non_blocking=True)
             if shifts is not None:
                 batch = self._shift(batch, *(part[here] for part in shifts))

@@ -288,9 +288,11 @@ class ClaimResult(BaseModel):
 
     @property
     def setting_text(self) -> str:
-        """Where it was measured: dataset, network, seeds."""
+        """Where it was measured: dataset, network, seeds or rounds."""
         if self.verdict == "not run":
             return self.profile
         named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "exact"
+        if not self.seeds and len(self.values) > 1:
+            seeds = f"{len(self.values)} rounds"
         return ", ".join([self.profile, *named, seeds])

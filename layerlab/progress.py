@@ -230,13 +230,15 @@ class Progress:
     def __init__(self, total: int, show: bool = True) -> None:
         self.total = total
         self.done = 0
-        self._bars = Bars() if show else None
+        # Of the processes of a torchrun job the first alone reports.
+        self._first = os.environ.get("RANK", "0") == "0"
+        self._bars = Bars() if show and self._first else None
 
     def epoch(self, run: str, epoch: int, epochs: int, text: str) -> None:
         """Report that `run` has finished `epoch` of `epochs`."""
         self.done += 1
         event = {"total": self.total, "done": self.done, "run": run, "epoch": epoch, "epochs": epochs, "text": text}
-        if not report(event) and self._bars is not None:
+        if self._first and not report(event) and self._bars is not None:
             self._bars.update(event)
 
     def close(self) -> None:

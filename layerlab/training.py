@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -164,7 +165,9 @@ class Fit:
         check_composition(self.strategies)
         self.seed = seed
         self.name = name or "+".join(strategy.name for strategy in self.strategies) or "baseline"
-        self.observers = tuple(observers)
+        # Where torchrun started several processes, the first alone writes checkpoints and logs.
+        self.writes = os.environ.get("RANK", "0") == "0"
+        self.observers = tuple(observers) if self.writes else ()
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )
@@ -205,7 +208,7 @@ class Fit:
         with self._turn():
             row = self._epoch()
         # First the checkpoint, then the log: what is logged can always be logged again, identically.
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.writes:
             self.checkpoint.save(self._state())
         for observer in self.observers:
             observer.on_epoch_end(self, row)
@@ -549,8 +552,10 @@ def fit(
         name: what to call this in logs and tables. Default: the strategies' names.
         loss: maps (logits, labels) to a scalar. Default: cross-entropy.
         checkpoint: a folder. The state at each epoch's end is kept there; started again with the same arguments after
-            an interruption, the fit goes on from there and ends with the same weights as if undisturbed.
-        observers: told of each epoch; `layerlab.track(…)` gives one that logs to MLflow.
+            an interruption, the fit goes on from there and ends with the same weights as if undisturbed. Of the
+            processes of a torchrun job all read it and the first (`RANK` 0) alone writes it.
+        observers: told of each epoch; `layerlab.track(…)` gives one that logs to MLflow. In a torchrun job those of the
+            first process alone are told.
         progress: show bars.
         settings: any field of `Settings`:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,21 @@ def test_what_does_not_fit_is_streamed_with_the_same_pixels(root):
             for (x, y), (other_x, other_y) in pairs:
                 assert torch.equal(y, other_y)
                 assert torch.allclose(x, other_x, atol=0.05)  # the statistics come from a sample
+
+
+@pytest.mark.parametrize("memory_budget", [None, 0])
+def test_the_shares_of_several_processes_are_the_batches_of_one(root, memory_budget):
+    options = {} if memory_budget is None else {"memory_budget": memory_budget}
+    train = load_dataset("cifar10", root=root, image_size=8, device="cpu", **options).augmented("crop-flip", 1).train
+    shares = [replace(train, share=(index, 3)) for index in range(3)]
+    # Batches of 5 among 3 processes: an uneven part each.
+    passes = [list(split.batches(5, torch.Generator().manual_seed(1))) for split in (train, *shares)]
+    for whole, *parts in zip(*passes, strict=True):
+        assert [len(labels) for _, labels in parts] == [1, 2, 2]
+        for one, several in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(several))
+    # In order, as for the evaluation, each process reads everything.
+    assert sum(len(labels) for _, labels in shares[1].batches(7)) == len(train)
 
 
 def test_an_image_folder_of_ones_own(tmp_path, pixels):

@@ -66,3 +66,11 @@ def test_the_scoreboard_says_the_same_in_every_form():
         flat = " ".join(text.split())
         for part in ("a gain", "3 points", "1.25 ± 0.5", "vgg-f", "another", "not run", "2 ×"):
             assert part in flat
+
+
+def test_where_it_was_measured_names_seeds_or_rounds():
+    row = ClaimResult(paper="mine", claim="gain", statement="a gain", where="Table I", unit="×", paper_value=3.0,
+                      values=[1.0, 1.5], seeds=[0, 1], profile="cpu", verdict="differs")
+    assert row.setting_text == "cpu, 2 seeds"
+    assert row.model_copy(update={"seeds": []}).setting_text == "cpu, 2 rounds"
+    assert row.model_copy(update={"seeds": [], "values": [1.0]}).setting_text == "cpu, exact"

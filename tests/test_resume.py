@@ -117,3 +117,28 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint(digits, residual, tmp
     monkeypatch.undo()
     assert (tmp_path / "state.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state.pt"]
+
+
+def test_of_a_torchrun_job_the_first_process_alone_writes_and_all_read(digits, residual, tmp_path, monkeypatch):
+    class Count:
+        told = 0
+
+        def on_fit_start(self, fit): self.told += 1
+        def on_epoch_end(self, fit, row): self.told += 1
+        def on_fit_end(self, fit, result): self.told += 1
+        def on_exception(self, fit, error): self.told += 1
+
+    options = dict(epochs=2, batch_size=256, checkpoint=tmp_path, progress=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LAYERLAB_PROGRESS", str(tmp_path / "progress"))
+    silent = Count()
+    alone = fit(residual, digits, observers=[silent], **options)
+    assert (silent.told, list(tmp_path.iterdir())) == (0, [])
+    monkeypatch.setenv("RANK", "0")
+    Fit(residual, digits, **{key: value for key, value in options.items() if key != "progress"}).train_epoch()
+    monkeypatch.setenv("RANK", "1")
+    job = Fit(residual, digits, **{key: value for key, value in options.items() if key != "progress"})
+    assert job.run.epoch == 1
+    job.train_epoch()
+    assert same_weights(alone.model, job.finish().model)
+    assert job.checkpoint.load(torch.device("cpu"))["epoch"] == 1

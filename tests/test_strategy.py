@@ -208,6 +208,7 @@ def test_the_network_is_left_as_the_user_would_have_it(digits, residual):
     fresh: nn.Module = residual()
     fresh.load_state_dict(result.model.state_dict())
 
+
 def test_a_change_of_structure_takes_optimizer_and_freezing_along(digits, residual):
     class Halves(Strategy):
         name: ClassVar[str] = "halves"

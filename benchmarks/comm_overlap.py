@@ -1,0 +1,44 @@
+"""Seconds of a data-parallel step over a slow link, each technique of comm-overlap alone and together, by turns.
+
+Run: python benchmarks/comm_overlap.py [--workers 2] [--megabits 400] [--latency-ms 0.1] [--rounds 4]
+The goal: all together go at least 85 % of the way from compute + communicate to max(compute, communicate).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from layerlab.measure import machine_name
+from layerlab_comm_overlap import analysis
+
+
+def main() -> None:
+    """Print what the bounds are made of, and every variant against them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--megabits", type=float, default=400.0)
+    parser.add_argument("--latency-ms", type=float, default=0.1)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--bucket-mb", type=float, default=0.5)
+    parser.add_argument("--segment-mb", type=float, default=0.25)
+    parser.add_argument("--in-flight", type=int, default=2)
+    options = parser.parse_args()
+    network = {"name": "vgg-f", "num_classes": 10, "channels": 3, "image_size": options.image_size,
+               "width": options.width}
+    settings = {"bucket_mb": options.bucket_mb, "segment_mb": options.segment_mb, "in_flight": options.in_flight}
+    found, _, link = analysis.measured(
+        [options.workers], network, options.batch, options.megabits, options.latency_ms, options.steps, options.rounds,
+        settings, shown=(),
+    )
+    print(machine_name())
+    print(link.how)
+    print(analysis.parts(found).round(4).to_string(index=False))
+    print(analysis.against_bounds(found).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

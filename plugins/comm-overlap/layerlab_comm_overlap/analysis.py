@@ -1,0 +1,151 @@
+"""What the notebook shows: the job that its workers do, tables of times against their bounds, equality of weights."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from layerlab import Dataset, build_model, fit, load_dataset
+from layerlab_comm_overlap import measuring
+from layerlab_comm_overlap.launcher import launch
+from layerlab_comm_overlap.measuring import COMPUTE, CUT, OFF, VARIANTS, WHOLE
+from layerlab_comm_overlap.model import Measured
+from layerlab_comm_overlap.networks import LimitedLink, limited_link
+from layerlab_comm_overlap.strategy import CommOverlap
+
+
+def measured(
+    workers: Sequence[int], network: Mapping[str, Any], batch: int, megabits: float, latency_ms: float, steps: int,
+    rounds: int, settings: Mapping[str, Any], shown: Sequence[str] = ("no overlap", "all together"),
+) -> tuple[dict[int, Measured], dict[str, pd.DataFrame], LimitedLink]:
+    """Start workers behind a slow link and measure; see `measuring.measure`.
+
+    Every worker computes with one thread. Workers beyond the machine's processors share them: computing takes longer
+    by the same factor in all variants and in the bound.
+
+    Args:
+        workers: numbers of workers, one job each.
+        network, batch, steps, rounds: of `measuring.measure`.
+        megabits, latency_ms: of `limited_link`.
+        settings: of `CommOverlap`.
+        shown: variants whose timeline the first job records.
+
+    Returns:
+        What was measured by number of workers; timelines of the first worker by variant; the link.
+    """
+    # Workers inherit it: the profiler otherwise reports each of its starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    found: dict[int, Measured] = {}
+    timelines: dict[str, pd.DataFrame] = {}
+    for count in workers:
+        with limited_link(count, megabits, latency_ms) as link:
+            every = {**settings, **link.delays}
+            answers = launch(_job, count, network, batch, steps, rounds, every, () if timelines else tuple(shown),
+                             threads=1, networks=link.networks)
+        results, spans = answers[0]
+        timelines = timelines or spans
+        found[count] = Measured(count, results, settings)
+    return found, timelines, link
+
+
+def _job(
+    network: Mapping[str, Any], batch: int, steps: int, rounds: int, settings: Mapping[str, Any], shown: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """In each worker."""
+    results = measuring.measure(network, batch, steps, rounds, settings)
+    return results, measuring.timeline(network, batch, settings, shown) if shown else {}
+
+
+def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
+    """Seconds a step against max(compute, communicate) and compute + communicate.
+
+    Returns:
+        One row a number of workers and variant: `workers`, `variant`, `seconds` (median over rounds), `low` and `high`
+        (quartiles), `max` and `sum` (the two bounds), `gain` (seconds without overlap over seconds, median of rounds),
+        `share` (of the way from the sum to the max, in per cent).
+    """
+    rows = []
+    for workers, each in found.items():
+        seconds = each.results["seconds"]
+        compute, communicate = each.seconds[COMPUTE], each.seconds[WHOLE]
+        upper, lower = compute + communicate, max(compute, communicate)
+        for name, values in seconds.items():
+            if name not in VARIANTS:
+                continue
+            quartiles = (
+                statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3)
+            ratios = [base / value for base, value in zip(seconds["no overlap"], values, strict=True)]
+            rows.append({
+                "workers": workers, "variant": name, "seconds": statistics.median(values), "low": quartiles[0],
+                "high": quartiles[2], "max": lower, "sum": upper, "gain": statistics.median(ratios),
+                "share": 100 * (upper - statistics.median(values)) / (upper - lower),
+            })
+    return pd.DataFrame(rows)
+
+
+def parts(found: Mapping[int, Measured]) -> pd.DataFrame:
+    """What the bounds are made of.
+
+    Returns:
+        One row a number of workers: seconds `compute alone` (all workers at the same time), `communicate alone` whole
+        and in segments, and the link's `latency [ms]` and `bandwidth [Mbit/s]` as measured by all-reduces.
+    """
+    return pd.DataFrame([
+        {"workers": workers, **{name: each.seconds[name] for name in (COMPUTE, WHOLE, CUT)},
+         "latency [ms]": 1e3 * each.link.latency, "bandwidth [Mbit/s]": 8e-6 * each.link.bandwidth}
+        for workers, each in found.items()
+    ])
+
+
+def gains(each: Measured, variant: str = "all together") -> list[float]:
+    """Seconds without overlap over a variant's, a value a round."""
+    seconds = each.results["seconds"]
+    return [base / value for base, value in zip(seconds["no overlap"], seconds[variant], strict=True)]
+
+
+def same_weights(
+    workers: Sequence[int], dataset: Mapping[str, Any], network: Mapping[str, Any], variants: Sequence[str],
+    settings: Mapping[str, Any],
+) -> pd.DataFrame:
+    """Train in one process at batch B, and on N workers at batch B/N each, and compare.
+
+    Args:
+        workers: numbers of workers.
+        dataset: arguments of `load_dataset`.
+        network: `name` and other arguments of `build_model`.
+        variants: names of `VARIANTS`.
+        settings: of `fit`.
+
+    Returns:
+        One row a number of workers and variant: `workers`, `variant`, `difference` (the largest of a weight, relative
+        to the largest weight of its tensor), `top-1` and `train loss` at the end.
+    """
+    data = load_dataset(**dataset).augmented("crop", 1)
+    options = dict(network)
+    torch.manual_seed(0)
+    model = build_model(options.pop("name"), **options)
+    alone = fit(model, data, progress=False, **settings)
+    rows = [{"workers": 1, "variant": "one process", "difference": 0.0, **_end(alone)}]
+    for count in workers:
+        for name, result in launch(_train, count, model, data, variants, settings)[0].items():
+            pairs = zip(alone.model.parameters(), result.model.parameters(), strict=True)
+            difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+            rows.append({"workers": count, "variant": name, "difference": difference, **_end(result)})
+    return pd.DataFrame(rows)
+
+
+def _train(model: nn.Module, data: Dataset, variants: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """In each worker."""
+    small = {"bucket_mb": 0.1, "segment_mb": 0.02}  # several of each in a small network
+    return {name: fit(model, data, CommOverlap(**small, **(OFF | VARIANTS[name])), progress=False, **settings)
+            for name in variants}
+
+
+def _end(result: Any) -> dict[str, float]:
+    return {"top-1": result.final["test/top1"], "train loss": result.final["train/loss"]}

@@ -1,0 +1,274 @@
+"""Data-parallel training in which communication hides behind computation.
+
+A. Ike et al., "Technologies for Practical Application of Deep Learning", Fujitsu Sci. Tech. J. 53 (2017), section 3;
+M. Yamazaki et al., "Accelerating Deep Learning Framework with MPI", IPSJ SIG Technical Report 2016-HPC-155 (2016).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from layerlab import LayerlabError, Run, Strategy
+from layerlab.data import Split
+from layerlab_comm_overlap.engine import Engine
+from layerlab_comm_overlap.transport import Link, Transport
+
+
+class CommOverlap(Strategy):
+    """Train on several processes, each on its share of every batch; the weights are those of one process.
+
+    The processes are those of `torch.distributed`: started by `torchrun`, by `launch` from a notebook, or by anything
+    else that sets up a process group. In a process that is alone it trains as without it. It stands on
+    DistributedDataParallel, which says when which gradients are there, and replaces the training step.
+
+    The loss must be a mean over the batch. Batch norms average over a worker's share, as everywhere in data-parallel
+    training, so that only networks without them end with one process's weights; their running statistics are averaged
+    at each epoch's end. Each worker draws its own random numbers within steps (dropout).
+    """
+
+    name: ClassVar[str] = "comm-overlap"
+
+    overlap_backward: bool = True
+    """Technique 1: a bucket's gradients go as soon as backward has computed them, rather than after backward."""
+    overlap_forward: bool = True
+    """Technique 2: a bucket is updated as soon as its sum is there, and the next forward pass waits for a layer's
+    parameters just before it uses them, rather than for everything after backward."""
+    pipeline_segments: bool = True
+    """Technique 3: gradients are cut in segments that are copied to the host, summed there and copied back, each step
+    for one segment while another is in the one before; rather than whole buckets by the backend's own means."""
+    bucket_mb: float = Field(1.0, gt=0)
+    """Mebibytes of gradients in one of DDP's buckets."""
+    segment_mb: float = Field(0.25, gt=0)
+    """Mebibytes of a segment."""
+    in_flight: int = Field(2, ge=1)
+    """How many segments, or whole buckets, are under way at a time."""
+    find_unused_parameters: bool = False
+    """DDP's setting: for networks in which some learning parameters take no part in some steps. Which ones is known
+    only when all workers are through with backward, so that technique 2 then waits for that."""
+    link_megabits: float | None = Field(None, gt=0)
+    """For measurements: a delay makes every worker's link this slow (megabits a second). Default: as it is."""
+    link_latency_ms: float = Field(0.0, ge=0)
+    """For measurements: a delay makes every message between two workers take so much longer (milliseconds)."""
+
+    _transport: Transport | None = PrivateAttr(None)
+    _engine: Engine | None = PrivateAttr(None)
+    _key: list[Any] = PrivateAttr(default_factory=list)
+    _seed: int = PrivateAttr(0)
+    _random: list[Tensor] = PrivateAttr(default_factory=list)
+    _epoch: int = PrivateAttr(0)
+    _done: int = PrivateAttr(0)
+    _loss: Tensor | None = PrivateAttr(None)
+    _synchronised: bool = PrivateAttr(False)
+
+    def on_fit_start(self, run: Run) -> None:
+        """Join the other processes, and read no more than this one's share of each batch.
+
+        Raises:
+            LayerlabError: fewer images in a batch than processes.
+        """
+        self._release()
+        self._epoch, self._key, self._synchronised = 0, [], False
+        self._seed = run.generator.initial_seed()
+        join(run.device)
+        if _workers() == 1:
+            return
+        if run.batch_size < _workers():
+            raise LayerlabError(f"batch_size {run.batch_size} leaves some of {_workers()} workers without an image; "
+                                "make it larger or start fewer.")
+        self._transport = self._open(run.device)
+
+    def on_epoch_start(self, run: Run) -> None:
+        """Take this worker's share of whatever the epoch's data are.
+
+        Raises:
+            LayerlabError: the workers are not at the same epoch.
+        """
+        if _workers() == 1:
+            return
+        if not self._synchronised:
+            epochs: list[Any] = [None] * _workers()
+            dist.all_gather_object(epochs, run.epoch)
+            if len(set(epochs)) > 1:
+                raise LayerlabError(f"The workers would go on from different epochs ({epochs}); give a checkpoint "
+                                    "folder that all of them read.")
+        if isinstance(run.data, Split):
+            run.data = replace(run.data, share=(dist.get_rank(), _workers()))
+
+    def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        """One step on this worker's share."""
+        if _workers() == 1:
+            return _plain_step(run, x, y)
+        if self._epoch != run.epoch:
+            self._begin_epoch(run)
+        assert self._engine is not None
+        assert self._loss is not None
+        x, y, weight = self._share(run, x, y)
+        self._done += 1
+        last = self._done >= run.steps_per_epoch
+        loss = self._engine.step(run, x, y, weight, last)
+        self._loss += loss.detach() * weight
+        if last:
+            _set_random(self._random, run.device)
+        return loss
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Leave the same network in all workers, and log what all of them saw."""
+        if _workers() == 1 or self._engine is None or self._loss is None:
+            return
+        self._engine.arrive()
+        assert self._transport is not None
+        statistics = [b for b in run.training_model.buffers() if b.is_floating_point()]
+        flat = torch.cat([(self._loss / self._done).double().view(1),
+                          *(b.detach().double().reshape(-1) / _workers() for b in statistics)])
+        dist.all_reduce(flat)
+        mean_loss, *parts = flat.split([1, *(b.numel() for b in statistics)])
+        with torch.no_grad():
+            for buffer, part in zip(statistics, parts, strict=True):
+                buffer.copy_(part.view(buffer.shape))
+        run.log("train/loss", mean_loss.item())
+        run.log("comm-overlap/workers", _workers())
+        run.log("comm-overlap/waited_seconds", self._engine.waited)
+        run.log("comm-overlap/gradient_bytes", self._transport.volume)
+        self._engine.waited, self._transport.volume, self._transport.busy = 0.0, 0, 0.0
+
+    def on_fit_end(self, run: Run) -> None:
+        """Leave the network plain."""
+        if isinstance(run.data, Split):
+            run.data = replace(run.data, share=(0, 1))
+        self._release()
+
+    @property
+    def buckets(self) -> list[dict[str, int]]:
+        """During a fit, of each bucket as backward fills them: layers and the bytes of their gradients in it."""
+        found: list[dict[str, int]] = []
+        for bucket in self._engine.buckets if self._engine is not None else ():
+            found.append({})
+            for name, size in bucket.items():
+                layer = name.rpartition(".")[0]
+                found[-1][layer] = found[-1].get(layer, 0) + size
+        return found
+
+    def seconds_to_communicate(self) -> float:
+        """During a fit, called in all workers: seconds in which a step's gradients travel when nothing is computed.
+
+        Raises:
+            LayerlabError: there was no step yet, or no other worker.
+        """
+        if self._engine is None:
+            raise LayerlabError("What is communicated is known after the first step of a fit on several workers.")
+        return self._engine.communicate()
+
+    @contextmanager
+    def transport(self, device: torch.device) -> Iterator[Transport]:
+        """What carries gradients under these settings, on its own: for measurements of the link."""
+        transport = self._open(device)
+        try:
+            yield transport
+        finally:
+            _close(transport)
+
+    def _open(self, device: torch.device) -> Transport:
+        link = None
+        if self.link_megabits is not None or self.link_latency_ms:
+            link = Link(self.link_megabits and self.link_megabits * 1e6, self.link_latency_ms / 1e3)
+        # A group of its own: its operations must not mix with anyone else's.
+        group = dist.new_group(backend="gloo" if self.pipeline_segments else None)
+        segment = int(self.segment_mb * 2**20) if self.pipeline_segments else None
+        return Transport(group, device, segment, self.in_flight, link)
+
+    def _begin_epoch(self, run: Run) -> None:
+        """At an epoch's first step, when every strategy has adapted the network and its freezing."""
+        key = [run.training_model, run.optimizer, run.wire, bool(run.after_backward),
+               *(p for p in run.training_model.parameters() if p.requires_grad)]
+        if len(key) != len(self._key) or any(new is not old for new, old in zip(key, self._key, strict=True)):
+            if self._engine is not None:
+                self._engine.detach()
+            self._engine = None
+            assert self._transport is not None
+            self._transport.follow(())
+            self._engine = Engine(run, self._transport, self.overlap_backward, self.overlap_forward,
+                                  int(self.bucket_mb * 2**20), self.find_unused_parameters, not self._synchronised)
+            self._key, self._synchronised = key, True
+        self._epoch, self._done = run.epoch, 0
+        self._loss = torch.zeros((), device=run.device)
+        # Outside of steps all workers have the same random state, so that all strategies decide alike.
+        self._random = _random(run.device)
+        torch.manual_seed((self._seed * 1_000_003 + run.epoch) * _workers() + dist.get_rank())
+
+    def _share(self, run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+        """This worker's images and labels, and the part of the batch that they are."""
+        index, workers = dist.get_rank(), _workers()
+        # Another strategy may have put whole batches there since the epoch began.
+        if isinstance(run.data, Split) and run.data.share == (index, workers):
+            return x, y, len(y) / run.batch_size
+        count = len(y)
+        first, last = count * index // workers, count * (index + 1) // workers
+        if first == last:
+            # Nothing left for this worker: any image will do, at no weight.
+            return x[:1], y[:1], 0.0
+        return x[first:last], y[first:last], (last - first) / count
+
+    def _release(self) -> None:
+        if self._engine is not None:
+            self._engine.arrive()
+            self._engine.detach()
+        if self._transport is not None:
+            _close(self._transport)
+        self._engine = self._transport = self._loss = None
+        self._key = []
+
+
+def join(device: torch.device) -> None:
+    """Set up the process group of a job that `torchrun` started, unless that is done: nccl on GPUs, gloo on CPUs."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        store, rank, workers = next(dist.rendezvous("env://"))
+        # torchrun's own store outlives a restart, and the addresses of workers that are gone would be found in it.
+        store = dist.PrefixStore(f"comm-overlap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=workers)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """End this process's part in the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _close(transport: Transport) -> None:
+    transport.close()
+    dist.destroy_process_group(transport.group)
+
+
+def _plain_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
+    run.optimizer.zero_grad(set_to_none=True)
+    with run.autocast():
+        loss = run.loss(run.training_model(x), y)
+    run.backward(loss)
+    run.optimizer.step()
+    return loss
+
+
+def _random(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,340 @@
+"""comm-overlap: N workers end with one process's weights whatever overlaps; nothing hangs when one of them dies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import cloudpickle
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Freezer, Residual
+from torch import nn
+
+from layerlab import LayerlabError, Run, Strategy, build_model, fit, load_dataset
+from layerlab_comm_overlap import CommOverlap, launch
+from layerlab_comm_overlap.model import AllReduce, fit_link, step_seconds
+from layerlab_comm_overlap.transport import order_of_segments
+
+# Workers cannot import a test module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+WORKERS = 3
+SMALL = {"bucket_mb": 0.05, "segment_mb": 0.02}
+SWITCHES = ("overlap_backward", "overlap_forward", "pipeline_segments")
+COMBINATIONS = [dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=3)]
+# 50 images among 3 workers: 16, 17 and 17. A schedule a step, so that a late update with a later rate would show.
+SETTINGS = dict(epochs=2, batch_size=50, lr=0.05, schedule="cosine", schedule_each="step", progress=False,
+                measure=False)
+
+
+def digits():
+    return load_dataset("digits", image_size=16, limit=200, device="cpu").augmented("crop", 1)
+
+
+def lenet() -> nn.Module:
+    return build_model("lenet", num_classes=10, channels=1, image_size=16)
+
+
+def chain() -> nn.Module:
+    layers = [nn.Flatten(), nn.Linear(256, 32)]
+    for _ in range(5):
+        layers += [nn.ReLU(), nn.Linear(32, 32)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(32, 10))
+
+
+class Borrowing(nn.Module):
+    """Reads the weights of a layer that it never calls, before those of one that it calls late, and shares some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.never = nn.Linear(256, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.same = nn.Linear(64, 64)
+        self.same.weight = self.late.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x.flatten(1)))
+        x = x + nn.functional.linear(x, self.late.weight)
+        return nn.functional.linear(self.same(torch.relu(self.late(x))), self.never.weight, self.never.bias)
+
+
+class Changing(nn.Module):
+    """Leaves out some of its parameters: one always, one in two of three workers where these tests run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.unused, self.some = lenet(), nn.Linear(3, 3), nn.Parameter(torch.ones(10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.network(x)
+        # Of a batch of 50 the first of three workers has 16.
+        rows = 16 if not dist.is_initialized() else len(x) if dist.get_rank() == 0 else 0
+        return torch.cat([logits[:rows] * self.some, logits[rows:]]) if rows and self.training else logits
+
+
+class Uneven(Strategy):
+    """Batches of 50 of which the last has only two images, one fewer than there are workers."""
+
+    name: ClassVar[str] = "uneven"
+
+    def on_fit_start(self, run: Run) -> None:
+        run.data = _Uneven(run.data)
+
+
+class _Uneven:
+    def __init__(self, data) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, *arguments):
+        batches = list(self.data.batches(*arguments))
+        *whole, (x, y) = batches
+        return iter([*whole, (x[:2], y[:2])])
+
+
+class Whole(Strategy):
+    """Puts other data there at an epoch's start, after comm-overlap: their batches come whole."""
+
+    name: ClassVar[str] = "whole"
+
+    def on_epoch_start(self, run: Run) -> None:
+        run.data = replace(run.data, share=(0, 1), padding=2)
+
+
+class Hooked(Strategy):
+    """Changes all gradients after backward."""
+
+    name: ClassVar[str] = "hooked"
+
+    def on_after_backward(self, run: Run) -> None:
+        for parameter in run.training_model.parameters():
+            parameter.grad += 0.1 * parameter.grad.mean()
+
+
+class Sixteenths(Strategy):
+    """Gradients travel as bytes, in sixteenths of a power of two of their own."""
+
+    name: ClassVar[str] = "sixteenths"
+
+    def on_fit_start(self, run: Run) -> None:
+        run.wire = self
+
+    def encode(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, int]:
+        exponent = int(torch.frexp(gradient.abs().max())[1]) - 7
+        return (gradient * 2.0**-exponent).round().clamp(-127, 127).to(torch.int8), exponent
+
+    def decode(self, codes: torch.Tensor, exponent: int) -> torch.Tensor:
+        return codes.float() * 2.0**exponent
+
+
+def late(**more) -> CommOverlap:
+    """Every message comes 5 ms late, so that whatever is not waited for is missed."""
+    return CommOverlap(link_latency_ms=5, **SMALL, **more)
+
+
+# name: (network, strategies besides ours, ours, other settings)
+CASES = {
+    "late": (lenet, [], late(), {}),
+    "late, weights used elsewhere": (Borrowing, [], late(overlap_backward=False, in_flight=1), {"lr": 0.01}),
+    "slow": (lenet, [], CommOverlap(link_megabits=200, **SMALL), {}),
+    "adamw": (lenet, [], CommOverlap(**SMALL), {"optimizer": "adamw", "lr": 0.002}),
+    "uneven": (lenet, [Uneven()], CommOverlap(**SMALL), {}),
+    "whole": (lenet, [Whole()], CommOverlap(**SMALL), {}),
+    "hooked": (lenet, [Hooked()], CommOverlap(**SMALL), {}),
+    "frozen": (chain, [Freezer()], CommOverlap(bucket_mb=0.004), {"epochs": 4, "measure": True}),
+    "unused": (Changing, [], CommOverlap(find_unused_parameters=True, **SMALL), {}),
+} | {f"switches {number}": (lenet, [], CommOverlap(**on, **SMALL), {}) for number, on in enumerate(COMBINATIONS)}
+ALONE = {
+    "wire": (lenet, [Sixteenths()], CommOverlap(**SMALL), {}),
+    "batch norm and dropout": (Residual, [], CommOverlap(**SMALL), {}),
+}
+
+
+def train(network, others, ours, more):
+    strategies = sorted([*others, *([ours] if ours else [])], key=lambda each: isinstance(each, Whole))
+    result = fit(network, digits(), strategies, **(SETTINGS | more))
+    hooks = any(module._forward_pre_hooks or module._forward_hooks for module in result.model.modules())
+    return {"weights": result.model.state_dict(), "history": result.history, "hooks": hooks}
+
+
+def all_cases(folder: Path) -> None:
+    """In each worker: train every case, then worker 1 fails while the others wait for its gradients."""
+    found = {name: train(*case) for name, case in (CASES | ALONE).items()}
+    with pytest.raises(LayerlabError, match="leaves some of 3 workers without an image"):
+        fit(lenet, digits(), CommOverlap(), batch_size=2, progress=False)
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise ValueError("the disk of this machine is full")
+    fit(lenet, digits(), CommOverlap(), **SETTINGS)
+
+
+JOB = """
+import os, signal, sys, torch
+from layerlab import build_model, fit, load_dataset
+from layerlab_comm_overlap import CommOverlap
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+
+class Killed:
+    def on_fit_start(self, fit): pass
+    def on_fit_end(self, fit, result):
+        torch.save(result.model.state_dict(), f"{folder}/weights.pt")
+    def on_exception(self, fit, error): pass
+    def on_epoch_end(self, fit, row):
+        if row["epoch"] == 2 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+data = load_dataset("digits", image_size=16, limit=200, device="cpu").augmented("crop", 1)
+fit(lambda: build_model("lenet", num_classes=10, channels=1, image_size=16), data, CommOverlap(), epochs=4,
+    batch_size=50, checkpoint=f"{folder}/state", observers=[Killed()], progress=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Two jobs at once on this machine: one by torchrun, whose first worker is killed once, and one by `launch`.
+
+    Two in all, because every worker imports torch anew.
+    """
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "job.py").write_text(JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+               "--monitor-interval=0.1", str(folder / "job.py"), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as job:
+        try:
+            with pytest.raises(LayerlabError) as raised:
+                launch(all_cases, WORKERS, folder, threads=1)
+            output, _ = job.communicate(timeout=180)
+        finally:
+            job.kill()
+    return {"folder": folder, "error": str(raised.value), "output": output, "code": job.returncode}
+
+
+@pytest.fixture(scope="module")
+def workers(jobs) -> list[dict]:
+    """What every worker of the launched job found before one of them failed."""
+    files = [jobs["folder"] / f"{rank}.pt" for rank in range(WORKERS)]
+    assert all(file.exists() for file in files), jobs["error"]
+    return [torch.load(file) for file in files]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Each distinct case in one process."""
+    known = {}
+
+    def of(name: str) -> dict:
+        network, others, _, more = CASES[name]
+        key = (network, tuple(other.name for other in others), tuple(more.items()))
+        if key not in known:
+            known[key] = train(network, others, None, more)
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_workers_end_with_the_weights_of_one_process(name, workers, one_process):
+    alone, first = one_process(name), workers[0][name]
+    assert first["weights"].keys() == alone["weights"].keys()
+    for key, weight in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][key], weight, rtol=2e-4, atol=2e-6)
+        assert all(torch.equal(first["weights"][key], other[name]["weights"][key]) for other in workers)
+    if name not in ("uneven", "unused"):  # their losses are means over other batches, and of other networks
+        for row, wanted in zip(first["history"], alone["history"], strict=True):
+            assert row["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-4)
+            assert row["test/top1"] == pytest.approx(wanted["test/top1"], abs=0.01)
+    assert not any(each[name]["hooks"] for each in workers)
+
+
+def test_a_wire_of_8_bits_carries_a_quarter_and_all_workers_end_alike(workers):
+    cut, full = (workers[0][name]["history"][0]["comm-overlap/gradient_bytes"] for name in ("wire", "switches 7"))
+    assert 0.25 <= cut / full < 0.26
+    for each in workers[1:]:
+        assert all(torch.equal(each["wire"]["weights"][key], weight)
+                   for key, weight in workers[0]["wire"]["weights"].items())
+    rounded, exact = (workers[0][name]["history"][-1]["train/loss"] for name in ("wire", "switches 7"))
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+
+
+def test_running_statistics_are_the_same_in_all_workers(workers):
+    first = workers[0]["batch norm and dropout"]["weights"]
+    assert any(key.endswith("running_var") for key in first)
+    for each in workers[1:]:
+        assert all(torch.equal(each["batch norm and dropout"]["weights"][key], value) for key, value in first.items())
+
+
+# ------------------------------------------------------------------------------------ jobs that die
+
+
+def test_a_worker_that_fails_ends_the_job_with_its_rank_and_its_error(jobs, workers):
+    assert jobs["error"].startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
+
+
+def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(jobs):
+    assert jobs["code"] == 0, jobs["output"]
+    assert "exitcode: -9" in jobs["output"]
+    undisturbed = fit(lenet, digits(), epochs=4, batch_size=50, progress=False).model.state_dict()
+    resumed = torch.load(jobs["folder"] / "weights.pt")
+    for key, weight in undisturbed.items():
+        torch.testing.assert_close(resumed[key], weight, rtol=2e-4, atol=2e-6)
+    state = torch.load(jobs["folder"] / "state" / "state.pt", weights_only=True)
+    assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
+
+
+def test_bad_numbers_are_named():
+    with pytest.raises(LayerlabError, match="workers must be at least 1, got 0"):
+        launch(print, 0)
+    with pytest.raises(LayerlabError, match=r"comm-overlap: setting 'segment_mb' .*greater than 0"):
+        CommOverlap(segment_mb=0)
+
+
+# ------------------------------------------------------------------------------------ the order and the model
+
+
+def test_the_order_takes_what_the_next_forward_needs_first_and_never_idles():
+    # Two buckets of the last layers are ready early, the first layer's late: it overtakes what is left of them.
+    order = order_of_segments([1.0, 2.0, 5.0], [2, 1, 0], [4, 4, 2], [1.0, 1.0, 1.0])
+    assert order == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (1, 3), (0, 1), (0, 2), (0, 3)]
+    assert order_of_segments([0.0, 0.0], [1, 0], [2, 1], [1.0, 1.0]) == [(1, 0), (0, 0), (0, 1)]
+
+
+LAYERS = pd.DataFrame({"layer": ["a", "b"], "forward": [1.0, 1.0], "backward": [2.0, 2.0], "bytes": [1, 1]})
+BUCKETS = [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(("on", "seconds"), [
+    # Two buckets of a second each over 6 seconds of computing: one after the other 8; the first under the backward of
+    # layer a: 7; the last arrives under the forward of a: 7; the best: only a's own second cannot be hidden.
+    ((False, False, False), 8.0), ((True, False, False), 7.0), ((False, True, False), 7.0), ((True, True, False), 7.0),
+])
+def test_the_model_counts_what_can_be_hidden(on, seconds):
+    link = AllReduce(0.0, 1.0)
+    switches = dict(zip(SWITCHES, on, strict=True))
+    # Between two workers a ring carries each byte once.
+    assert step_seconds(LAYERS, BUCKETS, link, 2, switches, 1.0) == pytest.approx(seconds)
+    assert step_seconds(LAYERS, BUCKETS, link, 1, switches, 1.0) == pytest.approx(6.0)
+
+
+def test_latency_and_bandwidth_are_found_again_in_times_of_rings():
+    true = AllReduce(1e-3, 1e7)
+    sizes = [2**12, 2**16, 2**20, 2**22]
+    times = pd.DataFrame({"bytes": sizes, "seconds": [true.delay(4) + true.busy(size, 4) for size in sizes]})
+    found = fit_link(times, 4)
+    assert (found.latency, found.bandwidth) == (pytest.approx(1e-3), pytest.approx(1e7))
+    tree = AllReduce(1e-3, 1e7, "tree")
+    assert tree.delay(4096) == pytest.approx(24e-3)
+    assert true.delay(4096) == pytest.approx(8.19)
