@@ -207,7 +207,9 @@ class Study:
             return frame
         import pandas as pd
 
-        text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex))
+        # Named in any case: MLflow's preview leaves out a column without a name.
+        labels = [name or "row" for name in frame.index.names]
+        text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex), index_label=labels)
         self._keep(f"tables/{name}.csv", text.encode())
         return frame
 

@@ -111,8 +111,10 @@ def test_two_strategies_are_found_by_their_tags_and_compared(page, finished):
     _shows(browser, "Comparing 2 Runs", "test/top1", "cost/backward_flops", "freezer/seconds", shot="mlflow-compare")
 
     metrics = urllib.parse.urlencode({
-        "runs": json.dumps(runs), "experiments": json.dumps([number]), "plot_metric_keys": json.dumps(["test/top1"]),
-        "x_axis": "step",
+        "runs": json.dumps(runs), "experiments": json.dumps([number]), "metric": json.dumps("test/top1"),
+        "plot_metric_keys": json.dumps(["test/top1"]), "plot_layout": json.dumps({"autosize": True}),
+        "x_axis": "step", "y_axis_scale": "linear", "line_smoothness": 1, "show_point": "true",
+        "deselected_curves": "[]", "last_linear_y_axis_range": "[]",
     })
     browser.get(f"{address}/metric?{metrics}")
     _shows(browser, "test/top1", "frozen", "plain", shot="mlflow-metric")
