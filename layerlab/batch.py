@@ -38,11 +38,12 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        status: `finished`; `done before`, when there was nothing to do; `failed`; `stopped` by a person.
+        status: `finished`; `done before`, when there was nothing to do; `failed`; `refused` for bad input that only
+            the notebook could see, or a folder that cannot be written; `stopped` by a person.
         message: one sentence, for a failure.
     """
 
-    status: Literal["finished", "done before", "failed", "stopped"]
+    status: Literal["finished", "done before", "failed", "refused", "stopped"]
     message: str = ""
 
 
@@ -172,7 +173,7 @@ def run_job(
         if status == "finished":
             return Outcome("finished")
         if status != "dead":
-            return Outcome("failed" if status == "failed" else "stopped", message)
+            return Outcome(status, message)
         if stop.asked.is_set():
             return Outcome("stopped")
         tell({"again": message})

@@ -157,8 +157,8 @@ def _run(
     plan: Any, beside: Path, output: Path | None, dry_run: bool, rerun: bool, workers: int | None,
     time_limit: float | None, retries: int | None, scheduler: str,
 ) -> None:
-    """Run a plan; command-line options go before the plan's own. Ends with exit status 1 if anything failed, 130 if it
-    was stopped."""
+    """Run a plan; command-line options go before the plan's own. Ends with exit status 1 if anything failed, 2 if all
+    that did was bad input, 130 if it was stopped."""
     from layerlab.batch import preview, run_batch
     from layerlab.plans import jobs_of
     from layerlab.scoreboard import scoreboard_text
@@ -184,14 +184,17 @@ def _run(
     for job, outcome in done:
         again = ", finished before; --rerun runs it again" if outcome.status == "done before" else ""
         click.echo(f"{job.label}: {os.path.relpath(job.file)}{again}")
-    failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == "failed"]
+    failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)
+              if outcome.status in ("failed", "refused")]
     stopped = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == "stopped"]
     if stopped:
         click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
     for job, outcome in failed:
-        click.echo(f"{click.style('Failed:', fg='red')} {outcome.message}\n  again: {job.command}", err=True)
+        how = "Failed:" if outcome.status == "failed" else "Error:"
+        click.echo(f"{click.style(how, fg='red')} {outcome.message}\n  again: {job.command}", err=True)
     if failed or stopped:
-        raise SystemExit(130 if stopped else 1)
+        refused = all(outcome.status == "refused" for _, outcome in failed)
+        raise SystemExit(130 if stopped else 2 if refused else 1)
 
 
 @main.command()

@@ -24,6 +24,10 @@ from layerlab.progress import drawn
 from layerlab.study import OUTPUT, RECORD, default_folder, is_finished, notebook_key, read_record, read_results
 
 
+class NotebookFailed(LayerlabError):
+    """A cell failed, or the notebook ended without its claims: more than bad input, and it has a traceback."""
+
+
 class DeadKernel(LayerlabError):
     """The kernel is gone without an error in a cell: out of memory, or killed. The same job again goes on."""
 
@@ -204,8 +208,8 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
 
     Raises:
         DeadKernel: the kernel is gone.
-        LayerlabError: bad input, found here or in the notebook; another run in the same folder; a notebook that failed
-            or ended without its claims, naming the file with the traceback.
+        NotebookFailed: a notebook that failed or ended without its claims, naming the file with the traceback.
+        LayerlabError: bad input, found here or in the notebook; another run in the same folder.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -262,14 +266,14 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
             tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name)
 
 
-def fail(job: Job, reason: str) -> LayerlabError:
+def fail(job: Job, reason: str) -> NotebookFailed:
     """Keep a failed job's notebook and close its runs; gives the error back for the caller to raise."""
     close_runs(job)
     where = ""
     if job.partial.exists():
         os.replace(job.partial, job.failed)
         where = f"; its traceback is in {job.failed}"
-    return LayerlabError(f"The notebook of {job.name!r} {reason}{where}.")
+    return NotebookFailed(f"The notebook of {job.name!r} {reason}{where}.")
 
 
 def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None:

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from layerlab.errors import LayerlabError
-from layerlab.notebooks import DeadKernel, Job, close_runs, execute, fail
+from layerlab.notebooks import DeadKernel, Job, NotebookFailed, close_runs, execute, fail
 from layerlab.progress import VARIABLE
 
 STOP = "stop"
@@ -24,7 +24,7 @@ TIME = "time"
 
 
 def main() -> None:
-    """Run the job, and say how it ended: finished, failed, dead (the kernel), or stopped."""
+    """Run the job, and say how it ended: finished, failed, refused (bad input), dead (the kernel), or stopped."""
     spec = json.loads(sys.stdin.readline())
     job = Job(**spec["job"])
     reasons: list[str] = []
@@ -34,8 +34,10 @@ def main() -> None:
         execute(job, wait=True, since=spec["since"])
     except DeadKernel as error:
         status, message = "dead", str(error)
-    except LayerlabError as error:
+    except NotebookFailed as error:
         status, message = "failed", str(error)
+    except LayerlabError as error:
+        status, message = "refused", str(error)
     except KeyboardInterrupt:
         status = "stopped"
     except Exception as error:  # a full disk in the middle of papermill, for one

@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_p
         full_job = Job(job.notebook, str(full / "out"), key=job.key)
         none = Job(job.notebook, "/dev/null/out", key=job.key)
         outcomes = run_batch([full_job, none, job], retries=0)
-        assert [outcome.status for outcome in outcomes] == ["failed", "failed", "finished"]
+        assert [outcome.status for outcome in outcomes] == ["failed", "refused", "finished"]
         assert "No space left" in outcomes[0].message
         assert "/dev/null/out cannot be written" in outcomes[1].message
         assert not full_job.is_done()

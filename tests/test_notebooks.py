@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -83,31 +78,6 @@ def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
     # The interrupted notebook run was taken up again, not doubled.
     runs = tracking.client().search_runs([tracking.experiment_id("fake")], "tags.kind = 'notebook'")
     assert [run.info.status for run in runs] == ["FINISHED"]
-
-
-def test_everything_killed_in_the_middle_ends_as_if_undisturbed(fake, tmp_path):
-    site = fake(OPEN, TRAIN, FINISH)
-    out = tmp_path / "out"
-    (wanted,) = reproduce("fake", parameters={"pause": 0.05}, output=tmp_path / "undisturbed", show=False)
-    command = [sys.executable, "-m", "layerlab.cli", "reproduce", "fake", "-p", "pause=0.05", "--output", str(out)]
-    job = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(site)}, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoints/*/main/frozen-seed0/state.pt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    # The kernel has a session of its own, and ends when its parent is gone.
-    assert "claims.json" not in _files(out)
-    time.sleep(2)
-    (result,) = reproduce("fake", parameters={"pause": 0.05}, output=out, show=False)
-    assert result.values == wanted.values
-    runs = tracking.client().search_runs([tracking.experiment_id("fake")], order_by=["attributes.start_time"])
-    assert len(runs) == 6
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    for run in runs:
-        if run.data.tags.get("kind") != "notebook":
-            history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
-            assert [metric.step for metric in history] == [1, 2, 3, 4]
 
 
 def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finished(fake, tmp_path):
