@@ -207,13 +207,16 @@ def load_paper(strategy: str | Plugin) -> Paper:
     return read_paper(Path(found.submodule_search_locations[0]) / "paper.toml", strategy.name)
 
 
-def judge(claim: Claim, values: Sequence[float], conditions: Mapping[str, Any]) -> tuple[Verdict, str]:
+def judge(
+    claim: Claim, values: Sequence[float], conditions: Mapping[str, Any], seeded: bool = True
+) -> tuple[Verdict, str]:
     """What measured values say of a claim.
 
     Args:
         values: one a seed, in the claim's unit; a value that is not finite means that what the claim speaks of did not
             happen with that seed (a target accuracy never reached, say).
         conditions: what they were measured under.
+        seeded: whether seeds could change them.
 
     Returns:
         (verdict, why in a few words).
@@ -239,7 +242,7 @@ def judge(claim: Claim, values: Sequence[float], conditions: Mapping[str, Any]) 
         return "differs", "other direction"
     if len(values) > 1 and (mean - claim.neutral) * sign <= half:
         return "differs", "interval includes no effect"
-    return "holds at reduced scale", "one seed" if len(values) == 1 else "same direction"
+    return "holds at reduced scale", "one seed" if seeded and len(values) == 1 else "same direction"
 
 
 class ClaimResult(BaseModel):

@@ -238,7 +238,7 @@ class Study:
         """
         claim = self.paper.claim(id)
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
-        verdict, reason = judge(claim, numbers, conditions or {})
+        verdict, reason = judge(claim, numbers, conditions or {}, bool(seeds))
         happened = numbers and all(map(math.isfinite, numbers))
         mean, half = mean_interval(numbers) if happened else (None, None)
         result = ClaimResult(

@@ -43,6 +43,11 @@ def test_verdicts(claim, values, conditions, verdict):
     assert judge(claim, values, conditions)[0] == verdict
 
 
+def test_a_value_that_no_seed_could_change_is_not_called_one_seed():
+    assert judge(CLAIM, [1.0], REDUCED) == ("holds at reduced scale", "one seed")
+    assert judge(CLAIM, [1.0], REDUCED, seeded=False) == ("holds at reduced scale", "same direction")
+
+
 def test_a_paper_file_that_is_wrong_is_named(tmp_path):
     file = tmp_path / "paper.toml"
     with pytest.raises(LayerlabError, match=r"'mine' has no .*paper.toml"):
