@@ -6,15 +6,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: reproduce test lint ui lab benchmarks clean
+.PHONY: reproduce test test-all lint ui lab benchmarks clean
 .DELETE_ON_ERROR:
 
 reproduce: $(READY)  ## every installed paper at the quick profile, then the scoreboard
 	$(BIN)/layerlab reproduce
 
 # One thread a worker: most tests wait for a kernel or a process of their own.
-test: $(READY)  ## the whole test suite
+test: $(READY)  ## the test suite but for what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-all: $(READY)  ## the slow tests, too: kills at random moments, many writers, clusters
+	LAYERLAB_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from pydantic import PrivateAttr
 from torch import nn
 
 from layerlab import Run, Strategy, forward_order
+
+# For tests that take more than their share of CI's ten minutes.
+slow = pytest.mark.skipif(not os.environ.get("LAYERLAB_SLOW"), reason="slow: make test-all")
 
 
 class Freezer(Strategy):

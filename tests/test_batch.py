@@ -18,6 +18,7 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
+from helpers import slow
 
 from layerlab import LayerlabError, Study, tracking
 from layerlab.batch import run_batch
@@ -268,6 +269,7 @@ def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_p
 # ------------------------------------------------------------------------------------------- stopping, killing
 
 
+@slow
 def test_ctrl_c_stops_cleanly_and_a_second_one_at_once(fake, command, tmp_path):
     fake(OPEN, TRAIN, "import time; time.sleep(5 if p.pause else 0)", FINISH)
     out = tmp_path / "home" / "runs" / "fake"
@@ -300,7 +302,6 @@ def test_ctrl_c_stops_cleanly_and_a_second_one_at_once(fake, command, tmp_path):
 
 
 SEEDS = 20
-AT_ONCE = 1  # of them, where nobody asks for all
 
 
 @pytest.fixture(scope="session")
@@ -309,10 +310,9 @@ def undisturbed() -> dict[str, list[float | None]]:
     return {}
 
 
+@slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command, tmp_path, undisturbed, seed):
-    if seed >= AT_ONCE and not os.environ.get("LAYERLAB_SLOW"):
-        pytest.skip("slow: set LAYERLAB_SLOW=1")
     site = fake(OPEN, TRAIN, FINISH)
     os.environ["PYTHONPATH"] = str(site)
     draw = random.Random(seed)
@@ -390,6 +390,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
         process.wait()
 
 
+@slow
 def test_a_worker_of_a_cluster_that_dies_repeats_nothing_that_is_finished(cluster, notebook, ran):
     address, workers = cluster
     jobs = [notebook("quick", "1"), notebook("long", "import time; time.sleep(6)"), notebook("breaks", "1 / 0")]
@@ -434,6 +435,7 @@ def test_the_papermill_engine_reports_what_plain_papermill_calls_completed(noteb
     assert [cell.metadata.papermill.status for cell in book.cells] == ["completed", "completed", "failed", "pending"]
 
 
+@slow
 def test_the_engine_draws_cells_and_epochs(fake, tmp_path):
     fake(OPEN, TRAIN, FINISH)
     command = [sys.executable, "-m", "papermill", "--engine", "layerlab",

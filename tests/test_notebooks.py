@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from fake_paper import FINISH, OPEN, TRAIN
+from helpers import slow
 
 from layerlab import LayerlabError, tracking
 from layerlab.notebooks import reproduce
@@ -39,6 +40,7 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert executed.cells[-1].outputs
 
 
+@slow
 def test_plain_papermill_runs_the_same_notebook(fake, tmp_path):
     import papermill
 
@@ -59,6 +61,7 @@ def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, endi
     assert run.info.status == "FAILED"
 
 
+@slow
 def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
     fake(OPEN, "raise ValueError('something broke')", FINISH)
     with pytest.raises(LayerlabError, match=r"failed in cell 4 \(ValueError: something broke\).*fake.failed.ipynb"):
@@ -66,6 +69,7 @@ def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
     assert "something broke" in (tmp_path / "out" / "fake.failed.ipynb").read_text()
 
 
+@slow
 def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
     fake(OPEN, "import os, signal\nif p.pause: os.kill(os.getpid(), signal.SIGKILL)", TRAIN, FINISH)
     with pytest.raises(LayerlabError, match="lost its kernel"):
@@ -80,6 +84,7 @@ def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
     assert [run.info.status for run in runs] == ["FINISHED"]
 
 
+@slow
 def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finished(fake, tmp_path):
     fake(OPEN, "from layerlab import load_dataset\nload_dataset('no-such-data')", FINISH)
     with pytest.raises(LayerlabError, match=r"^Unknown dataset 'no-such-data'"):
@@ -88,6 +93,7 @@ def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finishe
     assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
 
 
+@slow
 def test_an_old_result_does_not_survive_a_new_run_that_fails(fake, tmp_path):
     fake(OPEN, TRAIN, FINISH)
     reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out", show=False)

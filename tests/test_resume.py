@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Freezer, same_weights
+from helpers import Freezer, same_weights, slow
 
 from layerlab import LayerlabError, fit, load_dataset
 from layerlab.training import Fit
@@ -34,7 +34,7 @@ def _start(optimizer: str, checkpoint: str, out: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(Path(__file__).parent), optimizer, checkpoint, str(out)])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=slow)])
 def test_sigkill_at_random_moments_changes_nothing(optimizer, tmp_path):
     assert _start(optimizer, "", tmp_path / "undisturbed.pt").wait() == 0
     wanted = torch.load(tmp_path / "undisturbed.pt")

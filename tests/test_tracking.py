@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Freezer
+from helpers import Freezer, slow
 
 from layerlab import LayerlabError, fit, track, tracking
 from layerlab.training import Fit
@@ -120,8 +120,7 @@ def _load(writers: int, runs: int, steps: int) -> None:
         assert sorted(metric.step for metric in history) == list(range(steps))
 
 
-SIZES = [(4, 3, 40), pytest.param(8, 20, 200, marks=pytest.mark.skipif(
-    not os.environ.get("LAYERLAB_SLOW"), reason="slow: set LAYERLAB_SLOW=1"))]
+SIZES = [(4, 3, 40), pytest.param(8, 20, 200, marks=slow)]
 
 
 @pytest.mark.parametrize(("writers", "runs", "steps"), SIZES)

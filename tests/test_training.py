@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Freezer, same_weights
+from helpers import Freezer, same_weights, slow
 from torch import fx, nn
 
 from layerlab import LayerlabError, build_model, compare, evaluate, fit, load_dataset
@@ -96,6 +96,7 @@ def test_own_optimizer_schedule_and_loss(digits, residual):
     assert result.final["train/loss"] < 1.0
 
 
+@slow
 def test_compiled_layers_that_were_frozen_learn_again_as_in_eager(digits, residual):
     options = dict(epochs=5, batch_size=256, progress=False, lr=0.02)
     model = residual()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import slow
 from torch import nn
 
 from layerlab import LayerlabError
@@ -149,6 +150,7 @@ def test_the_targets_against_the_conventional_plan_and_pytorchs_best(name, batch
     assert table["peak GB"][analysis.OURS] < table["peak GB"][analysis.FUSED]
 
 
+@slow
 def test_the_largest_batch_fits_and_one_more_does_not():
     model, shape = analysis.network("resnet18", image_size=64)
     memory = analysis.measured_peak(model, shape, 37)
