@@ -225,6 +225,7 @@ def test_a_finished_study_counts_until_its_data_or_its_plugin_change(fake, tmp_p
     assert paper_job("fake").key != job.key
 
 
+@slow
 def test_the_command_names_each_failure_and_how_to_repeat_it(notebook, command, tmp_path):
     notebook("good", "1 + 1")
     notebook("breaks", "raise ValueError('something broke')")
@@ -357,6 +358,7 @@ def _values(job: Job) -> list[float | None]:
     return row["values"]
 
 
+@slow
 def test_two_batches_at_once_in_one_folder_run_each_notebook_once(notebook, command, ran, tmp_path):
     notebook("slow", "import time; time.sleep(3)")
     arguments = ("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from click.testing import CliRunner
+from helpers import slow
 
 from layerlab.cli import main
 
@@ -55,6 +56,7 @@ def test_bad_input_ends_with_status_2_and_a_sentence(arguments, message):
     assert "Traceback" not in text
 
 
+@slow
 def test_a_negative_alpha_is_refused_by_the_strategy_through_the_notebook(tmp_path):
     out = tmp_path / "out"
     text = _call("reproduce", "lars-skip", "-p", "alpha=-1", "--output", str(out), status=2)

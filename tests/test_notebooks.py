@@ -51,7 +51,7 @@ def test_plain_papermill_runs_the_same_notebook(fake, tmp_path):
     assert read_results(folder)[0].measured is not None
 
 
-@pytest.mark.parametrize("ending", ["import sys; sys.exit(0)", "pass"])
+@pytest.mark.parametrize("ending", ["import sys; sys.exit(0)", pytest.param("pass", marks=slow)])
 def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, ending):
     fake(OPEN, ending)
     with pytest.raises(LayerlabError, match=r"(ended before its claims were written|SystemExit).*fake.failed.ipynb"):

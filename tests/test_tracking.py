@@ -120,7 +120,7 @@ def _load(writers: int, runs: int, steps: int) -> None:
         assert sorted(metric.step for metric in history) == list(range(steps))
 
 
-SIZES = [(4, 3, 40), pytest.param(8, 20, 200, marks=slow)]
+SIZES = [pytest.param(4, 3, 40, marks=slow), pytest.param(8, 20, 200, marks=slow)]
 
 
 @pytest.mark.parametrize(("writers", "runs", "steps"), SIZES)
