@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -162,8 +163,7 @@ def notebook_parameters(notebook: Path) -> list[str]:
     Raises:
         LayerlabError: no such file, or no notebook.
     """
-    import papermill
-
+    papermill = _papermill()
     if not notebook.is_file():
         raise LayerlabError(f"There is no notebook {notebook}; check the path.")
     try:
@@ -211,7 +211,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         NotebookFailed: a notebook that failed or ended without its claims, naming the file with the traceback.
         LayerlabError: bad input, found here or in the notebook; another run in the same folder.
     """
-    import papermill
+    papermill = _papermill()
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     folder = Path(job.folder)
@@ -306,6 +306,24 @@ def reproduce(
     with drawn(job.label, show):
         execute(job)
     return read_results(Path(job.folder))
+
+
+def _papermill() -> Any:
+    """papermill, without what costs each process two seconds.
+
+    It imports jsonschema, which builds a grammar of web addresses if the package that holds it can be imported.
+    Notebooks are valid or not without that.
+    """
+    name = "rfc3987_syntax"
+    absent = name not in sys.modules
+    if absent:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        import papermill
+    finally:
+        if absent:
+            del sys.modules[name]
+    return papermill
 
 
 def _check_writable(folder: Path) -> None:
