@@ -175,8 +175,8 @@ def _run(
         jobs, workers=workers or plan.workers, time_limit=minutes and 60 * minutes,
         retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
     )
-    done = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)
-            if outcome.status in ("finished", "done before")]
+    ended = list(zip(jobs, outcomes, strict=True))
+    done = [(job, outcome) for job, outcome in ended if outcome.status in ("finished", "done before")]
     results = [result for job, _ in done if job.strategy for result in read_results(Path(job.folder))]
     if results:
         width = min(160, shutil.get_terminal_size((120, 24)).columns)
@@ -184,9 +184,8 @@ def _run(
     for job, outcome in done:
         again = ", finished before; --rerun runs it again" if outcome.status == "done before" else ""
         click.echo(f"{job.label}: {os.path.relpath(job.file)}{again}")
-    failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)
-              if outcome.status in ("failed", "refused")]
-    stopped = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == "stopped"]
+    failed = [(job, outcome) for job, outcome in ended if outcome.status in ("failed", "refused")]
+    stopped = [job for job, outcome in ended if outcome.status == "stopped"]
     if stopped:
         click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
     for job, outcome in failed:

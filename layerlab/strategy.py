@@ -197,6 +197,22 @@ class Run:
         self._stopped = [parameter for parameter in parameters if parameter in stopped]
         self.model = self.training_model = model
 
+    def plain_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step of a run in which no strategy replaces it: forward, `backward`, update.
+
+        Args:
+            x, y: as `Strategy.training_step`.
+
+        Returns:
+            The batch's mean loss.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            loss = self.loss(self.training_model(x), y)
+        self.backward(loss)
+        self.optimizer.step()
+        return loss
+
     def backward(self, loss: Tensor) -> None:
         """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step."""
         loss.backward()

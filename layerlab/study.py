@@ -92,8 +92,7 @@ def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | 
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]]
     sources = sorted(package.rglob("*.py")) if package else []
     # Another plugin that is installed meanwhile changes nothing for this one.
-    known = {name: version for name, version in versions().items()
-             if package is None or not name.startswith("layerlab-")}
+    known = versions(plugins=package is None)
     content = [cells, parameters, known, [(file.name, file.read_text()) for file in sources]]
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -23,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from layerlab.checkpoint import Checkpoint
+from layerlab.checkpoint import Checkpoint, random_state, set_random_state
 from layerlab.data import Dataset, Split, resolve_device
 from layerlab.errors import LayerlabError, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
-from layerlab.progress import Progress
+from layerlab.progress import Progress, first_process
 from layerlab.strategy import Run, Strategy, check_composition
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -165,8 +164,7 @@ class Fit:
         check_composition(self.strategies)
         self.seed = seed
         self.name = name or "+".join(strategy.name for strategy in self.strategies) or "baseline"
-        # Where torchrun started several processes, the first alone writes checkpoints and logs.
-        self.writes = os.environ.get("RANK", "0") == "0"
+        self.writes = first_process()
         self.observers = tuple(observers) if self.writes else ()
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
@@ -345,20 +343,7 @@ class Fit:
         for strategy in self.strategies:
             if strategy.defines("training_step"):
                 return lambda x, y: strategy.training_step(run, x, y).detach()
-        model, optimizer, loss_function, autocast = run.training_model, run.optimizer, run.loss, run.autocast
-        zero_grad, update, hooks = optimizer.zero_grad, optimizer.step, run.after_backward
-
-        def plain(x: Tensor, y: Tensor) -> Tensor:
-            zero_grad(set_to_none=True)
-            with autocast():
-                loss = loss_function(model(x), y)
-            loss.backward()
-            for hook in hooks:
-                hook(run)
-            update()
-            return loss.detach()
-
-        return plain
+        return lambda x, y: run.plain_step(x, y).detach()
 
     def _call(self, hook: str) -> None:
         for strategy in self.strategies:
@@ -509,9 +494,9 @@ class Fit:
     def _turn(self) -> Iterator[None]:
         """This run's random state, determinism and memory accounting, so that several runs can take turns."""
         with ExitStack() as stack:
-            outside = _rng(self.device)
-            _set_rng(self._rng_state, self.device)
-            stack.callback(_set_rng, outside, self.device)
+            outside = random_state(self.device)
+            set_random_state(self._rng_state, self.device)
+            stack.callback(set_random_state, outside, self.device)
             if self.device.type == "cuda":
                 if self.settings.deterministic:
                     stack.enter_context(_deterministic())
@@ -520,7 +505,7 @@ class Fit:
             if self.settings.compile:
                 stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
             yield
-            self._rng_state = _rng(self.device)
+            self._rng_state = random_state(self.device)
             if self.device.type == "cuda":
                 self._own_bytes += torch.cuda.memory_allocated(self.device) - before
 
@@ -810,22 +795,11 @@ def _source(kind: type) -> str:
 
 def _seeded(seed: int, device: torch.device) -> list[Tensor]:
     """The global random states right after seeding, without disturbing the present ones."""
-    outside = _rng(device)
+    outside = random_state(device)
     torch.manual_seed(seed)
-    state = _rng(device)
-    _set_rng(outside, device)
+    state = random_state(device)
+    set_random_state(outside, device)
     return state
-
-
-def _rng(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_rng(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextmanager
