@@ -246,6 +246,34 @@ def data(root: Path | None) -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.option("-p", "settings", multiple=True, callback=_pairs, metavar="KEY=VALUE",
+              help="A setting of the strategy; values are YAML.")
+def check(name: str, settings: dict[str, Any]) -> None:
+    """Check an installed strategy against the contract; some seconds for each check."""
+    from layerlab import strategies
+    from layerlab.testing import check_strategy, finding
+
+    marks = {"passed": ("passed ", "green"), "failed": ("FAILED ", "red"), "xfail": ("known  ", "yellow"),
+             "skipped": ("skipped", "yellow")}
+
+    def tell(result: dict[str, Any]) -> None:
+        word, colour = marks[result["status"]]
+        text = finding(result["exception"]) if result["exception"] else ""
+        if result["status"] == "xfail":
+            text = f"{result['expected_to_fail_reason']} ({text})"
+        elif result["expected_to_fail"]:
+            text = "is expected to fail and does not; take it off expected_failed_checks"
+        click.echo(f"{click.style(word, fg=colour)}  {result['check_name']}" + (f": {text}" if text else ""))
+
+    results = check_strategy(strategies(name, **settings), on_fail=None, callback=tell)
+    failed = sum(result["status"] == "failed" for result in results)
+    click.echo(f"{len(results) - failed} of {len(results)} checks hold." if failed else "The contract holds.")
+    if failed:
+        raise SystemExit(1)
+
+
+@main.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path), required=True)
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
               help="The folder of results.")

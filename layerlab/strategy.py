@@ -6,7 +6,7 @@ that a strategy does not define is never called, so it costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +225,10 @@ class Strategy(BaseModel):
 
     `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's.
     `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
-    which a strategy that replaces the step does not expect.
+    which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
+    (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
+    the layers have to stay what they are. `expected_failed_checks` maps the checks of
+    `layerlab.testing` that it is known to fail to the reason.
 
     State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
     one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
@@ -238,6 +241,9 @@ class Strategy(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
     name: ClassVar[str] = ""
     replaces_network: ClassVar[bool] = False
+    changes_structure: ClassVar[bool] = False
+    follows_layers: ClassVar[bool] = False
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -314,7 +320,7 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
 
     Raises:
         LayerlabError: two of them replace the training step, or the network that trains, or one does the one and
-            another the other; or one is given twice.
+            another the other; one changes the structure while another follows its layers; or one is given twice.
     """
     strategies = list(strategies)
     for strategy in strategies:
@@ -335,6 +341,13 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
         raise LayerlabError(
             f"Strategies {replacing[0]!r} and {replacing[1]!r} cannot run together: both replace the network that "
             "trains; use one of them at a time."
+        )
+    changing = [strategy.name for strategy in strategies if strategy.changes_structure]
+    following = [strategy.name for strategy in strategies if strategy.follows_layers]
+    if changing and following:
+        raise LayerlabError(
+            f"Strategies {changing[0]!r} and {following[0]!r} cannot run together: the one removes and reshapes layers, "
+            "the other follows each layer from epoch to epoch; use one of them at a time."
         )
     if replacing and stepping:
         raise LayerlabError(

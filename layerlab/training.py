@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -66,14 +66,21 @@ class Settings(BaseModel):
     """bfloat16: forward and loss under autocast; weights and update stay float32."""
     channels_last: bool = False
     """Memory format of images and convolutions."""
-    compile: bool = False
-    """Run the network's blocks through torch.compile."""
+    compile: bool | str = False
+    """Run the network's blocks through torch.compile; a text names its backend."""
     deterministic: bool = True
     """On a GPU: deterministic algorithms only."""
     measure: bool = True
     """Measure a step whenever the set of learning parameters is a new one."""
     device: str = "auto"
     """`auto`: where the data are."""
+
+    @field_validator("compile")
+    @classmethod
+    def _known_backend(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and value not in (known := torch._dynamo.list_backends(exclude_tags=())):
+            raise ValueError(f"should be true, false or one of {', '.join(known)}")
+        return value
 
 
 class Observer(Protocol):
@@ -379,6 +386,8 @@ class Fit:
         self._uncompile()
         takes = inspect.signature(torch.compile).parameters
         options: dict[str, Any] = {"dynamic": False}
+        if isinstance(self.settings.compile, str):
+            options["backend"] = self.settings.compile
         for block in blocks:
             if "isolate_recompiles" in takes:
                 options["isolate_recompiles"] = True

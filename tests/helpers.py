@@ -25,10 +25,11 @@ slow = pytest.mark.skipif(not os.environ.get("LAYERLAB_SLOW"), reason="slow: mak
 
 
 class Freezer(Strategy):
-    """Freezes 0, 1, 2, 1, 0, … modules, by its own count of epochs."""
+    """Freezes 0, 2, 4, 2, 0, … modules, but never the last one, by its own count of epochs."""
 
     name: ClassVar[str] = "freezer"
     seconds: float = 0.0
+    """To wait in each step."""
 
     _count: int = PrivateAttr(0)
     _order: list[Any] = PrivateAttr(default_factory=list)
@@ -38,7 +39,7 @@ class Freezer(Strategy):
         self._order = [module for _, module in forward_order(run.model, run.example)]
 
     def on_epoch_start(self, run: Run) -> None:
-        frozen = (0, 2, 4, 2)[self._count % 4]
+        frozen = min((0, 2, 4, 2)[self._count % 4], len(self._order) - 1)
         run.freeze(self.name, self._order[:frozen])
         run.log("freezer/frozen", frozen)
 

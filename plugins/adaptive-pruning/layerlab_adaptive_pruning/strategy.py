@@ -53,6 +53,8 @@ def channels(network: nn.Module) -> dict[str, int]:
 class Pruning(Strategy):
     """What the two methods share: an L1 penalty on γ, prunings between epochs, and a network that can be rebuilt."""
 
+    changes_structure: ClassVar[bool] = True
+
     sparsity: float = Field(1e-4, ge=0)
     """λ of the penalty λ·Σ|γ| over all batch norms' scales."""
     targets: tuple[Target, ...] = ({"ratio": 0.2}, {"ratio": 0.4})
