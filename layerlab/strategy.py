@@ -346,7 +346,7 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
     following = [strategy.name for strategy in strategies if strategy.follows_layers]
     if changing and following:
         raise LayerlabError(
-            f"Strategies {changing[0]!r} and {following[0]!r} cannot run together: the one removes and reshapes layers, "
+            f"Strategies {changing[0]!r} and {following[0]!r} cannot run together: the one removes layers, "
             "the other follows each layer from epoch to epoch; use one of them at a time."
         )
     if replacing and stepping:
