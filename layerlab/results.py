@@ -159,8 +159,8 @@ def scoreboard_page(target: Path) -> str:
     lines = [[f"[{paper.strategy}](#{paper.strategy})", *_counts(kept(target, paper))] for paper in papers]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
-        "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is the "
-        "mean over seeds ± the half-width of its 95 % interval."
+        "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
+        "the mean over seeds ± the half-width of its 95 % interval."
     )
     text = ["# Results", about, markdown_table(("paper", *get_args(Verdict)), lines)]
     for paper in papers:

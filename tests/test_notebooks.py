@@ -90,7 +90,7 @@ def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finishe
     fake(OPEN, "from layerlab import load_dataset\nload_dataset('no-such-data')", FINISH)
     with pytest.raises(LayerlabError, match=r"^Unknown dataset 'no-such-data'"):
         reproduce("fake", output=tmp_path / "out", show=False)
-    assert _files(tmp_path / "out") == {"study.json"}
+    assert _files(tmp_path / "out") == {"parameters.json", "study.json"}
     assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
 
 
