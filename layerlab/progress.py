@@ -115,7 +115,7 @@ class Board:
         from tqdm import tqdm
 
         return tqdm(total=total, desc=f"{label[:28]:28}", position=position, leave=False, dynamic_ncols=True,
-                    file=self._file, bar_format=form)
+                    file=self._file, bar_format=form, unit="starting")
 
     def line(self, text: str) -> None:
         """Write a line above the bars."""
@@ -137,7 +137,7 @@ class Board:
             if self._terminal:
                 taken = {other["position"] for other in self._rows.values()}
                 row["position"] = next(n for n in range(1, len(taken) + 2) if n not in taken)
-                row["bar"] = self._bar(row["position"], label, 1.0, "{desc} {bar} {postfix}")
+                row["bar"] = self._bar(row["position"], label, 1.0, "{desc} {bar} {unit}")
             else:
                 self.line(f"{label}: started" + (f", last time {clock(last)}" if last else ""))
             self._rows[label] = row
@@ -160,10 +160,12 @@ class Board:
                 spent = time.monotonic() - row["begin"]
                 left = row["last"] - spent if row["last"] else spent * (1 - share) / share if share else 0.0
                 row["bar"].n = min(share, 1.0)
-                row["bar"].set_postfix_str(
-                    f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}"
-                    + (f", {clock(left)} left" if left > 0 else "")
-                )
+                # Not as a postfix, before which tqdm writes a comma.
+                row["bar"].unit = f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}" + (
+                    f", {clock(left)} left" if left > 0 else "")
+                row["bar"].refresh()
+                if self._batch is not None:
+                    self._batch.refresh()
 
     def end(self, label: str, text: str) -> None:
         """A notebook has ended, as the text says."""
