@@ -45,6 +45,7 @@ class Job:
         key: changes when the job would do something else, see `layerlab.study.notebook_key`.
         cores: threads that it should have; `all` keeps the machine to itself.
         memory_gb: host memory that it may take, in 10⁹ bytes.
+        problem: why it cannot be run, found before anything started; otherwise empty.
     """
 
     notebook: str
@@ -55,6 +56,7 @@ class Job:
     key: str = ""
     cores: int | Literal["all"] = 1
     memory_gb: float = 2.0
+    problem: str = ""
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ _PUBLIC = {
     "StepCost": "cost",
     "mean_interval": "interval",
     "layer_costs": "layers",
+    "DECISIVE": "machine",
     "commit": "machine",
     "machine_name": "machine",
     "versions": "machine",
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from layerlab.measure.cost import Meter, StepCost
     from layerlab.measure.interval import mean_interval
     from layerlab.measure.layers import layer_costs
-    from layerlab.measure.machine import commit, machine_name, versions
+    from layerlab.measure.machine import DECISIVE, commit, machine_name, versions
 
 __all__ = [
+    "DECISIVE",
     "Energy",
     "Meter",
     "StepCost",

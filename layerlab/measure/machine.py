@@ -28,15 +28,20 @@ def machine_name() -> str:
     return text
 
 
+# What decides about the numbers of any run, whatever plugins are installed.
+DECISIVE = frozenset({"python", "torch", "torchvision", "numpy", "mlflow", "papermill", "layerlab"})
+
+
 @cache
 def versions() -> dict[str, str]:
-    """Python, the packages that decide about numbers, and every distribution of ours or that plugs into us."""
+    """Python, the packages that decide about numbers, and every distribution that plugs into us, whatever its name."""
     found = {"python": platform.python_version()}
-    wanted = {"torch", "torchvision", "numpy", "mlflow", "papermill"}
     for distribution in importlib.metadata.distributions():
-        name = distribution.name or ""
-        if name in wanted or name.startswith("layerlab"):
-            found[name] = distribution.version
+        if distribution.name in DECISIVE:
+            found[distribution.name] = distribution.version
+    for point in importlib.metadata.entry_points(group="layerlab.strategies"):
+        if point.dist is not None:
+            found[point.dist.name] = point.dist.version
     return dict(sorted(found.items()))
 
 
