@@ -22,12 +22,24 @@ LABELS = {
 }
 
 
-def _canvas(columns: int = 1, rows: int = 1, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Any]:
+def canvas(
+    columns: int = 1, rows: int = 1, width: float = 6.0, height: float = 3.6, **options: Any
+) -> tuple[Figure, Any]:
+    """An empty figure in the theme of all our plots, and its axes.
+
+    Args:
+        columns, rows: of panels.
+        width, height: of a panel, in inches.
+        options: of `matplotlib.pyplot.subplots`.
+
+    Returns:
+        The figure, and its axes as an array (rows, columns).
+    """
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
         "axes.grid": True, "grid.alpha": 0.35, "axes.spines.top": False, "axes.spines.right": False,
         "legend.frameon": False, "figure.constrained_layout.use": True, "font.size": 10,
     })
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
     return figure, axes
 
 
@@ -39,7 +51,7 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
         y: the metric.
         x: one panel each; over `seconds` the mean is taken epoch by epoch.
     """
-    figure, axes = _canvas(len(x))
+    figure, axes = canvas(len(x))
     arms = list(dict.fromkeys(frame["arm"]))
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     for panel, axis in zip(x, axes[0], strict=True):
@@ -85,7 +97,7 @@ def layer_bars(
         unit: of the y axis.
         log: logarithmic y axis, for quantities that are magnitudes apart.
     """
-    figure, axes = _canvas(width=max(6.0, 0.75 * len(frame)))
+    figure, axes = canvas(width=max(6.0, 0.75 * len(frame)))
     axis = axes[0][0]
     long = frame.melt("layer", list(value), "part", "value")
     long["part"] = long["part"].map(dict(value))
@@ -118,7 +130,7 @@ def layer_epoch_map(
     tallest = max(len(table) for table in maps.values())
     columns = min(3, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = _canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.32 * tallest + 1.0)))
+    figure, axes = canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.32 * tallest + 1.0)))
     flat = list(axes.flat)
     for axis, (title, table) in zip(flat, maps.items(), strict=False):
         shown = table.iloc[::-1].rename(index=lambda name: str(name).removeprefix("features."))
@@ -157,7 +169,7 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
         error: column of half-widths of intervals.
         percent: y is a share, shown in per cent.
     """
-    figure, axes = _canvas(width=max(6.0, 0.55 * len(frame)))
+    figure, axes = canvas(width=max(6.0, 0.55 * len(frame)))
     axis = axes[0][0]
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
     width = 0.8 / len(hues)
@@ -187,7 +199,7 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
     """
     panels = list(dict.fromkeys(frame[panel]))
     columns = min(2, len(panels))
-    figure, axes = _canvas(columns, -(-len(panels) // columns), width=5.6)
+    figure, axes = canvas(columns, -(-len(panels) // columns), width=5.6)
     flat = list(axes.flat)
     for axis, name in zip(flat, panels, strict=False):
         part = frame[frame[panel] == name]
@@ -220,7 +232,7 @@ def families(frame: pd.DataFrame, x: Mapping[str, str], y: str, family: str, lab
         y: column of a share, shown in per cent.
         family, label: columns with the line's and the point's name.
     """
-    figure, axes = _canvas(len(x), width=5.6)
+    figure, axes = canvas(len(x), width=5.6)
     names = list(dict.fromkeys(frame[family]))
     for axis, (column, text) in zip(axes[0], x.items(), strict=True):
         for number, (colour, name) in enumerate(zip(sns.color_palette("colorblind", len(names)), names, strict=True)):

@@ -20,6 +20,11 @@ from typing import Any, TextIO
 VARIABLE = "LAYERLAB_PROGRESS"
 
 
+def first_process() -> bool:
+    """Whether this is the first process of those that torchrun started, or the only one: it alone writes and logs."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def report(event: dict[str, Any]) -> bool:
     """Append an event to the file that `$LAYERLAB_PROGRESS` names; says whether there is one."""
     file = os.environ.get(VARIABLE)
@@ -230,15 +235,14 @@ class Progress:
     def __init__(self, total: int, show: bool = True) -> None:
         self.total = total
         self.done = 0
-        # Of the processes of a torchrun job the first alone reports.
-        self._first = os.environ.get("RANK", "0") == "0"
-        self._bars = Bars() if show and self._first else None
+        self._reports = first_process()
+        self._bars = Bars() if show and self._reports else None
 
     def epoch(self, run: str, epoch: int, epochs: int, text: str) -> None:
         """Report that `run` has finished `epoch` of `epochs`."""
         self.done += 1
         event = {"total": self.total, "done": self.done, "run": run, "epoch": epoch, "epochs": epochs, "text": text}
-        if self._first and not report(event) and self._bars is not None:
+        if self._reports and not report(event) and self._bars is not None:
             self._bars.update(event)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from layerlab.files import write_atomically, write_json
+from layerlab.measure import versions_text
 from layerlab.papers import load_paper
 from layerlab.scoreboard import markdown_table, merged, scoreboard_markdown
 from layerlab.study import RESULTS, read_record, read_results
@@ -56,9 +57,8 @@ def _page(folder: Path) -> Path:
         parameters = json.loads((profile / "parameters.json").read_text())
         text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
         if some:
-            versions = ", ".join(f"{name} {version}" for name, version in some.versions.items())
             text.append(f"Command: `layerlab reproduce {paper.strategy} --profile {profile.name}`. Machine: "
-                        f"{some.machine}. Commit: `{some.commit}`. Versions: {versions}.")
+                        f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
         text.append("<details><summary>Parameters</summary>\n\n```json\n"
                     + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
         for file in sorted(file for file in (profile / "tables").glob("*.csv") if file.read_text().strip()):

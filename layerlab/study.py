@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from layerlab import tracking
 from layerlab.errors import LayerlabError, unknown
 from layerlab.files import stamp, write_atomically, write_json
-from layerlab.measure import DECISIVE, commit, machine_name, mean_interval, versions
+from layerlab.measure import commit, machine_name, mean_interval, versions
 from layerlab.papers import ClaimResult, Paper, judge, load_paper
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | 
         raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
     sources = sorted(package.rglob("*.py")) if package else []
     # Another plugin that is installed meanwhile changes nothing for this one.
-    known = {name: version for name, version in versions().items()
-             if package is None or name in DECISIVE}
+    known = versions(plugins=package is None)
     texts = [(file.name, file.read_text(errors="replace")) for file in sources if file.is_file()]
     content = [cells, parameters, known, texts]
     text = json.dumps(content, sort_keys=True, default=str)

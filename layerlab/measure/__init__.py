@@ -15,10 +15,10 @@ _PUBLIC = {
     "StepCost": "cost",
     "mean_interval": "interval",
     "layer_costs": "layers",
-    "DECISIVE": "machine",
     "commit": "machine",
     "machine_name": "machine",
     "versions": "machine",
+    "versions_text": "machine",
 }
 
 if TYPE_CHECKING:
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from layerlab.measure.cost import Meter, StepCost
     from layerlab.measure.interval import mean_interval
     from layerlab.measure.layers import layer_costs
-    from layerlab.measure.machine import DECISIVE, commit, machine_name, versions
+    from layerlab.measure.machine import commit, machine_name, versions, versions_text
 
 __all__ = [
-    "DECISIVE",
     "Energy",
     "Meter",
     "StepCost",
@@ -41,6 +40,7 @@ __all__ = [
     "synchronise",
     "time_by_turns",
     "versions",
+    "versions_text",
 ]
 
 

@@ -6,8 +6,11 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+
+from layerlab.registry import GROUP
 
 
 @cache
@@ -28,21 +31,22 @@ def machine_name() -> str:
     return text
 
 
-# What decides about the numbers of any run, whatever plugins are installed.
-DECISIVE = frozenset({"python", "torch", "torchvision", "numpy", "mlflow", "papermill", "layerlab"})
-
-
 @cache
-def versions() -> dict[str, str]:
-    """Python, the packages that decide about numbers, and every distribution that plugs into us, whatever its name."""
+def versions(plugins: bool = True) -> dict[str, str]:
+    """Python, the packages that decide about numbers, and, if wanted, every distribution that installs a strategy."""
     found = {"python": platform.python_version()}
+    wanted = {"layerlab", "torch", "torchvision", "numpy", "mlflow", "papermill"}
+    if plugins:
+        wanted |= {point.dist.name for point in importlib.metadata.entry_points(group=GROUP) if point.dist}
     for distribution in importlib.metadata.distributions():
-        if distribution.name in DECISIVE:
-            found[distribution.name] = distribution.version
-    for point in importlib.metadata.entry_points(group="layerlab.strategies"):
-        if point.dist is not None:
-            found[point.dist.name] = point.dist.version
+        if (name := distribution.name or "") in wanted:
+            found[name] = distribution.version
     return dict(sorted(found.items()))
+
+
+def versions_text(found: Mapping[str, str]) -> str:
+    """What `versions` gives, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 @cache
