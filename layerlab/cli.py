@@ -303,5 +303,21 @@ def publish(runs: tuple[Path, ...], target: Path) -> None:
         click.echo(page)
 
 
+@main.command()
+@click.argument("name")
+@click.option("--title", default="", help="Of the paper; default: the name in words.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where to put it (default: here).")
+def new(name: str, title: str, folder: Path) -> None:
+    """Write a plugin to start from, called NAME: it installs, runs and passes its tests as it stands."""
+    from layerlab.scaffold import new_plugin
+
+    made = new_plugin(name, folder, title)
+    click.echo(f"{made} is a plugin that works as it stands:\n"
+               f"  pip install -e {made}            # then `layerlab list` shows it\n"
+               f"  layerlab check {name}            # the contract\n"
+               f"  layerlab reproduce {name}        # its notebook, at the quick profile\n"
+               "What to replace by your method says so in its files; plugins/README.md goes through them.")
+
+
 if __name__ == "__main__":
     main()
