@@ -23,8 +23,8 @@ INTRODUCTION = f"""\
 
 {inspect.getdoc(strategy)}
 
-A plugin needs nothing but the names on this page and those under [public names](#public-names): from a paper to a plugin
-in an hour is [plugins/README.md](../plugins/README.md), and `layerlab check NAME` says whether a strategy keeps the
+A plugin needs nothing but the names on this page, the [public names](#public-names) among them. From a paper to a
+plugin in an hour: [plugins/README.md](../plugins/README.md). `layerlab check NAME` says whether a strategy keeps the
 contract.
 """
 
@@ -40,7 +40,7 @@ def page() -> str:
     for kind in (Replaced, Batches, Wire):
         parts += [f"## {kind.__name__}", described(kind), *(member(kind, name) for name in methods(kind))]
     parts += ["## Which strategies run together", text(check_composition)]
-    parts += ["## The checks of the contract", "`layerlab.testing.check_strategy` runs these, `layerlab check NAME` too."]
+    parts += ["## The checks of the contract", "Run by `layerlab.testing.check_strategy` and `layerlab check NAME`."]
     parts.append("\n".join(["| check | what it holds a strategy to |", "| --- | --- |",
                             *(f"| `{name}` | {cell(summary(check))} |" for name, check in CHECKS.items())]))
     parts += ["## Public names", "Imported from `layerlab`; `help(layerlab.fit)` and so on says the rest."]

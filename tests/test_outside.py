@@ -209,6 +209,22 @@ from layerlab import fit, load_dataset, track
 network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 fit(network, load_dataset("digits"), Mine(), observers=[track("thrower")], epochs=1)
 """
+def test_what_is_plugged_into_papermill_and_broken_stops_nobody(site):
+    _install(site, "fine")
+    points_of = {"engines": "[papermill.engine]\nbad = no_such_module:Engine\n", "twice": "[a]\nx = m:f\nx = m:g\n"}
+    for name, points in points_of.items():
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(points)
+    notebook = load_paper("fine").notebook_file
+    ended = subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", str(notebook), "--dry-run"],
+                           capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "runs" in ended.stdout
+    assert "What engines plugs into papermill (bad) is left out: ModuleNotFoundError" in ended.stderr
+
+
 GARBAGE = """
 import json, os
 from pathlib import Path
