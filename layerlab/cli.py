@@ -292,14 +292,18 @@ def check(name: str, settings: dict[str, Any]) -> None:
 
 
 @main.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), required=True)
+@click.argument("what", nargs=-1, metavar="[NAME|FOLDER]…")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
               help="The folder of results.")
-def publish(runs: tuple[Path, ...], target: Path) -> None:
-    """Copy finished runs (their folders) into the results that are kept, one page a paper."""
+def publish(what: tuple[str, ...], target: Path) -> None:
+    """Keep finished runs among the results, one page a paper, and write the scoreboard of all of them.
+
+    A NAME stands for a strategy's newest runs in MLflow, all profiles but quick; without any, all strategies are taken.
+    A FOLDER is one that `layerlab reproduce` wrote.
+    """
     from layerlab.results import publish as keep
 
-    for page in keep(runs, target):
+    for page in keep(what, target):
         click.echo(page)
 
 

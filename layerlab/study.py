@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OUTPUT = "LAYERLAB_OUTPUT"
 RECORD = "study.json"
 RESULTS = "claims.json"
+PARAMETERS = "parameters.json"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
@@ -196,6 +197,7 @@ class Study:
         )
         self._record["mlflow_run"] = self.run_id
         write_json(self.folder / RECORD, self._record)
+        self._keep(PARAMETERS, json.dumps(values, indent=2, ensure_ascii=False).encode())
         self._results: list[ClaimResult] = []
 
     def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
@@ -299,9 +301,7 @@ class Study:
         self._record |= {"finished": True, "ended": time.time(), "seconds": round(time.monotonic() - self._opened, 1)}
         write_json(self.folder / RECORD, self._record)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
-        board = scoreboard(results)
-        board["claim"] = board["claim"].str.removeprefix(f"{self.paper.strategy}: ")
-        return board
+        return scoreboard(results)
 
     def _keep(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, lambda stream: stream.write(content))

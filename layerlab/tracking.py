@@ -83,6 +83,7 @@ def _client(uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
