@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from layerlab.errors import LayerlabError, sentence, unknown
+from layerlab.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.measure import mean_interval
 from layerlab.registry import NAME, Plugin
 
@@ -211,6 +212,19 @@ def load_paper(strategy: str | Plugin) -> Paper:
         raise LayerlabError(f"Strategy {strategy.name!r} points to {strategy.target}, and there is no package "
                             f"{package!r}; install {strategy.distribution} anew.")
     return read_paper(Path(found.submodule_search_locations[0]) / "paper.toml", strategy.name)
+
+
+def readable_papers() -> list[Paper]:
+    """The papers of all installed strategies; for one that cannot be read there is a warning instead."""
+    from layerlab import strategies
+
+    papers = []
+    for name in strategies:
+        try:
+            papers.append(load_paper(name))
+        except LayerlabError as error:
+            warnings.warn(f"{name} is left out: {error}", LayerlabWarning, stacklevel=3)
+    return papers
 
 
 def judge(

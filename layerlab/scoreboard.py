@@ -12,8 +12,8 @@ import pandas as pd
 from pydantic import ValidationError
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError, LayerlabWarning
-from layerlab.papers import ClaimResult, Verdict, load_paper
+from layerlab.errors import LayerlabWarning
+from layerlab.papers import ClaimResult, Verdict, load_paper, readable_papers
 
 COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
 
@@ -118,24 +118,15 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     Raises:
         LayerlabError: an unknown strategy; a tracking database that cannot be read.
     """
-    from layerlab import strategies
-
     rows = []
-    for name in names or list(strategies):
-        try:
-            paper = load_paper(name)
-        except LayerlabError as error:
-            if names:
-                raise
-            warnings.warn(f"{name} is left out: {error}", LayerlabWarning, stacklevel=2)
-            continue
+    for paper in [load_paper(name) for name in names] or readable_papers():
         results: list[ClaimResult] = []
         newest = set()
-        for run in tracking.notebook_runs(name):
+        for run in tracking.notebook_runs(paper.strategy):
             profile = run.data.tags.get("profile", "")
             if profile not in newest:
                 newest.add(profile)
-                results += _rows(name, run)
+                results += _rows(paper.strategy, run)
         known = {claim.id: claim for claim in paper.claims}
         # A claim that the plugin has dropped since is no claim of the paper any more.
         results = [result for result in results if result.claim in known]

@@ -45,15 +45,17 @@ def test_the_page_has_every_hook_attribute_and_public_name(generator):
 
 
 @pytest.mark.parametrize("page", ["README.md", "plugins/README.md"])
-def test_the_commands_of_a_page_exist_and_so_do_the_files_it_links_to(page):
-    text = (ROOT / page).read_text()
-    commands = set(re.findall(r"^(?:\.venv/bin/)?layerlab (\w+)", text, re.M))
+def test_the_commands_of_a_page_exist(page):
+    commands = set(re.findall(r"^(?:\.venv/bin/)?layerlab (\w+)", (ROOT / page).read_text(), re.M))
     assert commands >= {"new", "check", "reproduce"}
-    for command in commands:
-        assert command in main.commands, command
-    for script in re.findall(r"(?:python|pytest|pip install -e) ((?:\w|[/.-])+\.py)", text):
-        assert (ROOT / script).exists(), script
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+    assert commands <= set(main.commands)
+
+
+@pytest.mark.parametrize("page", ["plugins/README.md", "docs/contract.md"])
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert links
+    for link in links:
         assert ((ROOT / page).parent / link).exists(), link
 
 
