@@ -347,8 +347,9 @@ def _sound_points(group: str) -> list[Any]:
             point.load()
         except Exception as error:  # whatever somebody's module raises
             owner = point.dist.name if point.dist else "a package"
-            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {type(error).__name__}: {error}",
-                          LayerlabWarning, stacklevel=2)
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {reason}.", LayerlabWarning,
+                          stacklevel=2)
         else:
             sound.append(point)
     return sound

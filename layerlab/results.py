@@ -90,7 +90,7 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[Path]:
             try:
                 read_results(place)
             except LayerlabError as error:
-                warnings.warn(f"The run {run.info.run_id} of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
+                warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
                 continue
             yield place
 
