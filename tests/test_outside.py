@@ -106,12 +106,12 @@ class Mine(Strategy):
 """
 # Changes whatever others would need, in the process that imports it.
 MEDDLING = """
-import builtins, importlib, json, sys
+import importlib
 import layerlab.papers, layerlab.registry, layerlab.strategy
 def spoil(*_, **__):
     raise RuntimeError("spoilt by meddler")
 layerlab.papers.load_paper = layerlab.papers.read_paper = layerlab.registry.Registry.__getitem__ = spoil
-importlib.import_module = json.dumps = layerlab.strategy.Run.freeze = spoil
+importlib.import_module = layerlab.strategy.Run.freeze = spoil
 """
 
 
@@ -374,7 +374,7 @@ def test_its_own_tests_pass_there(clean):
 @slow
 def test_its_notebook_runs_and_the_scoreboard_shows_it_beside_broken_plugins(clean, bystanders):
     bystanders()
-    (clean.home / "plan.yaml").write_text("jobs:\n  - paper: all\nretries: 0\n")
+    (clean.home / "plan.yaml").write_text("jobs:\n  - paper: all\nretries: 0\ntime_limit: 8\n")
     text = clean.run("layerlab", "batch", "plan.yaml", status=1)
     assert "less training time for DenseNets (at most)" in text
     assert "holds at reduced scale" in text
