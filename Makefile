@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: reproduce test test-all lint ui lab benchmarks clean
+.PHONY: reproduce test test-all lint docs ui lab benchmarks clean
 .DELETE_ON_ERROR:
 
 reproduce: $(READY)  ## every installed paper at the quick profile, then the scoreboard
@@ -21,6 +21,9 @@ test-all: $(READY)  ## the slow tests, too: kills at random moments, many writer
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
+
+docs: $(READY)  ## docs/contract.md from the docstrings
+	$(BIN)/python docs/contract.py
 
 ui: $(READY)  ## MLflow on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000

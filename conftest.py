@@ -18,6 +18,9 @@ from torch import nn
 import layerlab
 from layerlab import Dataset, load_dataset
 
+# Somebody else's plugins, which have tests of their own and are not installed here.
+collect_ignore = ["tests/outside"]
+
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

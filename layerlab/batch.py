@@ -39,7 +39,8 @@ class Outcome:
 
     Attributes:
         status: `finished`; `done before`, when there was nothing to do; `failed`; `refused` for bad input that only
-            the notebook could see, or a folder that cannot be written; `stopped` by a person.
+            the notebook could see, a folder that cannot be written, or a job that came with a problem; `stopped` by a
+            person.
         message: one sentence, for a failure.
     """
 
@@ -48,9 +49,13 @@ class Outcome:
 
 
 def preview(jobs: Sequence[Job], since: float = 0.0) -> list[tuple[Job, str, str]]:
-    """What a batch would do: (job, `done before`, `goes on` or `runs`, how long it took last time) each."""
+    """What a batch would do: (job, `done before`, `goes on`, `runs` or `refused`, how long it took last time or why
+    it is refused) each."""
     rows = []
     for job in jobs:
+        if job.problem:
+            rows.append((job, "refused", job.problem))
+            continue
         record = read_record(Path(job.folder))
         status = "runs"
         if job.is_done(since):
@@ -91,7 +96,8 @@ def run_batch(
     Raises:
         LayerlabError: the scheduler cannot be reached.
     """
-    board = board or Board(total=len(jobs))
+    sound = [job for job in jobs if not job.problem]
+    board = board or Board(total=len(sound))
     environment = {
         "LAYERLAB_BATCH": os.environ.get("LAYERLAB_BATCH", uuid.uuid4().hex),
         "LAYERLAB_HOME": str(tracking.workbook_folder()),
@@ -101,10 +107,12 @@ def run_batch(
     try:
         with _stoppable(board) as stop:
             if scheduler:
-                return _on_cluster(jobs, scheduler, environment, limits, stop, board)
-            return _on_this_machine(jobs, workers, environment, limits, stop, board)
+                outcomes = iter(_on_cluster(sound, scheduler, environment, limits, stop, board))
+            else:
+                outcomes = iter(_on_this_machine(sound, workers, environment, limits, stop, board))
     finally:
         board.close()
+    return [Outcome("refused", job.problem) if job.problem else next(outcomes) for job in jobs]
 
 
 class Stop:

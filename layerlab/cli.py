@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 import layerlab
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, LayerlabWarning
 
 
 class _Group(click.Group):
@@ -19,10 +20,20 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except LayerlabError as error:
             click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
             ctx.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Our own warnings as sentences, without the line of code that they come from."""
+    if issubclass(category, LayerlabWarning):
+        click.echo(f"{click.style('Warning:', fg='yellow')} {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, *where[:2]), err=True, nl=False)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,11 +46,12 @@ def main() -> None:
 def list_() -> None:
     """List the installed strategies and their papers."""
     from layerlab import strategies
+    from layerlab.imports import import_errors
     from layerlab.papers import load_paper
 
     rows = []
-    for plugin in strategies.every():
-        reason = plugin.broken
+    plugins = strategies.every()
+    for plugin, reason in zip(plugins, import_errors(plugins), strict=True):
         if not reason:
             try:
                 paper = load_paper(plugin)
@@ -159,7 +171,7 @@ def _run(
 ) -> None:
     """Run a plan; command-line options go before the plan's own. Ends with exit status 1 if anything failed, 2 if all
     that did was bad input, 130 if it was stopped."""
-    from layerlab.batch import preview, run_batch
+    from layerlab.batch import Outcome, preview, run_batch
     from layerlab.plans import jobs_of
     from layerlab.scoreboard import scoreboard_text
     from layerlab.study import read_results
@@ -177,14 +189,20 @@ def _run(
     )
     ended = list(zip(jobs, outcomes, strict=True))
     done = [(job, outcome) for job, outcome in ended if outcome.status in ("finished", "done before")]
-    results = [result for job, _ in done if job.strategy for result in read_results(Path(job.folder))]
+    results, unreadable = [], []
+    for job, _ in done:
+        try:
+            rows = read_results(Path(job.folder)) if job.strategy else []
+            results += [row for row in rows if row.paper == job.strategy]
+        except LayerlabError as error:
+            unreadable.append((job, Outcome("failed", str(error))))
     if results:
         width = min(160, shutil.get_terminal_size((120, 24)).columns)
         click.echo("\n" + scoreboard_text(results, width))
     for job, outcome in done:
         again = ", finished before; --rerun runs it again" if outcome.status == "done before" else ""
         click.echo(f"{job.label}: {os.path.relpath(job.file)}{again}")
-    failed = [(job, outcome) for job, outcome in ended if outcome.status in ("failed", "refused")]
+    failed = [(job, outcome) for job, outcome in ended if outcome.status in ("failed", "refused")] + unreadable
     stopped = [job for job, outcome in ended if outcome.status == "stopped"]
     if stopped:
         click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
@@ -287,6 +305,22 @@ def publish(what: tuple[str, ...], target: Path) -> None:
 
     for page in keep(what, target):
         click.echo(page)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--title", default="", help="Of the paper; default: the name in words.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where to put it (default: here).")
+def new(name: str, title: str, folder: Path) -> None:
+    """Write a plugin to start from, called NAME: it installs, runs and passes its tests as it stands."""
+    from layerlab.scaffold import new_plugin
+
+    made = new_plugin(name, folder, title)
+    click.echo(f"{made} is a plugin that works as it stands:\n"
+               f"  pip install -e {made}            # then `layerlab list` shows it\n"
+               f"  layerlab check {name}            # the contract\n"
+               f"  layerlab reproduce {name}        # its notebook, at the quick profile\n"
+               "What to replace by your method says so in its files; plugins/README.md goes through them.")
 
 
 if __name__ == "__main__":

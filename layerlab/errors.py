@@ -12,6 +12,10 @@ class LayerlabError(Exception):
     """Something a user can mend: its message names the thing and the remedy in one sentence."""
 
 
+class LayerlabWarning(UserWarning):
+    """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> LayerlabError:
     """The error for a name that does not exist: lists what does, and the nearest spelling.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -12,13 +13,14 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, LayerlabWarning, unknown
 from layerlab.files import write_json
 from layerlab.papers import ClaimResult, load_paper
 from layerlab.progress import drawn
@@ -45,6 +47,7 @@ class Job:
         key: changes when the job would do something else, see `layerlab.study.notebook_key`.
         cores: threads that it should have; `all` keeps the machine to itself.
         memory_gb: host memory that it may take, in 10⁹ bytes.
+        problem: why it cannot be run, found before anything started; otherwise empty.
     """
 
     notebook: str
@@ -55,6 +58,7 @@ class Job:
     key: str = ""
     cores: int | Literal["all"] = 1
     memory_gb: float = 2.0
+    problem: str = ""
 
     @property
     def name(self) -> str:
@@ -309,21 +313,46 @@ def reproduce(
 
 
 def _papermill() -> Any:
-    """papermill, without what costs each process two seconds.
+    """papermill, without what costs each process two seconds and without what is plugged into it and broken.
 
     It imports jsonschema, which builds a grammar of web addresses if the package that holds it can be imported.
-    Notebooks are valid or not without that.
+    Notebooks are valid or not without that. And it loads engines of all distributions with nothing around that.
     """
+    if "papermill" in sys.modules:
+        import papermill
+
+        return papermill
+    import entrypoints
+
     name = "rfc3987_syntax"
     absent = name not in sys.modules
     if absent:
         sys.modules[name] = None  # type: ignore[assignment]
+    every = entrypoints.get_group_all
+    entrypoints.get_group_all = _sound_points
     try:
         import papermill
     finally:
+        entrypoints.get_group_all = every
         if absent:
             del sys.modules[name]
     return papermill
+
+
+def _sound_points(group: str) -> list[Any]:
+    """The entry points of a group that can be loaded; the others get a warning."""
+    sound = []
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:  # whatever somebody's module raises
+            owner = point.dist.name if point.dist else "a package"
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {reason}.", LayerlabWarning,
+                          stacklevel=2)
+        else:
+            sound.append(point)
+    return sound
 
 
 def _check_writable(folder: Path) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from layerlab.errors import LayerlabError, sentence, unknown
+from layerlab.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.measure import mean_interval
-from layerlab.registry import Plugin
+from layerlab.registry import NAME, Plugin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,7 +182,7 @@ def read_paper(file: Path, strategy: str) -> Paper:
         return Paper(**content, strategy=strategy, folder=file.parent)
     except FileNotFoundError:
         raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise LayerlabError(f"{file} cannot be read: {error}.") from None
     except ValidationError as error:
         raise LayerlabError(sentence(error, str(file))) from None
@@ -199,12 +200,31 @@ def load_paper(strategy: str | Plugin) -> Paper:
         from layerlab import strategies
 
         strategy = strategies[strategy]
+    if not NAME.fullmatch(strategy.name):
+        raise LayerlabError(f"Plugin {strategy.name!r} of distribution {strategy.distribution!r} has a name that no "
+                            f"strategy may have; uninstall {strategy.distribution}.")
     package = strategy.target.partition(":")[0].partition(".")[0]
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):  # what is half there
+        found = None
     if found is None or not found.submodule_search_locations:
         raise LayerlabError(f"Strategy {strategy.name!r} points to {strategy.target}, and there is no package "
                             f"{package!r}; install {strategy.distribution} anew.")
     return read_paper(Path(found.submodule_search_locations[0]) / "paper.toml", strategy.name)
+
+
+def readable_papers() -> list[Paper]:
+    """The papers of all installed strategies; for one that cannot be read there is a warning instead."""
+    from layerlab import strategies
+
+    papers = []
+    for name in strategies:
+        try:
+            papers.append(load_paper(name))
+        except LayerlabError as error:
+            warnings.warn(f"{name} is left out: {error}", LayerlabWarning, stacklevel=3)
+    return papers
 
 
 def judge(

@@ -108,8 +108,12 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
         beside: the folder that paths of notebooks are relative to.
         output: the folder of the results, where the plan is of a single job.
 
+    Returns:
+        Of `paper: all`, also what cannot be run, a broken plugin say, as a job with its problem: the others run.
+
     Raises:
-        LayerlabError: every mistake of the plan at once: unknown papers, notebooks, profiles and parameters.
+        LayerlabError: every mistake of the plan at once: unknown papers, notebooks, profiles and parameters; or there
+            is nothing that can be run.
     """
     jobs: dict[str, Job] = {}
     mistakes: list[str] = []
@@ -122,12 +126,18 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
                 else:
                     job = paper_job(source, profile, parameters, output)
             except LayerlabError as error:
-                mistakes.append(f"job {number}: {error}")
+                if entry.paper == [ALL]:
+                    job = Job("", "", source, profile, parameters, problem=f"{source}: {error}")
+                    jobs[f"{number} {job.label}"] = job
+                else:
+                    mistakes.append(f"job {number}: {error}")
             else:
                 other = jobs.setdefault(job.folder, job)
                 if other.key != job.key:
                     mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
                                     f"{other.label}; give one of them another name")
+    if jobs and all(job.problem for job in jobs.values()):
+        mistakes += [job.problem for job in jobs.values()]
     if mistakes:
         lines = "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise LayerlabError(f"The plan has mistakes, and nothing was run:\n{lines}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import entrypoints
 
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, LayerlabWarning, unknown
 
 if TYPE_CHECKING:
     from layerlab.strategy import Strategy
 
 GROUP = "layerlab.strategies"
+# What a strategy may be called: also the name of folders, of an MLflow experiment, and a word on the command line.
+NAME = re.compile("[a-z0-9-]+")
 
 
 @dataclass
@@ -40,14 +43,18 @@ class Plugin:
         # torch comes with it, which whoever only starts notebooks does without.
         from layerlab.strategy import Strategy
 
+        if not NAME.fullmatch(self.name):
+            return None, f"{self.name!r} is no name for a strategy: it may have small letters, digits and dashes"
         module, _, attribute = self.target.partition(":")
         try:
             found: Any = importlib.import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
-        # A plugin may fail in any way at import; it must not take the others down with it.
-        except (Exception, SystemExit) as error:
-            return None, f"{type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        # A plugin may fail in any way at import, also by what is no Exception; it must not take the others along.
+        except BaseException as error:
+            return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
         if not (isinstance(found, type) and issubclass(found, Strategy)):
             return None, f"{self.target} is not a subclass of layerlab.Strategy"
         if found.name != self.name:
@@ -136,6 +143,7 @@ def installed() -> Registry:
         warnings.warn(
             f"A malformed entry_points.txt is installed, by: {offenders}. Strategies are found all the same; "
             "reinstall that package to be rid of this warning.",
+            LayerlabWarning,
             stacklevel=2,
         )
         plugins = [

@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
@@ -21,10 +22,10 @@ from typing import get_args
 import pandas as pd
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, LayerlabWarning
 from layerlab.files import write_atomically, write_json
 from layerlab.measure import versions_text
-from layerlab.papers import ClaimResult, Paper, Verdict, load_paper
+from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
 from layerlab.scoreboard import markdown_table, merged, scoreboard_markdown
 from layerlab.study import PARAMETERS, RESULTS, read_results
 
@@ -57,7 +58,7 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(each) for each in what if Path(each).is_dir() or str(each) not in strategies]
         names = [str(each) for each in what if Path(each) not in folders]
-        for name in names or ([] if what else strategies):
+        for name in names or ([] if what else [paper.strategy for paper in readable_papers()]):
             found = list(_from_mlflow(name, Path(temporary) / name))
             if not found and names:
                 raise LayerlabError(
@@ -77,15 +78,20 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
 
 def _from_mlflow(name: str, folder: Path) -> Iterator[Path]:
     """The newest finished runs of a paper, each profile's in a folder like the one that the run itself wrote."""
-    load_paper(name)
+    paper = load_paper(name)
     seen = {UNPUBLISHED}
     for run in tracking.notebook_runs(name):
-        profile = run.data.tags["profile"]
-        if profile not in seen:
+        profile = run.data.tags.get("profile", "")
+        if profile in paper.profiles and profile not in seen:
             seen.add(profile)
             place = folder / profile
             place.mkdir(parents=True)
             tracking.client().download_artifacts(run.info.run_id, "", str(place))
+            try:
+                read_results(place)
+            except LayerlabError as error:
+                warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
+                continue
             yield place
 
 
@@ -138,12 +144,6 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
     return merged(rows + [paper.not_run(claim, "") for claim in paper.claims if claim.id not in found])
 
 
-def _papers() -> list[Paper]:
-    from layerlab import strategies
-
-    return [load_paper(name) for name in strategies]
-
-
 def _first_author(paper: Paper) -> str:
     return paper.authors.split(",")[0].split()[-1]
 
@@ -155,7 +155,7 @@ def _counts(rows: Sequence[ClaimResult]) -> list[str]:
 
 def scoreboard_page(target: Path) -> str:
     """Every claim of every installed paper, in Markdown."""
-    papers = _papers()
+    papers = readable_papers()
     lines = [[f"[{paper.strategy}](#{paper.strategy})", *_counts(kept(target, paper))] for paper in papers]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
@@ -179,7 +179,7 @@ def with_papers(readme: str, target: Path) -> str | None:
     if not (mark and end):
         return None
     lines = []
-    for paper in _papers():
+    for paper in readable_papers():
         name, rows = paper.strategy, kept(target, paper)
         card = f"`{name}`"
         if (target.resolve().parent / "plugins" / name / "README.md").exists():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import click
 import pandas as pd
+from pydantic import ValidationError
 
 from layerlab import tracking
-from layerlab.papers import ClaimResult, Verdict, load_paper
+from layerlab.errors import LayerlabWarning
+from layerlab.papers import ClaimResult, Verdict, load_paper, readable_papers
 
 COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
 
@@ -59,15 +62,18 @@ def scoreboard_markdown(results: Sequence[ClaimResult]) -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table of texts, without a final line break."""
+    def text(cell: object) -> str:
+        return str(cell).replace("|", "\\|").replace("\n", " ")
+
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(map(text, row)) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def scoreboard_styled(results: Sequence[ClaimResult]) -> Any:
     """The scoreboard as a pandas Styler, for a notebook or, by its `to_html`, a page; verdicts in colour."""
     paint = {"reproduced": "#c7e9c0", "holds": "#c6dbef", "differs": "#fdd0a2", "not": "#eeeeee"}
-    style = scoreboard(results).style.hide(axis="index")
+    style = scoreboard(results).style.hide(axis="index").format(escape="html")
     style = style.map(lambda text: f"background-color: {paint[str(text).split()[0]]}", subset=["verdict"])
     return style.set_properties(**{"text-align": "left", "vertical-align": "top"})
 
@@ -92,26 +98,35 @@ def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
     return sorted(kept.values(), key=lambda row: claims.index(row.claim))
 
 
+def _rows(name: str, run: Any) -> list[ClaimResult]:
+    """What a run says of its own paper's claims; whatever else its plugin may have written there is left out."""
+    try:
+        rows = [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
+    except ValidationError as error:
+        warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
+                      f"({str(error).splitlines()[0]}).", LayerlabWarning, stacklevel=3)
+        return []
+    return [row for row in rows if row.paper == name]
+
+
 def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     """Every claim of papers with what MLflow holds of it: the newest finished run of each profile.
 
     Args:
-        names: strategies; default: all that are installed.
+        names: strategies; default: all that are installed, but for those without a readable paper, each with a warning.
 
     Raises:
         LayerlabError: an unknown strategy; a tracking database that cannot be read.
     """
-    from layerlab import strategies
-
     rows = []
-    for name in names or list(strategies):
-        paper = load_paper(name)
+    for paper in [load_paper(name) for name in names] or readable_papers():
         results: list[ClaimResult] = []
         newest = set()
-        for run in tracking.notebook_runs(name):
-            if run.data.tags["profile"] not in newest:
-                newest.add(run.data.tags["profile"])
-                results += [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
+        for run in tracking.notebook_runs(paper.strategy):
+            profile = run.data.tags.get("profile", "")
+            if profile not in newest:
+                newest.add(profile)
+                results += _rows(paper.strategy, run)
         known = {claim.id: claim for claim in paper.claims}
         # A claim that the plugin has dropped since is no claim of the paper any more.
         results = [result for result in results if result.claim in known]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -72,7 +72,9 @@ class Run:
         model: the network that predicts and that a user deploys.
         training_model: the network that trains. The same object as `model` unless a strategy separates the two.
         optimizer: holds every parameter of `model`, frozen or not; a frozen one has no gradient and is skipped.
-        schedule: the learning-rate schedule; `fit` steps it.
+        schedule: the learning-rate schedule; `fit` steps it. A strategy with rates of its own puts its schedule there
+            in `on_fit_start`, after it has split the optimizer's parameters into groups if it needs several.
+        schedule_each: how often `fit` steps it, `epoch` or `step`; whoever puts a schedule there says so.
         data: where the training batches come from. A strategy may replace it between epochs.
         test_data: what `model` is evaluated on after each epoch.
         loss: maps (logits, labels) to a scalar.
@@ -106,6 +108,7 @@ class Run:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     folder: Path | None = None
     batch_size: int = 0
+    schedule_each: Literal["epoch", "step"] = "epoch"
     epoch: int = 0
     step: int = 0
     steps_per_epoch: int = 0

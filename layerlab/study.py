@@ -76,9 +76,15 @@ def _hold(folder: Path) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, `key`, `data`,
-    `seconds`; or nothing."""
-    file = folder / RECORD
-    return json.loads(file.read_text()) if file.exists() else {}
+    `seconds`; or nothing, also where the file holds anything else."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
+        return {}
+    kinds = {"data": dict, "begun": (int, float), "ended": (int, float), "seconds": (int, float)}
+    return record if all(isinstance(record.get(name), (kind, type(None))) for name, kind in kinds.items()) else {}
 
 
 def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
@@ -89,12 +95,20 @@ def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | 
         notebook: the notebook's file.
         parameters: every value in force.
         package: folder of the plugin's package.
+
+    Raises:
+        LayerlabError: the file is no notebook.
     """
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]]
+    try:
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
     sources = sorted(package.rglob("*.py")) if package else []
     # Another plugin that is installed meanwhile changes nothing for this one.
     known = versions(plugins=package is None)
-    content = [cells, parameters, known, [(file.name, file.read_text()) for file in sources]]
+    texts = [(file.name, file.read_text(errors="replace")) for file in sources if file.is_file()]
+    content = [cells, parameters, known, texts]
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -298,9 +312,13 @@ def read_results(folder: Path) -> list[ClaimResult]:
     """The claims' results that a finished study left in its folder.
 
     Raises:
-        LayerlabError: there are none.
+        LayerlabError: there are none, or the file holds something else.
     """
     file = folder / RESULTS
     if not file.exists():
         raise LayerlabError(f"{folder} holds no finished run (no {RESULTS}); run `layerlab reproduce` first.")
-    return [ClaimResult(**row) for row in json.loads(file.read_text())]
+    try:
+        return [ClaimResult(**row) for row in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise LayerlabError(f"{file} does not hold the claims of a run ({str(error).splitlines()[0]}); delete its "
+                            "folder and run it again.") from None

@@ -287,7 +287,7 @@ class Fit:
         joules = energy.joules()
         peak = torch.cuda.max_memory_allocated(self.device) - self._other_bytes if self.device.type == "cuda" else None
 
-        if settings.schedule_each == "epoch":
+        if run.schedule_each == "epoch":
             run.schedule.step()
         mean_loss = total.item() / steps
         if not math.isfinite(mean_loss):
@@ -319,7 +319,7 @@ class Fit:
         """All steps of an epoch; adds their losses to `total`. Returns seconds: the loop's, its untimed steps'."""
         run, settings = self.run, self.settings
         step = self._step()
-        each_step = run.schedule.step if settings.schedule_each == "step" else None
+        each_step = run.schedule.step if run.schedule_each == "step" else None
         outside = 0.0
         start = time.perf_counter()
         for index, (x, y) in enumerate(run.data.batches(settings.batch_size, run.generator, torch.float32,
@@ -428,6 +428,7 @@ class Fit:
             device=self.device,
             generator=torch.Generator().manual_seed(self.seed),
             batch_size=settings.batch_size,
+            schedule_each=settings.schedule_each,
         )
         if settings.precision == "bfloat16":
             run.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import Freezer
+from helpers import Freezer, same_weights
 from pydantic import Field
 from torch import nn
 
@@ -127,6 +127,40 @@ def test_the_network_that_trains_and_its_data_may_be_others_than_the_one_that_pr
 def test_a_strategy_that_replaces_the_network_is_refused_beside_one_that_replaces_the_step(digits, residual):
     with pytest.raises(LayerlabError, match=r"'headless' and 'stepper' cannot run together.*the network that trains"):
         fit(residual(), digits, [Stepper(), Headless()], epochs=1, progress=False)
+
+
+class OwnRates(Strategy):
+    """The classifier learns at the fit's rate, everything else at one that falls with every step."""
+
+    name: ClassVar[str] = "own-rates"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        object.__setattr__(self, "rates", [])
+
+    def on_fit_start(self, run: Run) -> None:
+        (group,) = run.optimizer.param_groups
+        last = list(run.model.classifier.parameters())
+        rest = [parameter for parameter in group["params"] if all(parameter is not other for other in last)]
+        run.optimizer.param_groups[:] = [{**group, "params": last}, {**group, "params": rest}]
+        run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, [lambda _: 1.0, lambda step: 0.8**step])
+        run.schedule_each = "step"
+
+    def on_after_backward(self, run: Run) -> None:
+        self.rates.append(tuple(group["lr"] for group in run.optimizer.param_groups))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_strategy_may_put_its_own_rates_and_schedule_in_place(digits, residual, tmp_path, optimizer):
+    # Cosine steps each epoch and would fail on two groups, if it were still there.
+    options = dict(epochs=3, batch_size=512, lr=0.1, schedule="cosine", optimizer=optimizer)
+    whole = fit(residual, digits, OwnRates(), progress=False, **options)
+    steps = 3 * (len(digits.train) // 512)
+    assert whole.strategies[0].rates == [(0.1, pytest.approx(0.1 * 0.8**step)) for step in range(steps)]
+    Fit(residual, digits, OwnRates(), checkpoint=tmp_path, **options).train_epoch()
+    again = fit(residual, digits, OwnRates(), checkpoint=tmp_path, progress=False, **options)
+    assert again.strategies[0].rates == whole.strategies[0].rates[steps // 3:]
+    assert same_weights(whole.model, again.model)
 
 
 def test_a_strategy_knows_where_the_checkpoint_lies(digits, residual, tmp_path):
