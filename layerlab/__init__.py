@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LayerlabError": "layerlab.errors",
+    "LayerMap": "layerlab.strategy",
     "Replaced": "layerlab.strategy",
     "Run": "layerlab.strategy",
     "Strategy": "layerlab.strategy",
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from layerlab.models import build_model, forward_order, prefixes
     from layerlab.papers import load_paper
     from layerlab.registry import Registry
-    from layerlab.strategy import Replaced, Run, Strategy
+    from layerlab.strategy import LayerMap, Replaced, Run, Strategy
     from layerlab.study import Study
     from layerlab.tracking import track
     from layerlab.training import compare, evaluate, fit
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
     strategies: Registry
 
 __all__ = [
-    "Dataset", "LayerlabError", "Replaced", "Run", "Strategy", "Study", "build_model", "compare", "evaluate", "figures",
-    "fit", "forward_order", "load_dataset", "load_paper", "measure", "prefixes", "strategies", "track",
+    "Dataset", "LayerMap", "LayerlabError", "Replaced", "Run", "Strategy", "Study", "build_model", "compare",
+    "evaluate", "figures", "fit", "forward_order", "load_dataset", "load_paper", "measure", "prefixes", "strategies",
+    "track",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from layerlab.data import Dataset, Split, resolve_device
 from layerlab.errors import LayerlabError, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
 from layerlab.progress import Progress
-from layerlab.strategy import Run, Strategy, check_composition
+from layerlab.strategy import LayerMap, Run, Strategy, check_composition
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -124,6 +124,12 @@ class FitResult:
     def final(self) -> dict[str, Any]:
         """The last epoch's row."""
         return self.history[-1]
+
+    @property
+    def layer_maps(self) -> dict[str, LayerMap]:
+        """The layer × epoch maps of its strategies, as `strategy: title`."""
+        return {f"{strategy.name}: {title}": each for strategy in self.strategies
+                for title, each in strategy.layer_maps(self.history).items()}
 
     def __repr__(self) -> str:
         row = self.final

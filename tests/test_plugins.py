@@ -70,6 +70,18 @@ def test_resume_after_every_epoch_is_bit_identical(name, optimizer, data, networ
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_layer_maps_have_every_epoch_and_name_their_numbers(name, data, network):
+    result = fit(network, data, strategies(name), epochs=4, batch_size=256, progress=False)
+    for each in result.layer_maps.values():
+        assert list(each.table.columns) == [1, 2, 3, 4]
+        assert each.table.index.is_unique
+        assert len(each.table)
+        assert each.label or each.states
+        if each.states:
+            assert set(each.table.to_numpy().ravel()) <= set(range(len(each.states)))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_object_fits_twice(name, data, network):
     strategy = strategies(name)
     options = dict(epochs=3, batch_size=256)

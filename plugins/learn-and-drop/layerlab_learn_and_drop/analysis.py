@@ -274,12 +274,7 @@ def targets(runs: Mapping[str, Any]) -> pd.DataFrame:
 
 def score_map(result: Any, score: str) -> pd.DataFrame:
     """A score of every layer and epoch: `change` (as log₁₀) or `trend`; empty where a layer did not learn."""
-    layers = result.strategies[0].layers
-    frame = pd.DataFrame(
-        {row["epoch"]: [row.get(f"{NAME}/{score}/{layer}", math.nan) for layer in layers] for row in result.history},
-        index=layers,
-    )
-    return frame.map(lambda value: math.log10(value) if value > 0 else math.nan) if score == "change" else frame
+    return result.strategies[0].layer_maps(result.history)[score].table
 
 
 def edges(result: Any) -> list[int]:
