@@ -190,6 +190,24 @@ class Dataset:
             f"{self.classes} classes, from {self.source}" + (f"; {self.note}" if self.note else "")
         )
 
+    def samples(self, count: int = 10) -> Image.Image:
+        """The first training image of each of the first classes, side by side, at least 64 pixels high."""
+        labels = self.train.labels.cpu()
+        rows = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:count]])
+        images = self.train.images
+        chosen = next(images.stream([rows])) if isinstance(images, Streamed) else images[rows.to(images.device)]
+        strip = torch.cat(list(torch.nn.functional.pad(chosen.cpu(), (1, 1), value=255)), dim=2)
+        picture = Image.fromarray(strip.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        times = -(-64 // picture.height)
+        return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+
+    def _repr_html_(self) -> str:
+        from layerlab import tables
+
+        stream = io.BytesIO()
+        self.samples().save(stream, "PNG")
+        return tables.dataset_table(self)._repr_html_() + tables.picture(stream.getvalue())
+
 
 def load_dataset(
     name: str,

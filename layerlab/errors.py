@@ -11,6 +11,10 @@ from pydantic import ValidationError
 class LayerlabError(Exception):
     """Something a user can mend: its message names the thing and the remedy in one sentence."""
 
+    def _render_traceback_(self) -> list[str]:
+        # What IPython shows in a notebook: the sentence, without the pages of code that found it out.
+        return [f"{type(self).__name__}: {self}"]
+
 
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> LayerlabError:
     """The error for a name that does not exist: lists what does, and the nearest spelling.

@@ -323,6 +323,11 @@ class Strategy(BaseModel):
         """
         return None
 
+    def _repr_html_(self) -> str:
+        from layerlab import tables
+
+        return tables.strategy_table(self)._repr_html_()
+
     @classmethod
     def defines(cls, hook: str) -> bool:
         """Whether this strategy has a hook of its own."""

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from layerlab import tables
 from layerlab.checkpoint import Checkpoint
 from layerlab.data import Dataset, Split, resolve_device
 from layerlab.errors import LayerlabError, sentence
@@ -131,17 +132,27 @@ class FitResult:
         return {f"{strategy.name}: {title}": each for strategy in self.strategies
                 for title, each in strategy.layer_maps(self.history).items()}
 
-    def __repr__(self) -> str:
-        row = self.final
-        seconds = sum(each["time/epoch_seconds"] for each in self.history)
+    @property
+    def headline(self) -> str:
+        """The result in a line."""
+        row, seconds = self.final, total(self, "time/epoch_seconds")
         return (
             f"{self.name}, seed {self.seed}: top-1 {row['test/top1']:.2%} after {row['epoch']} epochs "
             f"and {seconds:.1f} s of training"
         )
 
+    def __repr__(self) -> str:
+        return self.headline
+
+    def __str__(self) -> str:
+        return tables.fit_table(self).text()
+
     def _repr_html_(self) -> str:
-        columns = [c for c in self.frame.columns if c.startswith(("epoch", "train/", "test/", "time/"))]
-        return f"<p>{self!r}</p>" + self.frame[columns].to_html(index=False, float_format="%.4g")
+        from layerlab import figures
+
+        maps = self.layer_maps
+        drawn = tables.picture(figures.png(figures.layer_maps(maps))) if maps else ""
+        return tables.fit_table(self)._repr_html_() + drawn
 
 
 class Fit:
@@ -591,6 +602,7 @@ def compare(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    keep_going: bool = False,
     **settings: Any,
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -602,6 +614,8 @@ def compare(
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
+        keep_going: leave an arm out that refuses the network or fails in whatever way, and go on with the others; its
+            reason is in the result's `failures`. Otherwise its error ends the comparison.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
@@ -614,31 +628,59 @@ def compare(
     checked = _settings(settings)
     bars = Progress(len(arms) * len(seeds) * checked.epochs, progress)
     results: dict[tuple[str, int], FitResult] = {}
+    failures: dict[str, str] = {}
     fits: list[Fit] = []
+
+    @contextmanager
+    def attempted(arm: str, seed: int) -> Iterator[None]:
+        """Whatever an arm does, alone: with `keep_going` its failure takes it out and nothing else."""
+        try:
+            yield
+        # A strategy may fail in any way; KeyboardInterrupt is the user's.
+        except (Exception, SystemExit) as error:
+            if not keep_going:
+                raise
+            reason = str(error) if isinstance(error, LayerlabError) else f"{type(error).__name__}: {error}"
+            failures[arm] = " ".join(reason.split())
+            bars.total -= (len(seeds) - seeds.index(seed)) * checked.epochs
+            for each in [each for each in fits if each.name == arm]:
+                bars.total += len(each.run.history)
+                fits.remove(each)
+                each.fail(error)
+            for key in [key for key in results if key[0] == arm]:
+                del results[key]
+
     try:
         for seed in seeds:
             fits.clear()
             for arm, strategies in arms.items():
+                if arm in failures:
+                    continue
                 chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
                 network = model[arm] if isinstance(model, Mapping) else model
                 folder = Path(checkpoint) if checkpoint is not None else None
                 if folder is not None and len(arms) * len(seeds) > 1:
                     folder /= f"{arm or 'fit'}-seed{seed}"
-                fits.append(Fit(
-                    network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
-                    loss=loss, checkpoint=folder, observers=observers, **settings,
-                ))
+                with attempted(arm, seed):
+                    fits.append(Fit(
+                        network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
+                        loss=loss, checkpoint=folder, observers=observers, **settings,
+                    ))
             bars.done += sum(each.run.epoch for each in fits)
             # Runs that were interrupted at different epochs catch up first.
             while pending := [each for each in fits if not each.finished]:
                 first = min(each.run.epoch for each in pending)
                 for each in pending:
                     if each.run.epoch == first:
-                        row = each.train_epoch()
-                        bars.epoch(f"{each.name} seed {seed}", row["epoch"], checked.epochs,
-                                   f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
-            for each in fits:
-                results[each.name, seed] = each.finish()
+                        with attempted(each.name, seed):
+                            each.train_epoch()
+                        if each in fits:
+                            row = each.run.history[-1]
+                            bars.epoch(f"{each.name} seed {seed}", row["epoch"], checked.epochs,
+                                       f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
+            for each in list(fits):
+                with attempted(each.name, seed):
+                    results[each.name, seed] = each.finish()
     except BaseException as error:
         for each in fits:
             if (each.name, each.seed) not in results:
@@ -646,7 +688,7 @@ def compare(
         raise
     finally:
         bars.close()
-    return Comparison(results)
+    return Comparison(results, failures)
 
 
 @dataclass(eq=False)
@@ -655,9 +697,11 @@ class Comparison:
 
     Attributes:
         results: (arm, seed) → result.
+        failures: arm that was left out of them → why.
     """
 
     results: dict[tuple[str, int], FitResult]
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -675,6 +719,12 @@ class Comparison:
         frames = [result.frame.assign(arm=arm, seed=seed) for (arm, seed), result in self.results.items()]
         return pd.concat(frames, ignore_index=True)
 
+    @property
+    def runs(self) -> pd.DataFrame:
+        """One row an arm and seed: what a run reached and cost, columns as in `SUMMARY`."""
+        return pd.DataFrame([{"arm": arm, "seed": seed} | {name: value(result) for name, value in SUMMARY.items()}
+                             for (arm, seed), result in self.results.items()])
+
     def per_seed(self, value: Callable[[FitResult], float], arm: str) -> list[float]:
         """`value` of each seed's result of an arm."""
         return [value(self.results[arm, seed]) for seed in self.seeds]
@@ -685,14 +735,20 @@ class Comparison:
         rows = []
         for arm in self.arms:
             row: dict[str, Any] = {"arm": arm, "seeds": len(self.seeds)}
-            for label, value in _SUMMARY.items():
+            for label, value in SUMMARY.items():
                 values = self.per_seed(value, arm)
                 row[label], row[f"{label} ±"] = mean_interval(values)
             rows.append(row)
         return pd.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        return tables.comparison_table(self).text()
+
     def _repr_html_(self) -> str:
-        return self.summary.to_html(index=False, float_format="%.4g", na_rep="one seed")
+        from layerlab import figures
+
+        drawn = tables.picture(figures.png(figures.curves(self.frame, "test/top1"))) if self.results else ""
+        return tables.comparison_table(self)._repr_html_() + drawn
 
 
 def total(result: FitResult, metric: str) -> float:
@@ -700,7 +756,8 @@ def total(result: FitResult, metric: str) -> float:
     return math.fsum(row.get(metric, math.nan) for row in result.history)
 
 
-_SUMMARY: dict[str, Callable[[FitResult], float]] = {
+# What is told of a run: name with unit → value.
+SUMMARY: dict[str, Callable[[FitResult], float]] = {
     "top-1": lambda result: result.final["test/top1"],
     "top-5": lambda result: result.final["test/top5"],
     "best top-1": lambda result: max(row["test/top1"] for row in result.history),
