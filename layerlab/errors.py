@@ -16,6 +16,12 @@ class LayerlabError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+def reason(error: BaseException) -> str:
+    """An error in one line: a sentence of ours as it is, any other with its type."""
+    text = str(error) if isinstance(error, LayerlabError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> LayerlabError:
     """The error for a name that does not exist: lists what does, and the nearest spelling.
 

@@ -146,15 +146,14 @@ def layer_maps(maps: Mapping[str, LayerMap], title: str = "") -> Figure:
         maps: `FitResult.layer_maps`.
     """
     tallest = max(len(each.table) for each in maps.values())
-    columns = min(3, len(maps))
+    columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = _canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.24 * tallest + 1.2)))
+    figure, axes = _canvas(columns, rows, width=5.6, height=min(9.0, max(2.2, 0.24 * tallest + 1.0)))
     flat = list(axes.flat)
     for axis, (name, each) in zip(flat, maps.items(), strict=False):
         _heat_map(axis, name, each.table, each.label, each.states or None)
         if each.states:
-            axis.legend(_state_handles(each.states), each.states, loc="upper center", bbox_to_anchor=(0.5, -0.2),
-                        ncols=len(each.states))
+            axis.legend(_state_handles(each.states), each.states, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     for axis in flat[len(maps):]:
         axis.set_visible(False)
     if title:
@@ -188,14 +187,13 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
     """Several quantities of the arms of a comparison, a panel each: seeds as small points, mean and 95 % interval.
 
     Args:
-        frame: a row an arm and seed, `Comparison.runs`.
+        frame: a row an arm and seed, `Comparison.runs` say.
         columns: column → label of its panel, with its unit.
         baseline: the arm whose mean is drawn on as a line.
     """
     from layerlab.measure import mean_interval
 
     arms = list(dict.fromkeys(frame["arm"]))
-    columns = {column: label for column, label in columns.items() if frame[column].notna().any()}
     figure, axes = _canvas(len(columns), width=3.1, height=max(1.6, 0.34 * len(arms) + 0.9))
     colours = sns.color_palette("colorblind", len(arms))
     for number, (axis, (column, label)) in enumerate(zip(axes[0], columns.items(), strict=True)):
@@ -211,6 +209,7 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
                 axis.axvline(mean, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
         axis.set_yticks(range(len(arms)), arms if number == 0 else [""] * len(arms))
         axis.set(xlabel=label, ylim=(len(arms) - 0.5, -0.5))
+        axis.margins(x=0.12)
         axis.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
@@ -218,31 +217,33 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
 def fronts(
     frame: pd.DataFrame, x: Mapping[str, str], y: str, ylabel: str, front: Mapping[str, Sequence[str]]
 ) -> Figure:
-    """Accuracy against several costs, with the arms that no other beats in both joined by a line.
+    """Accuracy against several costs; a line joins the arms that no other beats in both, which are filled.
 
     Args:
         frame: a row an arm, with columns `arm`, y, those of x, and half-widths of intervals as `column ±`.
         x: column of a cost → label of its axis, with its unit.
-        y: column of a share, shown in per cent.
+        y: column of the accuracy.
+        ylabel: its label, with its unit.
         front: column of a cost → arms on the Pareto front.
     """
-    x = {column: label for column, label in x.items() if frame[column].notna().any()}
     figure, axes = _canvas(len(x), width=4.6, height=3.8)
-    colours = sns.color_palette("colorblind", len(frame))
+    colours = dict(zip(frame["arm"], sns.color_palette("colorblind", len(frame)), strict=True))
+    shapes = dict(zip(frame["arm"], "osD^vPX<>*" * len(frame), strict=False))
     for axis, (column, label) in zip(axes[0], x.items(), strict=True):
-        best = frame[frame["arm"].isin(front[column])].sort_values(column)
-        axis.plot(best[column], best[y], color="0.35", linewidth=1, linestyle="--", zorder=0,
-                  drawstyle="steps-post", label="no other is better in both")
-        for number, (colour, (_, row)) in enumerate(zip(colours, frame.iterrows(), strict=True)):
+        best = frame[frame["arm"].isin(front[column])].sort_values([column, y])
+        axis.plot(best[column], best[y], color="0.35", linewidth=1, linestyle="--", zorder=0, drawstyle="steps-post")
+        for _, row in frame.iterrows():
             bars = {name: None if np.isnan(half) else half
                     for name, half in (("xerr", row[f"{column} ±"]), ("yerr", row[f"{y} ±"]))}
-            axis.errorbar(row[column], row[y], fmt="osD^vPX<>*"[number % 10], color=colour, markersize=6,
-                          elinewidth=0.9, capsize=2, label=row["arm"], alpha=0.9,
-                          markerfacecolor=colour if row["arm"] in front[column] else "white", **bars)
+            colour = colours[row["arm"]]
+            axis.errorbar(row[column], row[y], fmt=shapes[row["arm"]], color=colour, markersize=6.5, elinewidth=0.9,
+                          capsize=2, markerfacecolor=colour if row["arm"] in front[column] else "white", **bars)
         axis.set(xlabel=label, ylabel=ylabel)
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.margins(x=0.08, y=0.1)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(frame) + 1))
+    handles = [plt.Line2D([], [], color=colours[arm], marker=shapes[arm], linestyle="") for arm in frame["arm"]]
+    handles.append(plt.Line2D([], [], color="0.35", linewidth=1, linestyle="--"))
+    figure.legend(handles, [*frame["arm"], "filled: none is better in both"], loc="outside lower center",
+                  ncols=min(4, len(handles)))
     return figure
 
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Batches(Protocol):
-    """What a run reads batches from: `layerlab.data.Split`, or anything of this shape that a strategy puts there."""
+    """What a run reads batches from: `layerlab.data.Split`, or anything of this shape that a strategy puts there.
+
+    What a strategy puts there may have `resident_bytes`, the memory that it takes: it counts to the run's peak.
+    """
 
     def __len__(self) -> int:
         """The number of examples."""

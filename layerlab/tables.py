@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerlab.measure import mean_interval
-
 if TYPE_CHECKING:
+    import pandas as pd
+
     from layerlab.data import Dataset
     from layerlab.papers import Paper
     from layerlab.registry import Registry
@@ -35,7 +35,7 @@ class Table:
 
     Attributes:
         header: headings, with units.
-        rows: of as many texts.
+        rows: of as many texts; the last one of a shorter row has the rest of the columns to itself.
         caption: a line above.
         notes: lines below.
     """
@@ -48,25 +48,30 @@ class Table:
     @property
     def _numeric(self) -> list[bool]:
         """Which columns hold numbers, to be aligned at the right."""
-        return [all(_NUMBER.match(row[index]) for row in self.rows) for index in range(len(self.header))]
+        whole = [row for row in self.rows if len(row) == len(self.header)]
+        return [bool(whole) and all(_NUMBER.match(row[index]) for row in whole) for index in range(len(self.header))]
 
     def text(self, width: int | None = None) -> str:
         """For a terminal of that many columns (default: this one's); the widest column of words gives way."""
         width = width or shutil.get_terminal_size((100, 24)).columns
-        numeric = self._numeric
-        widths = [max(len(row[index]) for row in [self.header, *self.rows]) for index in range(len(self.header))]
+        numeric, count = self._numeric, len(self.header)
+        cells = [row[: len(row) - (len(row) < count)] for row in [self.header, *self.rows]]
+        widths = [max(len(row[index]) for row in cells if index < len(row)) for index in range(count)]
         words = [index for index, number in enumerate(numeric) if not number]
-        over = sum(widths) + 2 * (len(widths) - 1) - width
+        over = sum(widths) + 2 * (count - 1) - width
         if over > 0 and words:
             widest = max(words, key=lambda index: widths[index])
             widths[widest] = max(20, len(self.header[widest]), widths[widest] - over)
         lines = textwrap.wrap(self.caption, width) if self.caption else []
         for row in [self.header, *self.rows]:
-            cells = [textwrap.wrap(cell, size) or [""] for cell, size in zip(row, widths, strict=True)]
-            for line in range(max(map(len, cells))):
-                parts = [cell[line] if line < len(cell) else "" for cell in cells]
+            sizes, right = widths[: len(row)], numeric[: len(row)]
+            if len(row) < count:
+                sizes[-1], right[-1] = max(20, sum(widths[len(row) - 1:]) + 2 * (count - len(row))), False
+            wrapped = [textwrap.wrap(cell, size) or [""] for cell, size in zip(row, sizes, strict=True)]
+            for line in range(max(map(len, wrapped))):
+                parts = [cell[line] if line < len(cell) else "" for cell in wrapped]
                 lines.append("  ".join(part.rjust(size) if number else part.ljust(size) for part, size, number
-                                       in zip(parts, widths, numeric, strict=True)).rstrip())
+                                       in zip(parts, sizes, right, strict=True)).rstrip())
         for note in self.notes:
             lines += textwrap.wrap(note, width)
         return "\n".join(lines)
@@ -77,12 +82,16 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        aligned = ["right" if number else "left" for number in self._numeric]
+        aligned, count = ["right" if number else "left" for number in self._numeric], len(self.header)
 
         def line(kind: str, cells: Sequence[str]) -> str:
-            return "<tr>" + "".join(
-                f'<{kind} style="text-align: {side}; vertical-align: top">{html.escape(cell)}</{kind}>'
-                for cell, side in zip(cells, aligned, strict=True)) + "</tr>"
+            text = ""
+            for index, (cell, side) in enumerate(zip(cells, aligned, strict=False)):
+                rest = count - len(cells) + 1 if index == len(cells) - 1 and len(cells) < count else 1
+                span = f' colspan="{rest}"' if rest > 1 else ""
+                style = f"text-align: {'left' if rest > 1 else side}; vertical-align: top"
+                text += f'<{kind}{span} style="{style}">{html.escape(cell)}</{kind}>'
+            return f"<tr>{text}</tr>"
 
         caption = f"<p>{html.escape(self.caption)}</p>" if self.caption else ""
         body = "".join(line("td", row) for row in self.rows)
@@ -119,20 +128,30 @@ _COLUMNS: dict[str, tuple[str, str, float]] = {
 }
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One row an arm: accuracy, seconds, FLOPs, bytes moved and peak memory of a run."""
-    from layerlab.training import SUMMARY
+def in_units(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """`Comparison.summary` or `Comparison.runs` in units that make its numbers readable.
 
-    header, columns = ["arm"], [list(comparison.arms)]
+    Returns:
+        (the frame with scaled columns, column → heading with the unit, of those that were measured).
+    """
+    scaled, headings = frame.copy(), {}
     for name, (heading, unit, factor) in _COLUMNS.items():
-        values = [[factor * value for value in comparison.per_seed(SUMMARY[name], arm)] for arm in comparison.arms]
-        if not any(math.isfinite(value) for each in values for value in each):
+        if not frame[name].notna().any():
             continue
-        by, label = scale((value for each in values for value in each), unit) if unit in ("FLOP", "B") else (1.0, unit)
-        header.append(f"{heading} [{label}]")
-        columns.append([spread(*mean_interval([by * value for value in each])) for each in values])
-    return Table(header, list(zip(*columns, strict=True)), _caption(comparison),
-                 [f"{arm} was left out: {reason}" for arm, reason in comparison.failures.items()])
+        by, label = scale(factor * frame[name], unit) if unit in ("FLOP", "B") else (1.0, unit)
+        for column in {name, f"{name} ±"} & set(frame.columns):
+            scaled[column] = by * factor * frame[column]
+        headings[name] = f"{heading} [{label}]"
+    return scaled, headings
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row an arm: accuracy, seconds, FLOPs, bytes moved and peak memory of a run; or why it was left out."""
+    frame, headings = in_units(comparison.summary) if comparison.results else (None, {})
+    rows = [[row["arm"], *(spread(row[name], row[f"{name} ±"]) for name in headings)]
+            for _, row in frame.iterrows()] if frame is not None else []
+    rows += [[arm, f"left out: {reason}"] for arm, reason in comparison.failures.items()]
+    return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison))
 
 
 def _caption(comparison: Comparison) -> str:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from layerlab import tables
 from layerlab.checkpoint import Checkpoint
 from layerlab.data import Dataset, Split, resolve_device
-from layerlab.errors import LayerlabError, sentence
+from layerlab.errors import LayerlabError, reason, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
 from layerlab.progress import Progress
 from layerlab.strategy import LayerMap, Run, Strategy, check_composition
@@ -316,7 +316,9 @@ class Fit:
             row["cost/forward_flops"] = cost.forward_flops * steps
             row["cost/backward_flops"] = cost.backward_flops * steps
             row["cost/bytes_moved"] = cost.bytes_moved * steps
-            peak = cost.peak_memory_bytes if peak is None else peak
+            if peak is None:
+                # What a strategy keeps in memory to read batches from; a GPU's allocator counts it by itself.
+                peak = cost.peak_memory_bytes + getattr(run.data, "resident_bytes", 0)
         if peak is not None:
             row["cost/peak_memory_bytes"] = peak
         if joules is not None:
@@ -640,8 +642,7 @@ def compare(
         except (Exception, SystemExit) as error:
             if not keep_going:
                 raise
-            reason = str(error) if isinstance(error, LayerlabError) else f"{type(error).__name__}: {error}"
-            failures[arm] = " ".join(reason.split())
+            failures[arm] = reason(error)
             bars.total -= (len(seeds) - seeds.index(seed)) * checked.epochs
             for each in [each for each in fits if each.name == arm]:
                 bars.total += len(each.run.history)

@@ -208,19 +208,8 @@ def time_to(result: Any, target: float) -> float:
 
 
 def peak_bytes(result: Any) -> float:
-    """The most that a run held: a step's peak and the features that lay in memory beside it.
-
-    On a GPU the allocator's peak holds the features already.
-    """
-    return max(
-        row.get("cost/peak_memory_bytes", math.nan)
-        + (row.get(f"{NAME}/feature_bytes", 0) * (1 - row.get(f"{NAME}/features_in_file", 0)) if _on_cpu(result) else 0)
-        for row in result.history
-    )
-
-
-def _on_cpu(result: Any) -> bool:
-    return next(result.model.parameters()).device.type == "cpu"
+    """The most that a run held: a step's peak and the features that lay in memory beside it."""
+    return max(row.get("cost/peak_memory_bytes", math.nan) for row in result.history)
 
 
 def table(runs: Mapping[str, Any]) -> pd.DataFrame:

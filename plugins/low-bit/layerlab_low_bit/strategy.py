@@ -184,14 +184,16 @@ class LowBit(Strategy):
         frame, maps = self.statistics, {}
         if frame.empty:
             return maps
-        order = {name: place for place, name in enumerate(frame.loc[frame["kind"] == "weight", "tensor"].unique())}
+        weights = frame.loc[frame["kind"] == "weight", "tensor"].unique()
+        layers = [name.removesuffix("weight") for name in weights]
+
+        def place(tensor: str) -> tuple[int, bool]:
+            # Errors are met in backward and gradients parameter by parameter; an input may be met after its layer.
+            found = [index for index, layer in enumerate(layers) if tensor.startswith(layer)]
+            return (found[-1] if found else len(layers), not tensor.endswith(".input"))
+
         for kind, part in frame.groupby("kind", sort=False):
-            names = list(part["tensor"].unique())
-            if kind not in ("activation", "weight"):
-                # Those are met in the forward pass; the others in backward, or parameter by parameter.
-                layers = {name: name.removesuffix(f".{kind}").removesuffix(".weight").removesuffix(".bias")
-                          for name in names}
-                names.sort(key=lambda name: order.get(f"{layers[name]}.weight", len(order)))
+            names = sorted(part["tensor"].unique(), key=place)
             table = part.pivot(index="tensor", columns="epoch", values="position").loc[names]
             maps[f"{kind} formats"] = LayerMap(table, "position of the highest bit")
         return maps
