@@ -28,6 +28,8 @@ ALL = "all"
 COSTS = {"time": "seconds", "compute": "TFLOP", "memory": "peak MB"}
 # A ratio nearer to 1 than this is rounding.
 _EXACT = 1e-6
+# What a saving has to be, for a strategy to be worth it: the order in which arms take turns alone makes some per cent.
+WORTH = 0.05
 
 
 # ---------------------------------------------------------------------------------------------- what is compared
@@ -270,15 +272,19 @@ class Advice:
         return f"<p><b>{first}</b></p>" + "".join(f"<p>{sentence}</p>" for sentence in rest)
 
 
-def advise(comparison: Comparison, baseline: str = BASELINE, tolerance: float = 1.0) -> Advice:
+def advise(
+    comparison: Comparison, baseline: str = BASELINE, tolerance: float = 1.0, test_images: int | None = None
+) -> Advice:
     """Which strategy to use: for accuracy, and for less time, compute or memory at an accuracy that is kept.
 
     An arm is better in something when the whole 95 % interval of its difference to the baseline, or of its ratio, taken
-    seed by seed, says so. It keeps the accuracy when the whole interval is above a loss of `tolerance`. Two arms are
-    told apart when the interval of one against the other says so.
+    seed by seed, says so; a saving has to be `WORTH` besides. It keeps the accuracy when the whole interval is above a
+    loss of `tolerance`. Two arms are told apart when the interval of one against the other says so.
 
     Args:
         tolerance: points of top-1 that may be lost.
+        test_images: how many top-1 comes from: no interval of it is taken to be narrower than one of them, since a few
+            seeds may agree by chance.
     """
     arms = [arm for arm in comparison.arms if arm != baseline]
     nothing: dict[str, tuple[str, ...]] = dict.fromkeys(("accuracy", *COSTS), ())
@@ -288,7 +294,9 @@ def advise(comparison: Comparison, baseline: str = BASELINE, tolerance: float = 
         return Advice(nothing, (
             "Nothing can be told apart: one seed says nothing about how much results vary by chance. Compare with at "
             "least three, seeds=[0, 1, 2].",))
-    points = {arm: mean_interval(paired(comparison, "top-1", arm, baseline)) for arm in arms}
+    finest = 100 / test_images if test_images else 0.0
+    measured = {arm: mean_interval(paired(comparison, "top-1", arm, baseline)) for arm in arms}
+    points = {arm: (mean, max(half, finest)) for arm, (mean, half) in measured.items()}
     choices, details = dict(nothing), []
     choices["accuracy"], sentences = _most_accurate(comparison, points)
     details += sentences
@@ -324,9 +332,9 @@ def _cheapest(
 ) -> tuple[tuple[str, ...], str]:
     """The arms that are measurably cheaper, keep the accuracy and are not told apart from the cheapest, in words."""
     ratios = {arm: mean_interval(paired(comparison, column, arm, baseline)) for arm in points}
-    cheaper = [arm for arm, (mean, half) in ratios.items() if mean + half < 1 - _EXACT]
+    cheaper = [arm for arm, (mean, half) in ratios.items() if mean + half < 1 - _EXACT and mean <= 1 - WORTH]
     if not cheaper:
-        return (), f"Less {goal}: no strategy is measurably below the baseline."
+        return (), f"Less {goal}: no strategy is measurably below the baseline by {WORTH:.0%} or more."
     told = {arm: f"{spread(*ratios[arm])} of the baseline's at {_signed(points[arm])} points of top-1{dearer[arm]}"
             for arm in cheaper}
     candidates = [arm for arm in cheaper if points[arm][0] - points[arm][1] >= -tolerance]

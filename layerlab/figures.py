@@ -55,7 +55,8 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
             mean = part.groupby("epoch")[[column for column in {panel, y} if column != "epoch"]].mean()
             mean["epoch"] = mean.index
             axis.plot(mean[panel], mean[y], color=colours[arm], label=arm, marker="o", markersize=3.5)
-            if panel == "epoch" and part["seed"].nunique() > 1:
+            # Bands of more arms hide each other and the curves.
+            if panel == "epoch" and part["seed"].nunique() > 1 and len(arms) <= 5:
                 from layerlab.measure import mean_interval
 
                 half = part.groupby("epoch")[y].apply(lambda values: mean_interval(list(values))[1])
@@ -194,7 +195,7 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
     from layerlab.measure import mean_interval
 
     arms = list(dict.fromkeys(frame["arm"]))
-    figure, axes = _canvas(len(columns), width=3.1, height=max(1.6, 0.34 * len(arms) + 0.9))
+    figure, axes = _canvas(len(columns), width=2.6, height=max(2.1, 0.34 * len(arms) + 0.9))
     colours = sns.color_palette("colorblind", len(arms))
     for number, (axis, (column, label)) in enumerate(zip(axes[0], columns.items(), strict=True)):
         for place, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
