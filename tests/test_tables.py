@@ -145,3 +145,13 @@ def test_a_paper_shows_its_claims():
     for text in (str(paper), paper._repr_html_()):
         assert paper.title.split(":")[0][:20] in text
         assert paper.claims[0].id in text
+
+
+def test_an_error_that_a_user_can_mend_is_one_line_in_a_notebook(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.run_cell("from layerlab import load_dataset\nload_dataset('no-such-data')")
+    shown = capsys.readouterr().out.strip()
+    assert shown.startswith("LayerlabError: Unknown dataset 'no-such-data'.")
+    assert len(shown.splitlines()) == 1
