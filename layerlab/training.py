@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -604,7 +604,7 @@ def compare(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
-    keep_going: bool = False,
+    keep_going: Collection[str] = (),
     **settings: Any,
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -616,8 +616,8 @@ def compare(
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
-        keep_going: leave an arm out that refuses the network or fails in whatever way, and go on with the others; its
-            reason is in the result's `failures`. Otherwise its error ends the comparison.
+        keep_going: arms that are left out when they refuse the network or fail in whatever way, with the reason in the
+            result's `failures`. The error of any other ends the comparison.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
@@ -635,12 +635,12 @@ def compare(
 
     @contextmanager
     def attempted(arm: str, seed: int) -> Iterator[None]:
-        """Whatever an arm does, alone: with `keep_going` its failure takes it out and nothing else."""
+        """Whatever an arm does, alone: where `keep_going` says so its failure takes it out and nothing else."""
         try:
             yield
         # A strategy may fail in any way; KeyboardInterrupt is the user's.
         except (Exception, SystemExit) as error:
-            if not keep_going:
+            if arm not in keep_going:
                 raise
             failures[arm] = reason(error)
             bars.total -= (len(seeds) - seeds.index(seed)) * checked.epochs

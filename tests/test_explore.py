@@ -167,7 +167,7 @@ class Breaks(Strategy):
 def test_who_refuses_or_breaks_is_left_out_and_changes_nothing_for_the_others(digits, residual):
     arms = {"plain": (), "refuses": Refuses(), "breaks": Breaks(), "leaves": Breaks(error="SystemExit"),
             "late": Breaks(seed=1, epoch=1), "frozen": Freezer()}
-    runs = compare(residual, digits, arms, seeds=[0, 1], keep_going=True, **QUICK)
+    runs = compare(residual, digits, arms, seeds=[0, 1], keep_going=list(arms)[1:], **QUICK)
     assert runs.arms == ["plain", "frozen"]
     assert runs.seeds == [0, 1]
     assert runs.failures == {
@@ -181,9 +181,9 @@ def test_who_refuses_or_breaks_is_left_out_and_changes_nothing_for_the_others(di
 
 def test_without_that_wish_and_by_the_users_own_hand_the_comparison_ends(digits, residual):
     with pytest.raises(ValueError, match="broke"):
-        compare(residual, digits, {"plain": (), "breaks": Breaks()}, **QUICK)
+        compare(residual, digits, {"plain": (), "breaks": Breaks()}, keep_going=["plain"], **QUICK)
     with pytest.raises(KeyboardInterrupt):
-        compare(residual, digits, {"breaks": Breaks(error="KeyboardInterrupt")}, keep_going=True, **QUICK)
+        compare(residual, digits, {"breaks": Breaks(error="KeyboardInterrupt")}, keep_going=["breaks"], **QUICK)
 
 
 def test_a_survey_lists_all_that_was_left_out_and_goes_on_where_it_was_stopped(digits, residual):
@@ -208,7 +208,7 @@ def test_a_survey_lists_all_that_was_left_out_and_goes_on_where_it_was_stopped(d
     assert client().get_run(again.run_id).info.status == "FINISHED"
     anew, _ = once()
     assert anew.run_id != session.run_id
-    with pytest.raises(LayerlabError, match=r"The baseline fails: .*batch_size 1000000 is larger"):
+    with pytest.raises(LayerlabError, match="batch_size 1000000 is larger"):
         once(batch_size=10**6)
 
 

@@ -101,7 +101,7 @@ def test_a_comparison_shows_who_was_left_out_and_why(data, residual):
         def on_epoch_start(self, run) -> None:
             raise ValueError("no <good>")
 
-    runs = compare(residual, data, {"plain": (), "bad": Broken()}, epochs=1, keep_going=True, **QUICK)
+    runs = compare(residual, data, {"plain": (), "bad": Broken()}, epochs=1, keep_going=["bad"], **QUICK)
     assert "left out: ValueError: no <good>" in repr(runs)
     assert "left out: ValueError: no &lt;good&gt;" in runs._repr_html_()
 
