@@ -332,7 +332,7 @@ def _cheapest(
     ratios = {arm: mean_interval(paired(comparison, column, arm, baseline)) for arm in points}
     cheaper = [arm for arm, (mean, half) in ratios.items() if mean + half < 1 - _EXACT and mean <= 1 - WORTH]
     if not cheaper:
-        return (), f"Less {goal}: no strategy is measurably below the baseline by {WORTH:.0%} or more."
+        return (), f"Less {goal}: no strategy is measurably below the baseline by {100 * WORTH:g} % or more."
     told = {arm: f"{spread(*ratios[arm])} of the baseline's at {_signed(points[arm])} points of top-1{dearer[arm]}"
             for arm in cheaper}
     candidates = [arm for arm in cheaper if points[arm][0] - points[arm][1] >= -tolerance]
@@ -365,8 +365,8 @@ def _headline(choices: Mapping[str, tuple[str, ...]], tolerance: float) -> str:
         if chosen:
             found.setdefault(chosen, []).append(wanted[goal])
     if not found:
-        return ("Stay with the baseline: no strategy is measurably more accurate, nor one measurably cheaper that "
-                f"certainly loses no more than {_points(tolerance)} of top-1.")
+        return ("Stay with the baseline: no strategy is measurably more accurate, and none is measurably cheaper with a "
+                f"loss of more than {_points(tolerance)} of top-1 excluded.")
     text = "; ".join(f"{' or '.join(chosen)} for {_and(goals)}" for chosen, goals in found.items())
     missing = [wanted[goal] for goal, chosen in choices.items() if not chosen]
     return f"Use {text}." + (f" For {_and(missing)} nothing can be recommended over the baseline." if missing else "")

@@ -106,7 +106,7 @@ def spread(mean: float, half: float = math.nan) -> str:
     if math.isfinite(half) and half > 1e-9 * abs(mean):
         decimals = min(4, max(0, 1 - math.floor(math.log10(half))))
         return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
-    return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:#.4g}"
+    return f"{mean:,.0f}" if abs(mean) >= 999.95 else f"{mean:#.4g}"
 
 
 def scale(values: Iterable[float], unit: str) -> tuple[float, str]:

@@ -79,7 +79,7 @@ def lab(tmp_path) -> Iterator:
                               stdout=log, stderr=log, start_new_session=True)
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1120,1080"):
         options.add_argument(flag)
     browser = None
     try:
@@ -156,6 +156,8 @@ def test_explore_runs_in_jupyterlab_with_bars_and_results(lab, tmp_path):
     assert any("loss" in text and "top-1" in text for text in bars)
     assert len(browser.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output .widget-hprogress, "
                                                       ".jp-OutputArea-output .jupyter-widget-hprogress")) >= 2
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})",
+                           browser.find_element(By.CSS_SELECTOR, ".jp-OutputArea-output .jupyter-widgets"))
     _shot(browser, "jupyterlab-explore-running")
 
     _until(lambda: any("loaded again" in text for text in texts(".jp-OutputArea-output")), "the last cell", 400)
@@ -171,6 +173,9 @@ def test_explore_runs_in_jupyterlab_with_bars_and_results(lab, tmp_path):
     assert all(browser.execute_script("return arguments[0].naturalWidth", picture) > 300 for picture in pictures)
     heading = next(each for each in browser.find_elements(By.CSS_SELECTOR, ".jp-MarkdownCell h2")
                    if each.text.startswith("Side by side"))
+    # The whole width for the notebook.
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.CONTROL, "b")
+    time.sleep(1)
     browser.execute_script("arguments[0].scrollIntoView()", heading)
     time.sleep(1)
     _shot(browser, "jupyterlab-explore")
