@@ -365,8 +365,8 @@ def _headline(choices: Mapping[str, tuple[str, ...]], tolerance: float) -> str:
         if chosen:
             found.setdefault(chosen, []).append(wanted[goal])
     if not found:
-        return ("Stay with the baseline: no strategy is measurably more accurate, and none is measurably cheaper with a "
-                f"loss of more than {_points(tolerance)} of top-1 excluded.")
+        return ("Stay with the baseline: no strategy is measurably more accurate, and none is measurably cheaper with "
+                f"a loss of more than {_points(tolerance)} of top-1 excluded.")
     text = "; ".join(f"{' or '.join(chosen)} for {_and(goals)}" for chosen, goals in found.items())
     missing = [wanted[goal] for goal, chosen in choices.items() if not chosen]
     return f"Use {text}." + (f" For {_and(missing)} nothing can be recommended over the baseline." if missing else "")
