@@ -28,8 +28,8 @@ ui: $(READY)  ## MLflow on http://127.0.0.1:5000
 lab: $(READY)  ## JupyterLab on 127.0.0.1
 	LAYERLAB_HOME=$(CURDIR) $(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir=notebooks
 
-benchmarks: $(READY)  ## what fit costs over a plain loop
-	$(BIN)/python benchmarks/fit_overhead.py
+benchmarks: $(READY)  ## every speed and memory ratio, into results/benchmarks.md (about an hour)
+	$(BIN)/python benchmarks/all.py
 
 clean:  ## remove the environment; runs/ and mlflow.db stay
 	rm -rf $(VENV)

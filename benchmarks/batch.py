@@ -25,8 +25,10 @@ STAMP = {
     "cells": [{
         "cell_type": "code", "id": "stamp", "metadata": {"tags": ["parameters"]}, "outputs": [],
         "execution_count": None,
-        "source": "import psutil\nfile = ''  # where to\nif file:\n"
-                  "    open(file, 'w').write(str(psutil.Process().create_time()))",
+        "source": "file = ''  # where to",
+    }, {
+        "cell_type": "code", "id": "write", "metadata": {}, "outputs": [], "execution_count": None,
+        "source": "import psutil\nopen(file, 'w').write(str(psutil.Process().create_time()))",
     }],
     "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
     "nbformat": 4, "nbformat_minor": 5,
@@ -37,12 +39,10 @@ def start_seconds() -> float:
     """Seconds from the command to the start of its first kernel's process."""
     with tempfile.TemporaryDirectory() as folder:
         notebook, stamp = Path(folder) / "stamp.ipynb", Path(folder) / "stamp"
-        content = json.loads(json.dumps(STAMP))
-        content["cells"][0]["source"] = content["cells"][0]["source"].replace("file = ''", f"file = {str(stamp)!r}")
-        notebook.write_text(json.dumps(content))
+        notebook.write_text(json.dumps(STAMP))
         begin = time.time()
-        subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", str(notebook)], check=True,
-                       capture_output=True, env={**os.environ, "LAYERLAB_HOME": folder})
+        subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", str(notebook), "-p", f"file={stamp}"],
+                       check=True, capture_output=True, env={**os.environ, "LAYERLAB_HOME": folder})
         return float(stamp.read_text()) - begin
 
 

@@ -11,9 +11,9 @@ import argparse
 from typing import ClassVar
 
 import torch
-from fit_overhead import random_images
 
 from layerlab import Run, Strategy, build_model, prefixes
+from layerlab.data import noise
 from layerlab.measure import Turns, machine_name
 from layerlab.training import Fit
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    data = random_images(512 if options.device == "cpu" else 12_800, 3, 32, torch.device(options.device))
+    data = noise(512 if options.device == "cpu" else 12_800, (3, 32, 32), options.device).augmented("crop-flip", 4)
     epochs = 2 * options.rounds + 2
     settings = dict(epochs=epochs, batch_size=64, lr=0.001)
     jobs = {

@@ -13,19 +13,9 @@ import torch
 from torch import nn
 
 from layerlab import build_model
-from layerlab.data import Dataset, Split
+from layerlab.data import Dataset, noise
 from layerlab.measure import Turns, machine_name, synchronise
 from layerlab.training import Fit
-
-
-def random_images(n: int, channels: int, side: int, device: torch.device) -> Dataset:
-    """A resident dataset of noise: what is timed does not depend on what the images show."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(0, 10, (n,), generator=generator).to(device)
-    split = Split(images, labels, (127.0,) * channels, (64.0,) * channels)
-    test = Split(images[:512], labels[:512], split.mean, split.std)
-    return Dataset("noise", split, test, 10, "noise", "random numbers").augmented("crop-flip", 4)
 
 
 class ByHand:
@@ -98,9 +88,10 @@ def main() -> None:
     device = torch.device(options.device)
     print(f"{machine_name()}, torch {torch.__version__}")
     compare("MLP 784-128-128-10, batch 128", lambda: build_model("mlp", image_size=28, width=128),
-            random_images(6_400, 1, 28, device), 128, 5 * options.rounds)
+            noise(6_400, (1, 28, 28), device).augmented("crop-flip", 4), 128, 5 * options.rounds)
+    images = 640 if device.type == "cpu" else 12_800
     compare("VGG-F at 64×64, batch 32", lambda: build_model("vgg-f", num_classes=10, image_size=64, width=1024),
-            random_images(640 if device.type == "cpu" else 12_800, 3, 64, device), 32, options.rounds)
+            noise(images, (3, 64, 64), device).augmented("crop-flip", 4), 32, options.rounds)
 
 
 if __name__ == "__main__":

@@ -325,17 +325,21 @@ def _on_this_machine(
     share = max(1, machine.all_cores // max(1, at_once))
     # Those that need the machine to themselves last, the longest of the others first.
     waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].cores == "all", -(jobs[i].last_seconds or 1e9)))
-    outcomes: dict[int, Outcome] = {}
+    # Asked here as well as in run_job, so that what is done does not wait for room.
+    outcomes = {number: Outcome("done before") for number in waiting if jobs[number].is_done(limits["since"])}
+    waiting = [number for number in waiting if number not in outcomes]
+    for _ in outcomes:
+        board.step()
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
     with ThreadPoolExecutor(max(1, len(jobs))) as pool:
         while waiting or running:
             for number in list(waiting):
-                job = jobs[number]
-                if stop.asked.is_set() or job.is_done(limits["since"]):
+                if stop.asked.is_set():
                     waiting.remove(number)
-                    outcomes[number] = Outcome("stopped" if stop.asked.is_set() else "done before")
+                    outcomes[number] = Outcome("stopped")
                     board.step()
                     continue
+                job = jobs[number]
                 room = machine.take(job, share) if len(running) < at_once else None
                 if room is None:
                     continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from layerlab.errors import LayerlabError
 from layerlab.files import write_atomically, write_json
@@ -68,3 +69,16 @@ class Checkpoint:
                 "data, initial weights or versions); give another folder, or delete this one to start anew."
             )
         return state
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The global random states that a run on `device` draws from: the CPU's, and on a GPU its own."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    """Go back to what `random_state` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

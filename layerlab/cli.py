@@ -175,8 +175,8 @@ def _run(
         jobs, workers=workers or plan.workers, time_limit=minutes and 60 * minutes,
         retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
     )
-    done = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)
-            if outcome.status in ("finished", "done before")]
+    ended = list(zip(jobs, outcomes, strict=True))
+    done = [(job, outcome) for job, outcome in ended if outcome.status in ("finished", "done before")]
     results = [result for job, _ in done if job.strategy for result in read_results(Path(job.folder))]
     if results:
         width = min(160, shutil.get_terminal_size((120, 24)).columns)
@@ -184,9 +184,8 @@ def _run(
     for job, outcome in done:
         again = ", finished before; --rerun runs it again" if outcome.status == "done before" else ""
         click.echo(f"{job.label}: {os.path.relpath(job.file)}{again}")
-    failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)
-              if outcome.status in ("failed", "refused")]
-    stopped = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == "stopped"]
+    failed = [(job, outcome) for job, outcome in ended if outcome.status in ("failed", "refused")]
+    stopped = [job for job, outcome in ended if outcome.status == "stopped"]
     if stopped:
         click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
     for job, outcome in failed:
@@ -247,14 +246,46 @@ def data(root: Path | None) -> None:
 
 
 @main.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), required=True)
+@click.argument("name")
+@click.option("-p", "settings", multiple=True, callback=_pairs, metavar="KEY=VALUE",
+              help="A setting of the strategy; values are YAML.")
+def check(name: str, settings: dict[str, Any]) -> None:
+    """Check an installed strategy against the contract; some seconds for each check."""
+    from layerlab import strategies
+    from layerlab.testing import check_strategy, finding
+
+    marks = {"passed": ("passed ", "green"), "failed": ("FAILED ", "red"), "xfail": ("known  ", "yellow"),
+             "skipped": ("skipped", "yellow")}
+
+    def tell(result: dict[str, Any]) -> None:
+        word, colour = marks[result["status"]]
+        text = finding(result["exception"]) if result["exception"] else ""
+        if result["status"] == "xfail":
+            text = f"{result['expected_to_fail_reason']} ({text})"
+        elif result["expected_to_fail"]:
+            text = "is expected to fail and does not; take it off expected_failed_checks"
+        click.echo(f"{click.style(word, fg=colour)}  {result['check_name']}" + (f": {text}" if text else ""))
+
+    results = check_strategy(strategies(name, **settings), on_fail=None, callback=tell)
+    failed = sum(result["status"] == "failed" for result in results)
+    click.echo(f"{len(results) - failed} of {len(results)} checks hold." if failed else "The contract holds.")
+    if failed:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("what", nargs=-1, metavar="[NAME|FOLDER]…")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
               help="The folder of results.")
-def publish(runs: tuple[Path, ...], target: Path) -> None:
-    """Copy finished runs (their folders) into the results that are kept, one page a paper."""
+def publish(what: tuple[str, ...], target: Path) -> None:
+    """Keep finished runs among the results, one page a paper, and write the scoreboard of all of them.
+
+    A NAME stands for a strategy's newest runs in MLflow, all profiles but quick; without any, all strategies are taken.
+    A FOLDER is one that `layerlab reproduce` wrote.
+    """
     from layerlab.results import publish as keep
 
-    for page in keep(runs, target):
+    for page in keep(what, target):
         click.echo(page)
 
 

@@ -117,8 +117,8 @@ class Split:
         """
         device, n = self.labels.device, len(self)
         index, workers = self.share if generator is not None else (0, 1)
-        count = n // batch_size if generator is not None else -(-n // batch_size)
-        order = (torch.randperm(n, generator=generator) if generator is not None else torch.arange(n)).to(device)
+        order, count = pass_order(n, batch_size, generator)
+        order = order.to(device)
         shifts = self._draw(n, generator) if generator is not None else None
         first, last = batch_size * index // workers, batch_size * (index + 1) // workers
         places = [slice(i * batch_size + first, i * batch_size + last) for i in range(count)]
@@ -209,6 +209,17 @@ class Dataset:
         return tables.dataset_table(self)._repr_html_() + tables.picture(stream.getvalue())
 
 
+def pass_order(examples: int, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """What one pass over `examples` reads: their numbers in its order, (examples,), and how many batches it gives.
+
+    From a generator: shuffled, and the uneven rest at the end belongs to no batch. Without one: in order, the rest in a
+    batch of its own.
+    """
+    if generator is None:
+        return torch.arange(examples), -(-examples // batch_size)
+    return torch.randperm(examples, generator=generator), examples // batch_size
+
+
 def load_dataset(
     name: str,
     *,
@@ -282,6 +293,25 @@ def load_dataset(
     reading = f"{digest}|{image_size}|{channels}|{limit}|{test_limit}"
     fingerprint = hashlib.blake2b(reading.encode(), digest_size=8).hexdigest()
     return Dataset(name, splits["train"], splits["test"], classes, fingerprint, source, found.class_names, found.note)
+
+
+def noise(
+    images: int, shape: tuple[int, int, int], device: str | torch.device = "cpu", classes: int = 10
+) -> Dataset:
+    """A resident dataset of random numbers, for measuring what does not depend on what the images show.
+
+    Args:
+        images: for training; the first eight are the test split, too.
+        shape: of an image, (channels, height, width).
+        device: where it lies.
+        classes: of the random labels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, *shape), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(0, classes, (images,), generator=generator).to(device)
+    train = Split(pixels, labels, (127.5,) * shape[0], (73.6,) * shape[0])
+    test = Split(pixels[:8], labels[:8], train.mean, train.std)
+    return Dataset("noise", train, test, classes, f"noise-{images}-{shape}", "random numbers")
 
 
 def available(name: str, root: str | os.PathLike[str] | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from layerlab import tracking
 from layerlab.errors import LayerlabError
+from layerlab.measure import versions_text
 from layerlab.papers import ClaimResult
 
-BATCH = 1000  # metrics in one call, MLflow's limit
+PARAMS_AT_ONCE = 100  # MLflow's limit for one call
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -53,10 +54,13 @@ def _import_claims(file: Path) -> tuple[int, int]:
     new = known = 0
     by_run = lambda row: (row.paper, row.mlflow_run)  # noqa: E731
     measured = sorted((row for row in rows if row.mlflow_run), key=by_run)
+    here: dict[str, set[str]] = {}
     for (paper, run), group in groupby(measured, by_run):
         results = list(group)
         number = tracking.experiment_id(paper)
-        if run in _origins(number):
+        if number not in here:
+            here[number] = set(_origins(number))
+        if run in here[number]:
             known += 1
             continue
         first = results[0]
@@ -65,11 +69,11 @@ def _import_claims(file: Path) -> tuple[int, int]:
             number, start_time=stamp, run_name=f"{paper} · {first.profile} · notebook", tags={
                 "kind": "notebook", "paper": paper, "profile": first.profile, "machine": first.machine,
                 "commit": first.commit, tracking.ORIGIN: run,
-                "versions": ", ".join(f"{name} {version}" for name, version in first.versions.items()),
+                "versions": versions_text(first.versions),
                 **tracking.claim_tags(result.model_dump_json() for result in results),
             })
         metrics = [Metric(name, value, stamp, 0) for name, value in tracking.claim_metrics(results).items()]
-        tracking.client().log_batch(made.info.run_id, metrics=metrics)
+        tracking.log_metrics(made.info.run_id, metrics)
         tracking.client().set_terminated(made.info.run_id, "FINISHED", stamp)
         new += 1
     return new, known
@@ -150,14 +154,14 @@ def _copy(there: Any, run: Any, experiment: str, before: Any, here: dict[str, An
     )
     number = made.info.run_id
     client.log_batch(number, tags=[RunTag(name, value) for name, value in tags.items()])
-    for chunk in _chunks([Param(name, value) for name, value in run.data.params.items()], 100):
-        client.log_batch(number, params=chunk)
+    params = [Param(name, value) for name, value in run.data.params.items()]
+    for start in range(0, len(params), PARAMS_AT_ONCE):
+        client.log_batch(number, params=params[start : start + PARAMS_AT_ONCE])
     if run.inputs and run.inputs.dataset_inputs:
         client.log_inputs(number, run.inputs.dataset_inputs)
     for name in run.data.metrics:
         # With their own time stamps, so that metrics that are here already are not doubled.
-        for chunk in _chunks(there.get_metric_history(run.info.run_id, name), BATCH):
-            client.log_batch(number, metrics=chunk)
+        tracking.log_metrics(number, there.get_metric_history(run.info.run_id, name))
     original = Path(run.info.artifact_uri.removeprefix("file://"))
     for place in (original, file.parent.joinpath(*original.parts[-4:])):
         if place.is_dir():
@@ -166,8 +170,3 @@ def _copy(there: Any, run: Any, experiment: str, before: Any, here: dict[str, An
     # What still ran when the database was copied was, as far as this copy goes, stopped.
     client.set_terminated(number, run.info.status if run.info.status in ENDED else "KILLED", run.info.end_time)
     return client.get_run(number)
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])

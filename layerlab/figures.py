@@ -26,12 +26,24 @@ LABELS = {
 }
 
 
-def _canvas(columns: int = 1, rows: int = 1, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Any]:
+def canvas(
+    columns: int = 1, rows: int = 1, width: float = 6.0, height: float = 3.6, **options: Any
+) -> tuple[Figure, Any]:
+    """An empty figure in the theme of all our plots, and its axes.
+
+    Args:
+        columns, rows: of panels.
+        width, height: of a panel, in inches.
+        options: of `matplotlib.pyplot.subplots`.
+
+    Returns:
+        The figure, and its axes as an array (rows, columns).
+    """
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
         "axes.grid": True, "grid.alpha": 0.35, "axes.spines.top": False, "axes.spines.right": False,
         "legend.frameon": False, "figure.constrained_layout.use": True, "font.size": 10,
     })
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
     return figure, axes
 
 
@@ -43,7 +55,7 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
         y: the metric.
         x: one panel each; over `seconds` the mean is taken epoch by epoch.
     """
-    figure, axes = _canvas(len(x))
+    figure, axes = canvas(len(x))
     arms = list(dict.fromkeys(frame["arm"]))
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     for panel, axis in zip(x, axes[0], strict=True):
@@ -90,7 +102,7 @@ def layer_bars(
         unit: of the y axis.
         log: logarithmic y axis, for quantities that are magnitudes apart.
     """
-    figure, axes = _canvas(width=max(6.0, 0.75 * len(frame)))
+    figure, axes = canvas(width=max(6.0, 0.75 * len(frame)))
     axis = axes[0][0]
     long = frame.melt("layer", list(value), "part", "value")
     long["part"] = long["part"].map(dict(value))
@@ -123,7 +135,7 @@ def layer_epoch_map(
     tallest = max(len(table) for table in maps.values())
     columns = min(3, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = _canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.32 * tallest + 1.0)))
+    figure, axes = canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.32 * tallest + 1.0)))
     flat = list(axes.flat)
     for axis, (title, table) in zip(flat, maps.items(), strict=False):
         _heat_map(axis, title, table, label, states)
@@ -149,7 +161,7 @@ def layer_maps(maps: Mapping[str, LayerMap], title: str = "") -> Figure:
     tallest = max(len(each.table) for each in maps.values())
     columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
-    figure, axes = _canvas(columns, rows, width=5.6, height=min(9.0, max(2.2, 0.24 * tallest + 1.0)))
+    figure, axes = canvas(columns, rows, width=5.6, height=min(9.0, max(2.2, 0.24 * tallest + 1.0)))
     flat = list(axes.flat)
     for axis, (name, each) in zip(flat, maps.items(), strict=False):
         _heat_map(axis, name, each.table, each.label, each.states or None)
@@ -195,7 +207,7 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
     from layerlab.measure import mean_interval
 
     arms = list(dict.fromkeys(frame["arm"]))
-    figure, axes = _canvas(len(columns), width=2.6, height=max(2.1, 0.34 * len(arms) + 0.9))
+    figure, axes = canvas(len(columns), width=2.6, height=max(2.1, 0.34 * len(arms) + 0.9))
     colours = sns.color_palette("colorblind", len(arms))
     for number, (axis, (column, label)) in enumerate(zip(axes[0], columns.items(), strict=True)):
         for place, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
@@ -227,7 +239,7 @@ def fronts(
         ylabel: its label, with its unit.
         front: column of a cost → arms on the Pareto front.
     """
-    figure, axes = _canvas(len(x), width=4.6, height=3.8)
+    figure, axes = canvas(len(x), width=4.6, height=3.8)
     colours = dict(zip(frame["arm"], sns.color_palette("colorblind", len(frame)), strict=True))
     shapes = dict(zip(frame["arm"], "osD^vPX<>*" * len(frame), strict=False))
     for axis, (column, label) in zip(axes[0], x.items(), strict=True):
@@ -266,7 +278,7 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
         error: column of half-widths of intervals.
         percent: y is a share, shown in per cent.
     """
-    figure, axes = _canvas(width=max(6.0, 0.55 * len(frame)))
+    figure, axes = canvas(width=max(6.0, 0.55 * len(frame)))
     axis = axes[0][0]
     groups, hues = list(dict.fromkeys(frame[x])), list(dict.fromkeys(frame[hue]))
     width = 0.8 / len(hues)
@@ -296,7 +308,7 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
     """
     panels = list(dict.fromkeys(frame[panel]))
     columns = min(2, len(panels))
-    figure, axes = _canvas(columns, -(-len(panels) // columns), width=5.6)
+    figure, axes = canvas(columns, -(-len(panels) // columns), width=5.6)
     flat = list(axes.flat)
     for axis, name in zip(flat, panels, strict=False):
         part = frame[frame[panel] == name]
@@ -329,7 +341,7 @@ def families(frame: pd.DataFrame, x: Mapping[str, str], y: str, family: str, lab
         y: column of a share, shown in per cent.
         family, label: columns with the line's and the point's name.
     """
-    figure, axes = _canvas(len(x), width=5.6)
+    figure, axes = canvas(len(x), width=5.6)
     names = list(dict.fromkeys(frame[family]))
     for axis, (column, text) in zip(axes[0], x.items(), strict=True):
         for number, (colour, name) in enumerate(zip(sns.color_palette("colorblind", len(names)), names, strict=True)):

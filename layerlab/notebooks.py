@@ -108,7 +108,8 @@ class Job:
             since: what was finished before does not count, in seconds since 1970.
         """
         folder = Path(self.folder)
-        if read_record(folder).get("ended", 0.0) < since:
+        record = read_record(folder)
+        if record.get("ended", 0.0) < since:
             return False
         if self.strategy:
             done = is_finished(folder, self.key)
@@ -116,7 +117,6 @@ class Job:
                 # Killed between the study's last word and the notebook's: only the saving of that cell is lost.
                 os.replace(self.partial, self.file)
             return done
-        record = read_record(folder)
         return bool(record.get("finished")) and record.get("key") == self.key and self.file.exists()
 
 

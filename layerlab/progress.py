@@ -20,6 +20,11 @@ from typing import Any, TextIO
 VARIABLE = "LAYERLAB_PROGRESS"
 
 
+def first_process() -> bool:
+    """Whether this is the first process of those that torchrun started, or the only one: it alone writes and logs."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def report(event: dict[str, Any]) -> bool:
     """Append an event to the file that `$LAYERLAB_PROGRESS` names; says whether there is one."""
     file = os.environ.get(VARIABLE)
@@ -110,7 +115,7 @@ class Board:
         from tqdm import tqdm
 
         return tqdm(total=total, desc=f"{label[:28]:28}", position=position, leave=False, dynamic_ncols=True,
-                    file=self._file, bar_format=form)
+                    file=self._file, bar_format=form, unit="starting")
 
     def line(self, text: str) -> None:
         """Write a line above the bars."""
@@ -132,7 +137,7 @@ class Board:
             if self._terminal:
                 taken = {other["position"] for other in self._rows.values()}
                 row["position"] = next(n for n in range(1, len(taken) + 2) if n not in taken)
-                row["bar"] = self._bar(row["position"], label, 1.0, "{desc} {bar} {postfix}")
+                row["bar"] = self._bar(row["position"], label, 1.0, "{desc} {bar} {unit}")
             else:
                 self.line(f"{label}: started" + (f", last time {clock(last)}" if last else ""))
             self._rows[label] = row
@@ -155,10 +160,12 @@ class Board:
                 spent = time.monotonic() - row["begin"]
                 left = row["last"] - spent if row["last"] else spent * (1 - share) / share if share else 0.0
                 row["bar"].n = min(share, 1.0)
-                row["bar"].set_postfix_str(
-                    f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}"
-                    + (f", {clock(left)} left" if left > 0 else "")
-                )
+                # Not as a postfix, before which tqdm writes a comma.
+                row["bar"].unit = f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}" + (
+                    f", {clock(left)} left" if left > 0 else "")
+                row["bar"].refresh()
+                if self._batch is not None:
+                    self._batch.refresh()
 
     def end(self, label: str, text: str) -> None:
         """A notebook has ended, as the text says."""
@@ -230,15 +237,14 @@ class Progress:
     def __init__(self, total: int, show: bool = True) -> None:
         self.total = total
         self.done = 0
-        # Of the processes of a torchrun job the first alone reports.
-        self._first = os.environ.get("RANK", "0") == "0"
-        self._bars = Bars() if show and self._first else None
+        self._reports = first_process()
+        self._bars = Bars() if show and self._reports else None
 
     def epoch(self, run: str, epoch: int, epochs: int, text: str) -> None:
         """Report that `run` has finished `epoch` of `epochs`."""
         self.done += 1
         event = {"total": self.total, "done": self.done, "run": run, "epoch": epoch, "epochs": epochs, "text": text}
-        if self._first and not report(event) and self._bars is not None:
+        if self._reports and not report(event) and self._bars is not None:
             self._bars.update(event)
 
     def close(self) -> None:

@@ -1,64 +1,212 @@
-"""Results that are kept: claims, figures and tables of finished runs, a folder and a page for each paper."""
+"""Results that are kept: claims, figures and tables of finished runs, a folder and a page for each paper, and over all
+of them the scoreboard.
+
+    results/README.md                      every claim of every paper
+    results/<paper>/README.md              a page that reads by itself; claims.json: its rows
+    results/<paper>/<profile>/             claims.json, parameters.json, tables/, figures/, and
+                                           digests.json: what all of these were when they were published together
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 
+from layerlab import tracking
+from layerlab.errors import LayerlabError
 from layerlab.files import write_atomically, write_json
-from layerlab.papers import load_paper
+from layerlab.measure import versions_text
+from layerlab.papers import ClaimResult, Paper, Verdict, load_paper
 from layerlab.scoreboard import markdown_table, merged, scoreboard_markdown
-from layerlab.study import RESULTS, read_record, read_results
+from layerlab.study import PARAMETERS, RESULTS, read_results
+
+DIGESTS = "digests.json"
+# Of a run at this profile no more is said than that the notebook runs.
+UNPUBLISHED = "quick"
+SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
 
 
-def publish(runs: Sequence[Path], target: Path) -> list[Path]:
-    """Keep finished runs under `target/<paper>/<profile>/` and write each paper's page anew.
+def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
+    """Keep finished runs under `target/<paper>/<profile>/`, and write the pages anew.
+
+    A README.md beside `target` that holds the two marks of `SUMMARY` gets the table of papers between them.
 
     Args:
-        runs: output folders of `layerlab reproduce`; a profile that is kept already is replaced.
+        what: output folders of `layerlab reproduce`, or names of strategies, whose newest finished runs are taken from
+            MLflow, all profiles but `quick`; none: every installed strategy of which there are such runs. A profile
+            that is kept already is replaced.
         target: the folder of all results.
 
     Returns:
         The pages written.
 
     Raises:
-        LayerlabError: a folder without a finished run (nothing is written then).
+        LayerlabError: a folder without a finished run, an unknown strategy, one without such runs in MLflow (nothing is
+            written then).
     """
-    loaded = [(run, read_record(run), read_results(run)) for run in runs]
-    papers = []
-    for run, record, results in loaded:
-        paper = results[0].paper
-        folder = target / paper / record["profile"]
-        shutil.rmtree(folder, ignore_errors=True)
+    from layerlab import strategies
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(each) for each in what if Path(each).is_dir() or str(each) not in strategies]
+        names = [str(each) for each in what if Path(each) not in folders]
+        for name in names or ([] if what else strategies):
+            found = list(_from_mlflow(name, Path(temporary) / name))
+            if not found and names:
+                raise LayerlabError(
+                    f"MLflow holds no finished run of {name!r} beyond `{UNPUBLISHED}`; run `layerlab reproduce {name} "
+                    "--profile cpu` first."
+                )
+            folders += found
+        loaded = [(folder, read_results(folder)) for folder in folders]
+        for folder in folders:
+            if not (folder / PARAMETERS).exists():
+                raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
+        for folder, results in loaded:
+            _keep(folder, target / results[0].paper / results[0].profile)
+    papers = list(dict.fromkeys(results[0].paper for _, results in loaded))
+    return [*(_page(target / paper) for paper in papers), *write_summaries(target)]
+
+
+def _from_mlflow(name: str, folder: Path) -> Iterator[Path]:
+    """The newest finished runs of a paper, each profile's in a folder like the one that the run itself wrote."""
+    load_paper(name)
+    seen = {UNPUBLISHED}
+    for run in tracking.notebook_runs(name):
+        profile = run.data.tags["profile"]
+        if profile not in seen:
+            seen.add(profile)
+            place = folder / profile
+            place.mkdir(parents=True)
+            tracking.client().download_artifacts(run.info.run_id, "", str(place))
+            yield place
+
+
+def _keep(run: Path, folder: Path) -> None:
+    """Put what is kept of a run into its place, all of it or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
         for part in ("figures", "tables"):
             if (run / part).is_dir():
-                shutil.copytree(run / part, folder / part)
-        write_json(folder / "parameters.json", record["parameters"])
-        write_json(folder / RESULTS, [result.model_dump() for result in results])
-        papers.append(paper)
-    return [_page(target / paper) for paper in dict.fromkeys(papers)]
+                shutil.copytree(run / part, new / part)
+        for part in (PARAMETERS, RESULTS):
+            write_json(new / part, json.loads((run / part).read_text()))
+        write_json(new / DIGESTS, digests(new))
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File → digest, of everything published in a profile's folder: whatever changes alone no longer agrees."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGESTS)
+    return {
+        file.relative_to(folder).as_posix(): hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+        for file in files
+    }
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def write_summaries(target: Path) -> list[Path]:
+    """Write the page of all papers, and the table in the README beside `target`, from what is kept; the files."""
+    written = [target / "README.md"]
+    text = scoreboard_page(target)
+    write_atomically(written[0], lambda stream: stream.write(text.encode()))
+    readme = target.resolve().parent / "README.md"
+    if readme.exists() and (new := with_papers(readme.read_text(encoding="utf-8"), target)) is not None:
+        write_atomically(readme, lambda stream: stream.write(new.encode()))
+        written.append(readme)
+    return written
+
+
+def kept(target: Path, paper: Paper) -> list[ClaimResult]:
+    """A paper's claims in its order: what is kept of each, or a row that says `not run`."""
+    file = target / paper.strategy / RESULTS
+    rows = [ClaimResult(**row) for row in json.loads(file.read_text())] if file.exists() else []
+    found = {row.claim for row in rows}
+    return merged(rows + [paper.not_run(claim, "") for claim in paper.claims if claim.id not in found])
+
+
+def _papers() -> list[Paper]:
+    from layerlab import strategies
+
+    return [load_paper(name) for name in strategies]
+
+
+def _first_author(paper: Paper) -> str:
+    return paper.authors.split(",")[0].split()[-1]
+
+
+def _counts(rows: Sequence[ClaimResult]) -> list[str]:
+    """How many rows have each verdict."""
+    return [str(sum(row.verdict == verdict for row in rows) or "") for verdict in get_args(Verdict)]
+
+
+def scoreboard_page(target: Path) -> str:
+    """Every claim of every installed paper, in Markdown."""
+    papers = _papers()
+    lines = [[f"[{paper.strategy}](#{paper.strategy})", *_counts(kept(target, paper))] for paper in papers]
+    about = (
+        "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
+        "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
+        "the mean over seeds ± the half-width of its 95 % interval."
+    )
+    text = ["# Results", about, markdown_table(("paper", *get_args(Verdict)), lines)]
+    for paper in papers:
+        rows = kept(target, paper)
+        text += [f"## {paper.strategy}", f"{paper.title} ({_first_author(paper)} et al., {paper.year})."]
+        if (target / paper.strategy / "README.md").exists():
+            text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
+        text.append(scoreboard_markdown(rows).strip())
+    return "\n\n".join(text) + "\n"
+
+
+def with_papers(readme: str, target: Path) -> str | None:
+    """A README with the table of papers between its marks anew; None if it has none."""
+    before, mark, rest = readme.partition(SUMMARY[0])
+    _, end, after = rest.partition(SUMMARY[1])
+    if not (mark and end):
+        return None
+    lines = []
+    for paper in _papers():
+        name, rows = paper.strategy, kept(target, paper)
+        card = f"`{name}`"
+        if (target.resolve().parent / "plugins" / name / "README.md").exists():
+            card = f"[{card}](plugins/{name}/README.md)"
+        text = f"{_first_author(paper)} et al., *{paper.title}*, {paper.year}"
+        page = target / name / "README.md"
+        link = f"[claims and figures]({target.name}/{name}/README.md)" if page.exists() else "`quick` only"
+        lines.append([card, text, *_counts(rows), link])
+    table = markdown_table(("plugin", "paper", *get_args(Verdict), ""), lines)
+    return f"{before}{mark}\n{table}\n{end}{after}"
 
 
 def _page(folder: Path) -> Path:
     """Write `README.md` and `claims.json` of a paper's folder."""
-    results = merged(row for file in sorted(folder.glob(f"*/{RESULTS}")) for row in read_results(file.parent))
+    profiles = sorted(file.parent for file in folder.glob(f"*/{RESULTS}"))
+    results = merged(row for profile in profiles for row in read_results(profile))
     paper = load_paper(results[0].paper)
     write_json(folder / RESULTS, [result.model_dump() for result in results])
     text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip(),
             "## Claims", scoreboard_markdown(results).strip()]
-    for record in sorted(folder.glob(f"*/{RESULTS}")):
-        profile = record.parent
+    for profile in profiles:
         some = next((row for row in read_results(profile) if row.machine), None)
-        parameters = json.loads((profile / "parameters.json").read_text())
+        parameters = json.loads((profile / PARAMETERS).read_text())
         text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
         if some:
-            versions = ", ".join(f"{name} {version}" for name, version in some.versions.items())
             text.append(f"Command: `layerlab reproduce {paper.strategy} --profile {profile.name}`. Machine: "
-                        f"{some.machine}. Commit: `{some.commit}`. Versions: {versions}.")
+                        f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
         text.append("<details><summary>Parameters</summary>\n\n```json\n"
                     + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
         for file in sorted(file for file in (profile / "tables").glob("*.csv") if file.read_text().strip()):

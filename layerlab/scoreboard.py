@@ -18,10 +18,11 @@ SCOREBOARD = ("claim", "where", "paper", "measured", "run", "verdict")
 
 
 def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
-    """The rows as a table of texts, with the columns of `SCOREBOARD`."""
+    """The rows as a table of texts, with the columns of `SCOREBOARD`; claims of several papers begin with its name."""
+    several = len({result.paper for result in results}) > 1
     rows = [
         {
-            "claim": f"{result.paper}: {result.statement}",
+            "claim": f"{result.paper}: {result.statement}" if several else result.statement,
             "where": result.where,
             "paper": f"{result.paper_value:g} {result.unit}",
             "measured": result.measured_text,

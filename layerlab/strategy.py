@@ -217,6 +217,22 @@ class Run:
         self._stopped = [parameter for parameter in parameters if parameter in stopped]
         self.model = self.training_model = model
 
+    def plain_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """The step of a run in which no strategy replaces it: forward, `backward`, update.
+
+        Args:
+            x, y: as `Strategy.training_step`.
+
+        Returns:
+            The batch's mean loss.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            loss = self.loss(self.training_model(x), y)
+        self.backward(loss)
+        self.optimizer.step()
+        return loss
+
     def backward(self, loss: Tensor) -> None:
         """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step."""
         loss.backward()
@@ -229,7 +245,10 @@ class Strategy(BaseModel):
 
     `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's.
     `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
-    which a strategy that replaces the step does not expect.
+    which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
+    (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
+    the layers have to stay what they are. `expected_failed_checks` maps the checks of
+    `layerlab.testing` that it is known to fail to the reason.
 
     State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
     one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
@@ -242,6 +261,9 @@ class Strategy(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
     name: ClassVar[str] = ""
     replaces_network: ClassVar[bool] = False
+    changes_structure: ClassVar[bool] = False
+    follows_layers: ClassVar[bool] = False
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -342,7 +364,7 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
 
     Raises:
         LayerlabError: two of them replace the training step, or the network that trains, or one does the one and
-            another the other; or one is given twice.
+            another the other; one changes the structure while another follows its layers; or one is given twice.
     """
     strategies = list(strategies)
     for strategy in strategies:
@@ -363,6 +385,13 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
         raise LayerlabError(
             f"Strategies {replacing[0]!r} and {replacing[1]!r} cannot run together: both replace the network that "
             "trains; use one of them at a time."
+        )
+    changing = [strategy.name for strategy in strategies if strategy.changes_structure]
+    following = [strategy.name for strategy in strategies if strategy.follows_layers]
+    if changing and following:
+        raise LayerlabError(
+            f"Strategies {changing[0]!r} and {following[0]!r} cannot run together: the one removes layers, "
+            "the other follows each layer from epoch to epoch; use one of them at a time."
         )
     if replacing and stepping:
         raise LayerlabError(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 OUTPUT = "LAYERLAB_OUTPUT"
 RECORD = "study.json"
 RESULTS = "claims.json"
+PARAMETERS = "parameters.json"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
@@ -91,8 +92,7 @@ def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | 
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]]
     sources = sorted(package.rglob("*.py")) if package else []
     # Another plugin that is installed meanwhile changes nothing for this one.
-    known = {name: version for name, version in versions().items()
-             if package is None or not name.startswith("layerlab-")}
+    known = versions(plugins=package is None)
     content = [cells, parameters, known, [(file.name, file.read_text()) for file in sources]]
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -170,6 +170,7 @@ class Session:
         )
         self._record["mlflow_run"] = self.run_id
         write_json(self.folder / RECORD, self._record)
+        self._keep(PARAMETERS, json.dumps(values, indent=2, ensure_ascii=False).encode())
 
     def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
         """`layerlab.compare`, checkpointed in the session's folder and logged with its run's id.
@@ -316,9 +317,7 @@ class Study(Session):
         tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json")
         write_json(self.folder / RESULTS, content)
         self.close()
-        board = scoreboard(results)
-        board["claim"] = board["claim"].str.removeprefix(f"{self.paper.strategy}: ")
-        return board
+        return scoreboard(results)
 
 
 def read_results(folder: Path) -> list[ClaimResult]:

@@ -13,13 +13,13 @@ import socket
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerlab.errors import LayerlabError
-from layerlab.measure import commit, machine_name, versions
+from layerlab.measure import commit, machine_name, versions, versions_text
 
 if TYPE_CHECKING:
     from layerlab.training import Fit, FitResult
@@ -34,6 +34,7 @@ NOTEBOOK = f"{PREFIX}notebook"
 PROCESS = f"{PREFIX}process"
 # Tag of a run that came from another database: its id there.
 ORIGIN = f"{PREFIX}origin"
+METRICS_AT_ONCE = 1000  # MLflow's limit for one call
 
 
 def workbook_folder() -> Path:
@@ -82,6 +83,7 @@ def _client(uri: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
@@ -136,7 +138,7 @@ def common_tags() -> dict[str, str]:
     return {
         "commit": commit(workbook_folder()),
         "machine": machine_name(),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": versions_text(versions()),
     }
 
 
@@ -297,14 +299,19 @@ class Tracker:
             for name, value in row.items()
             if name not in ("epoch", "timestamp")
         ]
-        for start in range(0, len(metrics), 1000):
-            client().log_batch(self._runs[fit], metrics=metrics[start : start + 1000])
+        log_metrics(self._runs[fit], metrics)
         self._written[fit] += len(rows)
 
 
 def track(experiment: str = "explore", **tags: str) -> Tracker:
     """An observer for `fit` that logs to MLflow: `fit(…, observers=[track("my experiment", idea="a")])`."""
     return Tracker(experiment, tags)
+
+
+def log_metrics(run_id: str, metrics: Sequence[Any]) -> None:
+    """Log any number of MLflow's `Metric`s, in as few calls as it takes them."""
+    for start in range(0, len(metrics), METRICS_AT_ONCE):
+        client().log_batch(run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
 
 
 def log_file(run_id: str, content: bytes, name: str) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -19,16 +18,16 @@ from typing import Any, Literal, Protocol
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from layerlab import tables
-from layerlab.checkpoint import Checkpoint
+from layerlab.checkpoint import Checkpoint, random_state, set_random_state
 from layerlab.data import Dataset, Split, resolve_device
 from layerlab.errors import LayerlabError, reason, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
-from layerlab.progress import Progress
+from layerlab.progress import Progress, first_process
 from layerlab.strategy import LayerMap, Run, Strategy, check_composition
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -68,14 +67,21 @@ class Settings(BaseModel):
     """bfloat16: forward and loss under autocast; weights and update stay float32."""
     channels_last: bool = False
     """Memory format of images and convolutions."""
-    compile: bool = False
-    """Run the network's blocks through torch.compile."""
+    compile: bool | str = False
+    """Run the network's blocks through torch.compile; a text names its backend."""
     deterministic: bool = True
     """On a GPU: deterministic algorithms only."""
     measure: bool = True
     """Measure a step whenever the set of learning parameters is a new one."""
     device: str = "auto"
     """`auto`: where the data are."""
+
+    @field_validator("compile")
+    @classmethod
+    def _known_backend(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and value not in (known := torch._dynamo.list_backends(exclude_tags=())):
+            raise ValueError(f"should be true, false or one of {', '.join(known)}")
+        return value
 
 
 class Observer(Protocol):
@@ -182,8 +188,7 @@ class Fit:
         check_composition(self.strategies)
         self.seed = seed
         self.name = name or "+".join(strategy.name for strategy in self.strategies) or "baseline"
-        # Where torchrun started several processes, the first alone writes checkpoints and logs.
-        self.writes = os.environ.get("RANK", "0") == "0"
+        self.writes = first_process()
         self.observers = tuple(observers) if self.writes else ()
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
@@ -364,20 +369,7 @@ class Fit:
         for strategy in self.strategies:
             if strategy.defines("training_step"):
                 return lambda x, y: strategy.training_step(run, x, y).detach()
-        model, optimizer, loss_function, autocast = run.training_model, run.optimizer, run.loss, run.autocast
-        zero_grad, update, hooks = optimizer.zero_grad, optimizer.step, run.after_backward
-
-        def plain(x: Tensor, y: Tensor) -> Tensor:
-            zero_grad(set_to_none=True)
-            with autocast():
-                loss = loss_function(model(x), y)
-            loss.backward()
-            for hook in hooks:
-                hook(run)
-            update()
-            return loss.detach()
-
-        return plain
+        return lambda x, y: run.plain_step(x, y).detach()
 
     def _call(self, hook: str) -> None:
         for strategy in self.strategies:
@@ -413,6 +405,8 @@ class Fit:
         self._uncompile()
         takes = inspect.signature(torch.compile).parameters
         options: dict[str, Any] = {"dynamic": False}
+        if isinstance(self.settings.compile, str):
+            options["backend"] = self.settings.compile
         for block in blocks:
             if "isolate_recompiles" in takes:
                 options["isolate_recompiles"] = True
@@ -528,9 +522,9 @@ class Fit:
     def _turn(self) -> Iterator[None]:
         """This run's random state, determinism and memory accounting, so that several runs can take turns."""
         with ExitStack() as stack:
-            outside = _rng(self.device)
-            _set_rng(self._rng_state, self.device)
-            stack.callback(_set_rng, outside, self.device)
+            outside = random_state(self.device)
+            set_random_state(self._rng_state, self.device)
+            stack.callback(set_random_state, outside, self.device)
             if self.device.type == "cuda":
                 if self.settings.deterministic:
                     stack.enter_context(_deterministic())
@@ -539,7 +533,7 @@ class Fit:
             if self.settings.compile:
                 stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
             yield
-            self._rng_state = _rng(self.device)
+            self._rng_state = random_state(self.device)
             if self.device.type == "cuda":
                 self._own_bytes += torch.cuda.memory_allocated(self.device) - before
 
@@ -874,22 +868,11 @@ def _source(kind: type) -> str:
 
 def _seeded(seed: int, device: torch.device) -> list[Tensor]:
     """The global random states right after seeding, without disturbing the present ones."""
-    outside = _rng(device)
+    outside = random_state(device)
     torch.manual_seed(seed)
-    state = _rng(device)
-    _set_rng(outside, device)
+    state = random_state(device)
+    set_random_state(outside, device)
     return state
-
-
-def _rng(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_rng(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextmanager

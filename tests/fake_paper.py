@@ -26,6 +26,11 @@ description = "seconds"
 [profiles.quick.parameters]
 epochs = 4
 pause = 0.0
+[profiles.cpu]
+description = "seconds, too"
+[profiles.cpu.parameters]
+epochs = 4
+pause = 0.0
 """
 OPEN = "from layerlab import Study\nstudy = Study('fake', profile, epochs=epochs, pause=pause)\np = study.parameters"
 TRAIN = """

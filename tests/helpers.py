@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
+import subprocess
 import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -18,10 +25,11 @@ slow = pytest.mark.skipif(not os.environ.get("LAYERLAB_SLOW"), reason="slow: mak
 
 
 class Freezer(Strategy):
-    """Freezes 0, 1, 2, 1, 0, … modules, by its own count of epochs."""
+    """Freezes 0, 2, 4, 2, 0, … modules, but never the last one, by its own count of epochs."""
 
     name: ClassVar[str] = "freezer"
     seconds: float = 0.0
+    """To wait in each step."""
 
     _count: int = PrivateAttr(0)
     _order: list[Any] = PrivateAttr(default_factory=list)
@@ -31,7 +39,7 @@ class Freezer(Strategy):
         self._order = [module for _, module in forward_order(run.model, run.example)]
 
     def on_epoch_start(self, run: Run) -> None:
-        frozen = (0, 2, 4, 2)[self._count % 4]
+        frozen = min((0, 2, 4, 2)[self._count % 4], len(self._order) - 1)
         run.freeze(self.name, self._order[:frozen])
         run.log("freezer/frozen", frozen)
 
@@ -71,3 +79,30 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Bit for bit."""
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(command: Sequence[str | Path], address: str, seconds: float = 180) -> Iterator[None]:
+    """A server that has begun to answer at an address; it is killed after the block, with all its processes."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address).read()
+                break
+            assert server.poll() is None, f"{command} has ended"
+            assert time.monotonic() < deadline, f"{command} does not answer"
+            time.sleep(0.2)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

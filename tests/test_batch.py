@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
-from helpers import slow
+from helpers import free_port, slow
 
 from layerlab import LayerlabError, Study, tracking
 from layerlab.batch import run_batch
@@ -375,9 +374,7 @@ def test_two_batches_at_once_in_one_folder_run_each_notebook_once(notebook, comm
 def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     """A Dask scheduler and two workers of one thread each: (its address, the workers' processes)."""
     pytest.importorskip("distributed", reason="needs dask.distributed: pip install 'layerlab[cluster]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
     dask = [sys.executable, "-m", "dask"]
     local = ["--host", "127.0.0.1", "--no-dashboard"]

@@ -326,10 +326,27 @@ def test_some_per_cent_are_no_saving_and_one_test_image_no_difference():
     assert not any(advice.choices.values())
 
 
-# ---------------------------------------------------------------------------------------------- saved models
+# ---------------------------------------------------------------------------------------------- maps, saved models
+
+NAMES = [plugin.name for plugin in strategies.every()]
 
 
-@pytest.mark.parametrize("name", [plugin.name for plugin in strategies.every()])
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_maps_have_every_epoch_and_name_their_numbers(name, digits):
+    kind = strategies[name].load()
+    network = kind.example_network(digits.shape, digits.classes) or explore.build_network(
+        "resnet-cifar", digits, {"depth": 8})
+    result = fit(network, digits, strategies(name), epochs=4, batch_size=256, progress=False)
+    for each in result.layer_maps.values():
+        assert list(each.table.columns) == [1, 2, 3, 4]
+        assert each.table.index.is_unique
+        assert len(each.table)
+        assert each.label or each.states
+        if each.states:
+            assert set(each.table.to_numpy().ravel()) <= set(range(len(each.states)))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_saved_model_is_built_again_whatever_trained_it(name, digits, tmp_path):
     kind = strategies[name].load()
     example = kind.example_network(digits.shape, digits.classes)

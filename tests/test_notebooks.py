@@ -28,14 +28,15 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert result.machine
     assert result.versions["torch"]
     assert read_results(out) == [result]
-    assert _files(out) == {"fake.ipynb", "claims.json", "study.json"}
+    assert _files(out) == {"fake.ipynb", "claims.json", "parameters.json", "study.json"}
     client = tracking.client()
     runs = client.search_runs([tracking.experiment_id("fake")])
     (notebook,) = [run for run in runs if run.data.tags.get("kind") == "notebook"]
     children = [run for run in runs if run.data.tags.get(tracking.NOTEBOOK) == notebook.info.run_id]
     assert sorted(run.data.tags["arm"] for run in children) == ["frozen", "plain"]
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {item.path for item in client.list_artifacts(notebook.info.run_id)} == {"claims.json", "fake.ipynb"}
+    assert {item.path for item in client.list_artifacts(notebook.info.run_id)} == {
+        "claims.json", "fake.ipynb", "parameters.json"}
     executed = nbformat.read(out / "fake.ipynb", 4)
     assert executed.cells[-1].outputs
 
@@ -56,7 +57,7 @@ def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, endi
     fake(OPEN, ending)
     with pytest.raises(LayerlabError, match=r"(ended before its claims were written|SystemExit).*fake.failed.ipynb"):
         reproduce("fake", output=tmp_path / "out", show=False)
-    assert _files(tmp_path / "out") == {"fake.failed.ipynb", "study.json"}
+    assert _files(tmp_path / "out") == {"fake.failed.ipynb", "parameters.json", "study.json"}
     (run,) = tracking.client().search_runs([tracking.experiment_id("fake")])
     assert run.info.status == "FAILED"
 
@@ -89,7 +90,7 @@ def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finishe
     fake(OPEN, "from layerlab import load_dataset\nload_dataset('no-such-data')", FINISH)
     with pytest.raises(LayerlabError, match=r"^Unknown dataset 'no-such-data'"):
         reproduce("fake", output=tmp_path / "out", show=False)
-    assert _files(tmp_path / "out") == {"study.json"}
+    assert _files(tmp_path / "out") == {"parameters.json", "study.json"}
     assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
 
 

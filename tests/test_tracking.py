@@ -6,19 +6,15 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Freezer, slow
+from helpers import Freezer, free_port, serving, slow
 
 from layerlab import LayerlabError, fit, track, tracking
 from layerlab.training import Fit
@@ -148,37 +144,21 @@ def _server(folder: Path) -> Iterator[str]:
         shutil.chown(data, "postgres", "postgres")
     subprocess.run([*user, tools / "initdb", "-D", data, "-U", "mlflow", "-A", "trust"], check=True, cwd="/",
                    capture_output=True)
-    database, web = _free_port(), _free_port()
+    database, web = free_port(), free_port()
     options = f"-p {database} -k {data} -c listen_addresses=127.0.0.1 -c fsync=off"
     subprocess.run([*user, tools / "pg_ctl", "-D", data, "-w", "-l", data / "log", "-o", options, "start"], check=True,
                    cwd="/", capture_output=True)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
-         f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", folder / "artifacts",
-         "--host", "127.0.0.1", "--port", str(web), "--workers", "2"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
+        f"postgresql+psycopg2://mlflow@127.0.0.1:{database}/postgres", "--artifacts-destination", folder / "artifacts",
+        "--host", "127.0.0.1", "--port", str(web), "--workers", "2",
+    ]
     try:
-        deadline = time.monotonic() + 180
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{web}/health").read()
-                break
-            assert server.poll() is None
-            assert time.monotonic() < deadline, "mlflow server does not answer"
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{web}"
+        with serving(command, f"http://127.0.0.1:{web}/health"):
+            yield f"http://127.0.0.1:{web}"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
         subprocess.run([*user, tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd="/", capture_output=True)
         shutil.rmtree(data)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_a_run_whose_process_is_gone_does_not_run_for_ever():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.parse
@@ -19,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import Freezer
+from helpers import Freezer, free_port, serving
 
 from layerlab import Study, tracking
 
@@ -49,34 +45,19 @@ def page(finished, tmp_path) -> Iterator:
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (binary and driver):
         pytest.skip("needs a browser: apt install chromium chromium-driver")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.tracking_uri(), "--host", "127.0.0.1",
-         "--port", str(port), "--workers", "1"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.tracking_uri(), "--host",
+               "127.0.0.1", "--port", str(port), "--workers", "1"]
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1000"):
         options.add_argument(flag)
-    browser = None
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").read()
-                break
-            assert server.poll() is None
-            assert time.monotonic() < deadline, "mlflow ui does not answer"
-            time.sleep(0.2)
+    with serving(command, f"http://127.0.0.1:{port}/health"):
         browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-        yield browser, f"http://127.0.0.1:{port}/#"
-    finally:
-        if browser is not None:
+        try:
+            yield browser, f"http://127.0.0.1:{port}/#"
+        finally:
             browser.quit()
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def _shows(browser, *parts: str, shot: str = "") -> str:

@@ -18,6 +18,7 @@ _PUBLIC = {
     "commit": "machine",
     "machine_name": "machine",
     "versions": "machine",
+    "versions_text": "machine",
 }
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from layerlab.measure.cost import Meter, StepCost
     from layerlab.measure.interval import mean_interval
     from layerlab.measure.layers import layer_costs
-    from layerlab.measure.machine import commit, machine_name, versions
+    from layerlab.measure.machine import commit, machine_name, versions, versions_text
 
 __all__ = [
     "Energy",
@@ -39,6 +40,7 @@ __all__ = [
     "synchronise",
     "time_by_turns",
     "versions",
+    "versions_text",
 ]
 
 

@@ -6,8 +6,11 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+
+from layerlab.registry import GROUP
 
 
 @cache
@@ -29,15 +32,21 @@ def machine_name() -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Python, the packages that decide about numbers, and every distribution of ours or that plugs into us."""
+def versions(plugins: bool = True) -> dict[str, str]:
+    """Python, the packages that decide about numbers, and, if wanted, every distribution that installs a strategy."""
     found = {"python": platform.python_version()}
-    wanted = {"torch", "torchvision", "numpy", "mlflow", "papermill"}
+    wanted = {"layerlab", "torch", "torchvision", "numpy", "mlflow", "papermill"}
+    if plugins:
+        wanted |= {point.dist.name for point in importlib.metadata.entry_points(group=GROUP) if point.dist}
     for distribution in importlib.metadata.distributions():
-        name = distribution.name or ""
-        if name in wanted or name.startswith("layerlab"):
+        if (name := distribution.name or "") in wanted:
             found[name] = distribution.version
     return dict(sorted(found.items()))
+
+
+def versions_text(found: Mapping[str, str]) -> str:
+    """What `versions` gives, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 @cache

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import build_model, measure
+from layerlab.figures import canvas
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
 from layerlab_adaptive_pruning.structure import rebuild, structure
 from layerlab_adaptive_pruning.surgery import remove_channels
@@ -191,10 +191,8 @@ def survival(comparison: Any, seed: int, labels: Sequence[str]) -> Figure:
         labels: of the stages.
     """
     shown = [arm for arm in (OURS, PEER) if (arm, seed) in comparison.results]
-    sns.set_theme(context="notebook", style="ticks", rc={"figure.constrained_layout.use": True, "font.size": 10})
     count_layers = len(comparison.results[shown[0], seed].strategies[0].stages[0]["channels"])
-    figure, axes = plt.subplots(len(shown), figsize=(min(16.0, max(8.0, 0.36 * count_layers)), 2.5 * len(shown)),
-                                squeeze=False)
+    figure, axes = canvas(rows=len(shown), width=min(16.0, max(8.0, 0.36 * count_layers)), height=2.5)
     for axis, arm in zip(axes[:, 0], shown, strict=True):
         noted = comparison.results[arm, seed].strategies[0].stages
         first = noted[0]["channels"]
@@ -203,6 +201,7 @@ def survival(comparison: Any, seed: int, labels: Sequence[str]) -> Figure:
         colours = sns.color_palette("viridis", as_cmap=True).with_extremes(bad="#c94c4c")
         sns.heatmap(np.where(left == 0, np.nan, left), ax=axis, vmin=0, vmax=1, cmap=colours, linewidths=0.4,
                     linecolor="white", mask=np.zeros_like(left, dtype=bool), cbar_kws={"label": "channels left"})
+        axis.grid(False)
         axis.set_facecolor("#c94c4c")
         gone = int((left[-1] == 0).sum())
         axis.set_title(f"{arm}: {gone} of {len(order)} batch norms are gone" if gone else f"{arm}: no layer is gone")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -52,6 +53,8 @@ def channels(network: nn.Module) -> dict[str, int]:
 
 class Pruning(Strategy):
     """What the two methods share: an L1 penalty on γ, prunings between epochs, and a network that can be rebuilt."""
+
+    changes_structure: ClassVar[bool] = True
 
     sparsity: float = Field(1e-4, ge=0)
     """λ of the penalty λ·Σ|γ| over all batch norms' scales."""
@@ -128,6 +131,7 @@ class Pruning(Strategy):
         """Whether the penalty acts at present."""
         return True
 
+    @abstractmethod
     def prune(self, run: Run, target: dict[str, float]) -> tuple[fx.GraphModule, list[Replaced], float]:
         """Prune the network that `run` trains until it meets a target.
 
@@ -137,7 +141,6 @@ class Pruning(Strategy):
         Raises:
             LayerlabError: the target is out of reach.
         """
-        raise NotImplementedError
 
     def cost(self, network: nn.Module, run: Run, goal: str) -> float:
         """What a goal limits: channels or parameters, as shares of the first network's, or seconds."""

@@ -19,7 +19,7 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from layerlab import build_model, forward_order
-from layerlab.data import Dataset, Split
+from layerlab.data import Dataset, noise
 from layerlab.measure import synchronise
 from layerlab.training import Fit
 from layerlab_comm_overlap.strategy import CommOverlap
@@ -35,18 +35,6 @@ VARIANTS: dict[str, dict[str, bool]] = {
 }
 """Name → the switches of `CommOverlap`."""
 COMPUTE, WHOLE, CUT = "compute alone", "communicate alone", "communicate alone, in segments"
-
-
-def random_images(count: int, shape: tuple[int, int, int], classes: int = 10) -> Dataset:
-    """Noise of a shape (channels, height, width), for steps of which only the time matters."""
-    generator = torch.Generator().manual_seed(0)
-    channels = shape[0]
-
-    def split(size: int) -> Split:
-        return Split(torch.randint(256, (size, *shape), generator=generator, dtype=torch.uint8),
-                     torch.randint(classes, (size,), generator=generator), (127.5,) * channels, (64.0,) * channels)
-
-    return Dataset("noise", split(count), split(2), classes, f"noise-{count}-{shape}", "random")
 
 
 def measure(
@@ -74,8 +62,8 @@ def measure(
     torch.manual_seed(0)
     model = build_model(options.pop("name"), **options)
     common: dict[str, Any] = {"epochs": rounds + 1, "lr": 1e-3, "measure": False, "device": str(_device())}
-    alone = random_images(batch * steps, shape)
-    shared = random_images(batch * steps * workers, shape)
+    alone = noise(batch * steps, shape)
+    shared = noise(batch * steps * workers, shape)
     jobs = {COMPUTE: Fit(model, alone, batch_size=batch, **common)}
     strategies = {name: CommOverlap(**settings, **VARIANTS[name]) for name in variants}
     for name, strategy in strategies.items():
@@ -92,7 +80,7 @@ def measure(
             values = [strategies[name].seconds_to_communicate() for _ in range(3)]
             if turn:
                 seconds[label].append(statistics.median(values))
-    layers = layer_times(model, random_images(batch * 4, shape), batch)
+    layers = layer_times(model, noise(batch * 4, shape), batch)
     buckets = [[bucket.get(layer, 0) for layer in layers["layer"]] for bucket in strategies[variants[-1]].buckets]
     link = link_times(CommOverlap(**settings, **OFF))
     for job in jobs.values():
@@ -263,7 +251,7 @@ def timeline(
     torch.manual_seed(0)
     model = build_model(options.pop("name"), **options)
     warm, workers = 6, dist.get_world_size()
-    data = random_images(batch * workers * (warm + steps + 1), shape)
+    data = noise(batch * workers * (warm + steps + 1), shape)
     found = {}
     for name in variants:
         strategy = CommOverlap(**settings, **VARIANTS[name])

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-
-def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
-        "axes.grid": True, "grid.alpha": 0.35, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "figure.constrained_layout.use": True, "font.size": 10})
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+from layerlab.figures import canvas
 
 
 def bars(frame: pd.DataFrame) -> Figure:
@@ -27,7 +20,7 @@ def bars(frame: pd.DataFrame) -> Figure:
         frame: `analysis.against_bounds`.
     """
     groups = list(frame.groupby("workers"))
-    figure, axes = _canvas(1, len(groups), 6.4, 3.4)
+    figure, axes = canvas(len(groups), width=6.4, height=3.4)
     colours = sns.color_palette("colorblind")
     for axis, (workers, part) in zip(axes[0], groups, strict=True):
         errors = [part["seconds"] - part["low"], part["high"] - part["seconds"]]
@@ -58,7 +51,7 @@ def timelines(spans: Mapping[str, pd.DataFrame]) -> Figure:
                                 for frame_layer in frame.loc[frame["kind"] == "forward", "what"]))
     short = [layer.rpartition(".")[2] for layer in layers]
     colours = dict(zip(short, sns.color_palette("husl", len(short)), strict=True))
-    figure, axes = _canvas(len(spans), 1, 12.0, 1.9)
+    figure, axes = canvas(rows=len(spans), width=12.0, height=1.9)
     longest = max(frame["end"].max() for frame in spans.values())
     for axis, (title, frame) in zip(axes[:, 0], spans.items(), strict=True):
         for row in frame.itertuples():
@@ -88,7 +81,7 @@ def figure_1(frame: pd.DataFrame, sweep: pd.DataFrame, announced: pd.DataFrame, 
         claimed: the gain that the paper claims there.
         at: workers.
     """
-    figure, axes = _canvas(1, 3, 5.0, 4.2)
+    figure, axes = canvas(3, width=5.0, height=4.2)
     speed, gain, link = axes[0]
     variants = list(dict.fromkeys(frame["variant"]))
     colours = dict(zip(variants, sns.color_palette("colorblind", len(variants)), strict=True))

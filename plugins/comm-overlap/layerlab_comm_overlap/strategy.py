@@ -19,6 +19,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from layerlab import LayerlabError, Run, Strategy
+from layerlab.checkpoint import random_state, set_random_state
 from layerlab.data import Split
 from layerlab_comm_overlap.engine import Engine
 from layerlab_comm_overlap.transport import Link, Transport
@@ -107,7 +108,7 @@ class CommOverlap(Strategy):
     def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
         """One step on this worker's share."""
         if _workers() == 1:
-            return _plain_step(run, x, y)
+            return run.plain_step(x, y)
         if self._epoch != run.epoch:
             self._begin_epoch(run)
         assert self._engine is not None
@@ -118,7 +119,7 @@ class CommOverlap(Strategy):
         loss = self._engine.step(run, x, y, weight, last)
         self._loss += loss.detach() * weight
         if last:
-            _set_random(self._random, run.device)
+            set_random_state(self._random, run.device)
         return loss
 
     def on_epoch_end(self, run: Run) -> None:
@@ -202,7 +203,7 @@ class CommOverlap(Strategy):
         self._epoch, self._done = run.epoch, 0
         self._loss = torch.zeros((), device=run.device)
         # Outside of steps all workers have the same random state, so that all strategies decide alike.
-        self._random = _random(run.device)
+        self._random = random_state(run.device)
         torch.manual_seed((self._seed * 1_000_003 + run.epoch) * _workers() + dist.get_rank())
 
     def _share(self, run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -252,23 +253,3 @@ def _workers() -> int:
 def _close(transport: Transport) -> None:
     transport.close()
     dist.destroy_process_group(transport.group)
-
-
-def _plain_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
-    run.optimizer.zero_grad(set_to_none=True)
-    with run.autocast():
-        loss = run.loss(run.training_model(x), y)
-    run.backward(loss)
-    run.optimizer.step()
-    return loss
-
-
-def _random(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -43,6 +43,7 @@ class LarsSkip(Strategy):
     """
 
     name: ClassVar[str] = "lars-skip"
+    follows_layers: ClassVar[bool] = True
 
     alpha: float = Field(2.0, ge=0)
     """Threshold of rule `fixed`; infinite never skips."""

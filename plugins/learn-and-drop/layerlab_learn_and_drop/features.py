@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from layerlab import LayerlabError
-from layerlab.checkpoint import write_json
+from layerlab.data import pass_order
+from layerlab.files import write_json
 from layerlab.strategy import Batches
 from layerlab_learn_and_drop.cutting import features_of, mode
 
@@ -153,9 +154,8 @@ class Features:
 
         The tensors have the types that the prefix gave them, whatever `dtype` says of images.
         """
-        order = torch.randperm(self.rows, generator=generator) if generator is not None else torch.arange(self.rows)
+        order, count = pass_order(self.rows, batch_size, generator)
         order = (order + self.rows * self.current).to(self._buffer.device)
-        count = self.rows // batch_size if generator is not None else -(-self.rows // batch_size)
         for i in range(count):
             index = order[i * batch_size : (i + 1) * batch_size]
             rows = [column[index].to(self.device, non_blocking=True) for column in self._columns]

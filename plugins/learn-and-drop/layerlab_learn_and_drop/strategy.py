@@ -93,6 +93,7 @@ class LearnAndDrop(Strategy):
 
     name: ClassVar[str] = NAME
     replaces_network: ClassVar[bool] = True
+    follows_layers: ClassVar[bool] = True
 
     settled: float = Field(0.5, gt=0)
     """A layer's change has to be at most this share of its largest so far."""
@@ -468,6 +469,7 @@ class SameLayersFrozen(Strategy):
     """
 
     name: ClassVar[str] = "same-layers-frozen"
+    follows_layers: ClassVar[bool] = True
 
     _shared: _Shared = PrivateAttr(default_factory=_Shared)
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -17,8 +16,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from layerlab import Dataset, Run, Strategy, measure
-from layerlab.data import Split
+from layerlab import Run, Strategy, measure
+from layerlab.data import noise
+from layerlab.figures import canvas
 from layerlab.measure import Turns
 from layerlab.training import Comparison, Fit, FitResult, total
 from layerlab_low_bit.arithmetic import Arithmetic, Encoded
@@ -84,8 +84,7 @@ def steering_table(run: Comparison) -> pd.DataFrame:
 
 def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
     """Saturated and vanished shares of `steering_table`, one panel each, on logarithmic axes."""
-    _theme()
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+    figure, (axes,) = canvas(2, width=6.0, height=4.2)
     arms = list(table["arm"])
     places, width = np.arange(len(KINDS)), 0.8 / len(arms)
     for axis, rate in zip(axes, ("saturated", "vanished"), strict=True):
@@ -125,8 +124,8 @@ def msb_map(result: FitResult, title: str = "") -> Figure:
     frame = frame[(frame["kind"] != "gradient") | frame["tensor"].str.endswith(".weight.gradient")]
     frame = frame[frame["values"] > 0]
     counts = strategy.histograms
-    _theme()
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(15.5, 1.9 + 0.24 * frame["kind"].value_counts().max()))
+    figure, (axes,) = canvas(len(KINDS), width=15.5 / len(KINDS),
+                             height=1.9 + 0.24 * frame["kind"].value_counts().max())
     for axis, (kind, label) in zip(axes, KINDS.items(), strict=True):
         part = frame[frame["kind"] == kind]
         table = counts.loc[part["tensor"]]
@@ -157,12 +156,6 @@ def positions_over_epochs(result: FitResult, kind: str) -> pd.DataFrame:
     """Tensors × epochs: the position chosen at each epoch's end, for the weights' layers."""
     table = result.layer_maps[f"low-bit: {kind} formats"].table
     return table.rename(index=lambda name: name.removesuffix(f".{kind}"))
-
-
-def _theme() -> None:
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc={
-        "axes.grid": True, "grid.alpha": 0.35, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "figure.constrained_layout.use": True, "font.size": 10})
 
 
 # ---------------------------------------------------------------------------------------- capacity
@@ -248,15 +241,6 @@ def _wire_bytes(network: nn.Module, bits: int | None) -> int:
     return sum(wire.sent.values())
 
 
-def noise(shape: tuple[int, int, int], images: int, device: str = "cpu") -> Dataset:
-    """Random images with random labels: for what does not depend on what they show."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, *shape), dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(0, 10, (images,), generator=generator).to(device)
-    split = Split(pixels, labels, (127.5,) * shape[0], (73.6,) * shape[0])
-    return Dataset("noise", split, Split(pixels[:8], labels[:8], split.mean, split.std), 10, "noise", "random numbers")
-
-
 def capacity(
     build: Build, shape: tuple[int, int, int], batch_size: int, bits: Sequence[int], peaks: bool = False,
     device: str = "cpu",
@@ -287,7 +271,7 @@ def capacity(
     by_what["float32 still: gradients, momentum, master weights"] = [2 * weights] + [3 * weights] * len(bits)
     del network, x
     if peaks:
-        data = noise(shape, 2 * batch_size, device)
+        data = noise(2 * batch_size, shape, device)
         by_what["peak of a training step"] = []
         for width in widths:
             job = Fit(build, data, () if width is None else LowBit(bits=width), epochs=1, batch_size=batch_size)
@@ -414,7 +398,7 @@ def gathering_cost(
     Returns:
         (table, (median, lower, upper quartile) of what gathering and choosing take of a step).
     """
-    data = noise(shape, batch_size, device)
+    data = noise(batch_size, shape, device)
     arms: dict[str, Sequence[Strategy]] = {
         "float32": (),
         "formats as they are": [LowBit(bits=bits, interval=10**6)],

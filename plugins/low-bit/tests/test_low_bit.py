@@ -19,14 +19,7 @@ from layerlab_low_bit import LowBit, analysis
 from layerlab_low_bit.arithmetic import Arithmetic
 from layerlab_low_bit.store import Store
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

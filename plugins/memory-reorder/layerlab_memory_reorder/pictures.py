@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from layerlab.figures import canvas
 from layerlab_memory_reorder.plan import Plan
 
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
@@ -23,10 +23,8 @@ def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory
         plans: title → plan; all panels have the same y axis.
         unit, label: of the y axis, in bytes.
     """
-    sns.set_theme(context="notebook", style="ticks", rc={"axes.spines.top": False, "axes.spines.right": False,
-                                                         "figure.constrained_layout.use": True, "font.size": 9})
     colours: dict[str, Any] = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
-    figure, axes = plt.subplots(1, len(plans), figsize=(6.6 * len(plans), 5.6), squeeze=False, sharey=True)
+    figure, axes = canvas(len(plans), width=6.6, height=5.6, sharey=True)
     tallest = max(plan.total for plan in plans.values())
     for axis, (title, plan) in zip(axes[0], plans.items(), strict=True):
         for block in plan.blocks:
@@ -46,7 +44,7 @@ def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory
     axes[0][0].set_ylabel(label)
     present = [kind for kind in KINDS if any(block.kind == kind for plan in plans.values() for block in plan.blocks)]
     figure.legend([Patch(color=colours[kind]) for kind in present], present, loc="outside lower center",
-                  ncols=len(present), frameon=False)
+                  ncols=len(present))
     return figure
 
 
@@ -57,10 +55,8 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
         frame: `analysis.planned_savings`.
         published: per cent.
     """
-    sns.set_theme(context="notebook", style="ticks", rc={"axes.spines.top": False, "axes.spines.right": False,
-                                                         "figure.constrained_layout.use": True, "font.size": 9})
     names = list(dict.fromkeys(frame["network"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.3 * len(names), 3.6), squeeze=False, sharey=True)
+    figure, axes = canvas(len(names), width=3.3, sharey=True)
     lines = {"kept": "all weight diffs kept", "shared": "one weight diff at a time", "slabs": "weight diffs in slabs",
              "forward reuse": "memory reused in forward too"}
     colours = sns.color_palette("colorblind", len(lines))
@@ -76,7 +72,7 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
         axis.set(title=name, xlabel="batch size", ylim=(0, 75))
     axes[0][0].set_ylabel("saved [%]")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -86,14 +82,12 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
     Args:
         frame: `analysis.peaks`.
     """
-    sns.set_theme(context="notebook", style="ticks", rc={"axes.spines.top": False, "axes.spines.right": False,
-                                                         "figure.constrained_layout.use": True, "font.size": 9})
     groups: list[Any] = list(frame.groupby(["network", "batch"], sort=False))
     arms = list(dict.fromkeys(frame["arm"]))
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns + 2.2, 2.5 * rows), squeeze=False, sharey=True)
+    figure, axes = canvas(columns, rows, width=3.1 + 2.2 / columns, height=2.5, sharey=True)
     flat = list(axes.flat)
     for axis, ((network, batch), part) in zip(flat, groups, strict=False):
         bars = axis.barh(range(len(part)), part["peak GB"], color=[colours[arm] for arm in part["arm"]])
@@ -101,6 +95,7 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(part)), part["arm"], fontsize=8)
         axis.set(title=f"{network}, batch {batch}", xlabel="peak [GB]")
         axis.margins(x=0.18)
+        axis.grid(axis="y", visible=False)
     flat[0].invert_yaxis()
     for axis in flat[len(groups):]:
         axis.set_visible(False)

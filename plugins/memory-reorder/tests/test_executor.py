@@ -18,15 +18,7 @@ from layerlab.training import Fit
 from layerlab_memory_reorder import MemoryReorder, executor
 from layerlab_memory_reorder.executor import Takeover
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small for threads, which on a busy machine make each step a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {

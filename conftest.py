@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from fake_paper import PAPER, TESTS
 from helpers import Residual
 from torch import nn
@@ -24,6 +25,15 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERLAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LAYERLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors too small for threads, which on a busy machine make each step a hundred times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +51,7 @@ def real_data() -> Path:
     """The folder of real datasets, or a skip that says what is missing."""
     root = os.environ.get("LAYERLAB_DATA")
     if not root:
-        beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+        beside = Path(__file__).resolve().parents[1] / "shared" / "data"
         root = str(beside) if beside.is_dir() else ""
     if not root or not (Path(root) / "cifar10").is_dir():
         pytest.skip("needs the real datasets: set LAYERLAB_DATA to their folder")

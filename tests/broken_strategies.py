@@ -1,0 +1,226 @@
+"""Strategies that break one rule of the contract each; the name is the check of `layerlab.testing` that says so."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, PrivateAttr
+from torch import Tensor, nn
+
+from layerlab import LayerlabError, Run, Strategy
+from layerlab.testing import mlp, plain_cnn
+
+
+def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+class SettingsRoundTrip(Strategy):
+    name: ClassVar[str] = "settings-round-trip"
+    first: Annotated[int, AfterValidator(lambda value: value - 1)] = 3
+    """Counted from one, kept from zero: each way through YAML takes one away."""
+
+
+class TrainsMlp(Strategy):
+    name: ClassVar[str] = "trains-mlp"
+
+    def on_fit_start(self, run: Run) -> None:
+        _convolutions(run.model)[0]
+
+
+class TrainsCnn(Strategy):
+    name: ClassVar[str] = "trains-cnn"
+
+    def on_fit_start(self, run: Run) -> None:
+        norms = _norms(run.model)
+        for number, _ in enumerate(_convolutions(run.model)):
+            norms[number]
+
+
+class TrainsResidual(Strategy):
+    name: ClassVar[str] = "trains-residual"
+
+    @classmethod
+    def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return plain_cnn()
+
+    def on_fit_start(self, run: Run) -> None:
+        if _norms(run.model):
+            raise RuntimeError("no rule for batch norm")
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class Uphill(nn.Module):
+    """Turns gradients round, so that training goes the wrong way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Reversed.apply(x)
+
+
+class TrainsExample(Strategy):
+    name: ClassVar[str] = "trains-example"
+
+    @classmethod
+    def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return nn.Sequential(mlp(), Uphill())
+
+
+class Deterministic(Strategy):
+    name: ClassVar[str] = "deterministic"
+    _scale: float = PrivateAttr(1.0)
+
+    def on_fit_start(self, run: Run) -> None:
+        self._scale = random.uniform(0.5, 1.0)
+
+    def on_after_backward(self, run: Run) -> None:
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= self._scale
+
+
+class LeavesUsersModel(Strategy):
+    name: ClassVar[str] = "leaves-users-model"
+
+    def on_fit_start(self, run: Run) -> None:
+        kind = type(run.model)
+        if not hasattr(kind, "plain_forward"):
+            kind.plain_forward = kind.forward
+            kind.forward = lambda network, x: 2 * network.plain_forward(x)
+
+
+class FinalModel(Strategy):
+    name: ClassVar[str] = "final-model"
+
+    def on_fit_end(self, run: Run) -> None:
+        run.model = nn.Sequential(run.model, nn.Softmax(1), nn.Unflatten(1, (10, 1)))
+
+
+class FitsAgain(Strategy):
+    name: ClassVar[str] = "fits-again"
+    _count: int = PrivateAttr(0)
+
+    def on_after_backward(self, run: Run) -> None:
+        self._count += 1
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 1 + 0.01 * self._count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._count = state["count"]
+
+
+class HookCalls(Strategy):
+    name: ClassVar[str] = "hook-calls"
+
+    def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        run.optimizer.zero_grad()
+        with run.autocast():
+            loss = run.loss(run.training_model(x), y)
+        loss.backward()
+        run.optimizer.step()
+        return loss
+
+
+class Resumes(Strategy):
+    name: ClassVar[str] = "resumes"
+    _count: int = PrivateAttr(0)
+
+    def on_fit_start(self, run: Run) -> None:
+        self._count = 0
+
+    def on_after_backward(self, run: Run) -> None:
+        self._count += 1
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 1 + 0.01 * self._count
+
+
+class LeavesNothingBehind(Strategy):
+    name: ClassVar[str] = "leaves-nothing-behind"
+
+    def on_fit_start(self, run: Run) -> None:
+        run.model.register_forward_hook(lambda module, inputs, output: None)
+
+
+class MetricsFinite(Strategy):
+    name: ClassVar[str] = "metrics-finite"
+
+    def on_epoch_end(self, run: Run) -> None:
+        run.log("metrics-finite/skipped", float("nan"))
+
+
+class Composes(Strategy):
+    name: ClassVar[str] = "composes"
+    _learning: list[nn.Parameter] = PrivateAttr(default_factory=list)
+
+    def on_fit_start(self, run: Run) -> None:
+        self._learning = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+
+    def on_after_backward(self, run: Run) -> None:
+        for parameter in self._learning:
+            parameter.grad.clamp_(-1, 1)
+
+
+class Bfloat16(Strategy):
+    name: ClassVar[str] = "bfloat16"
+
+    def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        run.optimizer.zero_grad()
+        with run.autocast():
+            logits = run.training_model(x)
+            if not np.isfinite(logits.detach().numpy()).all():
+                raise LayerlabError("The network gives values that are not finite; lower the learning rate.")
+            loss = run.loss(logits, y)
+        run.backward(loss)
+        run.optimizer.step()
+        return loss
+
+
+class Compiles(Strategy):
+    name: ClassVar[str] = "compiles"
+    _hook: Any = PrivateAttr(None)
+
+    def on_fit_start(self, run: Run) -> None:
+        self._hook = None
+
+    def on_epoch_start(self, run: Run) -> None:
+        # By now the layer's block is compiled without a hook.
+        if run.epoch >= 2 and self._hook is None:
+            layer = next(module for module in reversed(list(run.model.modules())) if isinstance(module, nn.ReLU))
+            self._hook = layer.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+    def on_fit_end(self, run: Run) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+
+class Pickles(Strategy):
+    name: ClassVar[str] = "pickles"
+    _scale: Callable[[float], float] = PrivateAttr(default_factory=lambda: lambda value: 0.5 * value)
+
+
+EVERY = [
+    SettingsRoundTrip, TrainsMlp, TrainsCnn, TrainsResidual, TrainsExample, Deterministic, LeavesUsersModel,
+    FinalModel, FitsAgain, HookCalls, Resumes, LeavesNothingBehind, MetricsFinite, Composes, Bfloat16, Compiles,
+    Pickles,
+]

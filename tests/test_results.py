@@ -1,0 +1,91 @@
+"""What is published stays together: claims, tables and figures of one run, and pages that say what the claims say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from layerlab import LayerlabError, Study, strategies
+from layerlab.results import DIGESTS, SUMMARY, digests, publish, scoreboard_page, with_papers
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("results/*/*/claims.json"))
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=str)
+def test_committed_figures_tables_and_claims_are_of_one_run(folder):
+    """To mend it: publish the run again; never edit what lies here."""
+    assert digests(ROOT / folder) == json.loads((ROOT / folder / DIGESTS).read_text())
+
+
+def test_the_committed_pages_say_what_the_committed_claims_say():
+    """To mend it: `layerlab publish`."""
+    if set(strategies) != {folder.parent.name for folder in ROOT.glob("plugins/*/pyproject.toml")}:
+        pytest.skip("other plugins are installed than this project's")
+    readme = (ROOT / "README.md").read_text()
+    assert (ROOT / "results" / "README.md").read_text() == scoreboard_page(ROOT / "results")
+    assert with_papers(readme, ROOT / "results") == readme
+
+
+@pytest.fixture
+def study(fake) -> Study:
+    """A finished one, at a profile that is published."""
+    fake()
+    return finished([2.0, 4.0])
+
+
+def finished(values: list[float]) -> Study:
+    study = Study("fake", "cpu")
+    study.claim("gain", values, seeds=[0, 1], conditions={"dataset": "digits"})
+    study.table("I", pd.DataFrame({"gain": values}))
+    study.figure("fig-1", Figure())
+    study.finish()
+    return study
+
+
+def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
+    (tmp_path / "README.md").write_text(f"# Mine\n\n{SUMMARY[0]}\n{SUMMARY[1]}\n\nThe end.\n")
+    pages = publish([study.folder], tmp_path / "results")
+    assert [page.relative_to(tmp_path).as_posix() for page in pages] == [
+        "results/fake/README.md", "results/README.md", "README.md"]
+    there = tmp_path / "results" / "fake"
+    assert {file.name for file in (there / "cpu").rglob("*.*")} == {
+        "claims.json", "parameters.json", "digests.json", "I.csv", "fig-1.png"}
+    assert "a gain | Table I | 3 points | 3 ± 13 points | cpu, digits, 2 seeds" in (there / "README.md").read_text()
+    assert "## fake\n\nA paper (Author et al., 2020). [Tables and figures](fake/README.md).\n" in pages[1].read_text()
+    readme = pages[2].read_text()
+    assert "| `fake` | Author et al., *A paper*, 2020 |  |  | 1 |  | [claims" in readme
+    assert readme.startswith("# Mine\n")
+    assert readme.endswith("\nThe end.\n")
+
+    publish(["fake"], tmp_path / "again")
+    assert digests(tmp_path / "again" / "fake" / "cpu") == digests(there / "cpu")
+
+
+def test_a_newer_run_takes_the_place_of_an_older_one(study, tmp_path):
+    publish(["fake"], tmp_path)
+    finished([3.0, 3.1])
+    publish(["fake"], tmp_path)
+    (row,) = json.loads((tmp_path / "fake" / "claims.json").read_text())
+    assert row["values"] == [3.0, 3.1]
+    assert [folder.name for folder in (tmp_path / "fake").iterdir() if folder.is_dir()] == ["cpu"]
+
+
+def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
+    fake()
+    Study("fake", "quick").finish()
+    for what, message in (("fake", "no finished run of 'fake' beyond `quick`"), ("nothing", "holds no finished run")):
+        with pytest.raises(LayerlabError, match=message):
+            publish([what], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_figure_that_was_exchanged_is_noticed(study, tmp_path):
+    publish(["fake"], tmp_path)
+    folder = tmp_path / "fake" / "cpu"
+    (folder / "figures" / "fig-1.png").write_bytes(b"another")
+    assert digests(folder) != json.loads((folder / DIGESTS).read_text())

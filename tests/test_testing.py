@@ -1,0 +1,78 @@
+"""The conformance kit: a strategy that keeps the contract passes, and one that breaks a rule fails that check alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from broken_strategies import EVERY, MetricsFinite
+from click.testing import CliRunner
+from helpers import Freezer, slow
+
+from layerlab import LayerlabError, cli
+from layerlab.testing import CHECKS, check_strategy, composes, parametrize_with_checks
+
+
+def test_every_check_has_a_strategy_that_breaks_it():
+    assert [kind.name.replace("-", "_") for kind in EVERY] == list(CHECKS)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
+def test_a_broken_strategy_fails_its_check(kind):
+    name = kind.name.replace("-", "_")
+    with pytest.raises(Exception, match=r".") as caught:
+        composes(kind(), [Freezer()]) if name == "composes" else CHECKS[name](kind())
+    assert not isinstance(caught.value, LayerlabError)
+
+
+@slow
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.name)
+def test_a_broken_strategy_fails_its_check_alone(kind):
+    results = check_strategy(kind, on_fail=None, others=[Freezer()])
+    failed = {result["check_name"]: str(result["exception"]) for result in results if result["status"] == "failed"}
+    assert list(failed) == [kind.name.replace("-", "_")], failed
+
+
+@parametrize_with_checks([Freezer()])
+def test_a_strategy_that_keeps_the_contract_passes_each_check(strategy, check):
+    check(strategy)
+
+
+def test_the_first_failure_is_raised_with_its_remedy():
+    with pytest.raises(AssertionError, match=r"fails the check metrics_finite: .* is nan in epoch 1; do not log"):
+        check_strategy(MetricsFinite, others=[])
+
+
+def test_a_known_failure_is_declared_with_its_reason():
+    told: list[dict[str, Any]] = []
+    results = check_strategy(MetricsFinite, expected_failed_checks={"metrics_finite": "an accepted gap"}, others=[],
+                             callback=told.append)
+    assert told == results
+    known = [result for result in results if result["status"] == "xfail"]
+    assert [(each["check_name"], each["expected_to_fail_reason"]) for each in known] == [
+        ("metrics_finite", "an accepted gap")]
+
+
+class Declared(MetricsFinite):
+    name: ClassVar[str] = "metrics-finite"
+    expected_failed_checks: ClassVar[dict[str, str]] = {"metrics_finite": "an accepted gap"}
+
+
+@parametrize_with_checks([Declared])
+def test_the_class_itself_may_declare_it(strategy, check):
+    check(strategy)
+
+
+def test_what_is_no_strategy_and_a_check_that_does_not_exist_get_one_sentence():
+    with pytest.raises(LayerlabError, match=r"42 is no strategy: pass a subclass"):
+        check_strategy(42)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(LayerlabError, match=r"Unknown check 'resume'. Did you mean 'resumes'\?"):
+        check_strategy(Freezer, expected_failed_checks={"resume": "…"})
+
+
+def test_the_command_prints_each_check_and_fails_with_a_failure(fake):
+    fake()
+    ended = CliRunner().invoke(cli.main, ["check", "fake"])
+    assert ended.exit_code == 0, ended.output
+    assert all(name in ended.output for name in CHECKS)
+    assert ended.output.endswith("The contract holds.\n")
