@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -413,7 +414,12 @@ def own_network(network: str) -> tuple[Any, str]:
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            # What lies beside it can be imported, as if it were run as a program.
+            sys.path.insert(0, str(file.parent))
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                sys.path.remove(str(file.parent))
         else:
             module = importlib.import_module(place)
     except ModuleNotFoundError as error:

@@ -34,7 +34,8 @@ def test_a_network_by_name_gets_what_it_takes_of_the_data():
 
 OWN = """
     from torch import nn
-    def build(num_classes, image_size, width=4):
+    from beside_my_network import WIDTH
+    def build(num_classes, image_size, width=WIDTH):
         return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, width), nn.ReLU(), nn.Linear(width, num_classes))
     def wrong(num_classes):
         return nn.Linear(num_classes, "ten")
@@ -49,6 +50,7 @@ OWN = """
 def own(tmp_path, monkeypatch) -> Path:
     file = tmp_path / "my_network.py"
     file.write_text(textwrap.dedent(OWN))
+    (tmp_path / "beside_my_network.py").write_text("WIDTH = 4")
     return file
 
 
@@ -61,7 +63,7 @@ def test_a_network_of_ones_own_gets_what_it_takes(own):
     first, second = (network_builder(f"{own}:ready", 7, (3, 8, 8))() for _ in range(2))
     assert first is not second
     # What was edited counts.
-    own.write_text(own.read_text().replace("width=4", "width=6"))
+    own.write_text(own.read_text().replace("width=WIDTH", "width=6"))
     assert network_builder(f"{own}:build", 7, (1, 8, 8))()[1].out_features == 6
 
 
@@ -218,7 +220,7 @@ def test_another_parameter_is_another_folder_and_edited_code_begins_anew(digits,
     same = explore.open_session("explore", digits, network, epochs=2)
     assert (same.folder, same.attempt) == (first.folder, first.attempt)
     assert explore.open_session("explore", digits, network, epochs=3).folder != first.folder
-    own.write_text(own.read_text().replace("width=4", "width=6"))
+    own.write_text(own.read_text().replace("width=WIDTH", "width=6"))
     edited = explore.open_session("explore", digits, network, epochs=2)
     assert edited.folder == first.folder
     assert edited.attempt != first.attempt
