@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LayerlabError": "layerlab.errors",
+    "LayerMap": "layerlab.strategy",
     "Replaced": "layerlab.strategy",
     "Run": "layerlab.strategy",
     "Strategy": "layerlab.strategy",
@@ -25,19 +26,23 @@ _PUBLIC = {
     "fit": "layerlab.training",
     "load_paper": "layerlab.papers",
     "Study": "layerlab.study",
+    "load_model": "layerlab.saving",
+    "save_model": "layerlab.saving",
     "track": "layerlab.tracking",
     "measure": "",
     "figures": "",
+    "explore": "",
 }
 
 if TYPE_CHECKING:
-    from layerlab import figures, measure
+    from layerlab import explore, figures, measure
     from layerlab.data import Dataset, load_dataset
     from layerlab.errors import LayerlabError
     from layerlab.models import build_model, forward_order, prefixes
     from layerlab.papers import load_paper
     from layerlab.registry import Registry
-    from layerlab.strategy import Replaced, Run, Strategy
+    from layerlab.saving import load_model, save_model
+    from layerlab.strategy import LayerMap, Replaced, Run, Strategy
     from layerlab.study import Study
     from layerlab.tracking import track
     from layerlab.training import compare, evaluate, fit
@@ -45,8 +50,9 @@ if TYPE_CHECKING:
     strategies: Registry
 
 __all__ = [
-    "Dataset", "LayerlabError", "Replaced", "Run", "Strategy", "Study", "build_model", "compare", "evaluate", "figures",
-    "fit", "forward_order", "load_dataset", "load_paper", "measure", "prefixes", "strategies", "track",
+    "Dataset", "LayerMap", "LayerlabError", "Replaced", "Run", "Strategy", "Study", "build_model", "compare",
+    "evaluate", "explore", "figures", "fit", "forward_order", "load_dataset", "load_model", "load_paper", "measure",
+    "prefixes", "save_model", "strategies", "track",
 ]  # fmt: skip
 
 

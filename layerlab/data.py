@@ -13,7 +13,7 @@ import os
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,6 +48,9 @@ DATASETS = {
 }
 # The subfolders in which torchvision keeps its extracted folder datasets, (train, test).
 FOLDERS = {"imagenette": ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette"), "imagenet": ("imagenet",)}
+# The names that the halves of a folder of class folders go by.
+TRAINING, TESTING = ("train",), ("val", "test", "validation")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
@@ -158,6 +161,8 @@ class Dataset:
         classes: the number of classes.
         fingerprint: a digest of the source's content and of how it was read (size, channels, limit).
         source: the folder or package it came from.
+        class_names: of the class folders, in the labels' order; empty where a source has none.
+        note: what a reader of its numbers should know, such as a test half that was split off.
     """
 
     name: str
@@ -166,6 +171,8 @@ class Dataset:
     classes: int
     fingerprint: str
     source: str
+    class_names: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -180,8 +187,26 @@ class Dataset:
         channels, height, width = self.shape
         return (
             f"{self.name}: {len(self.train):,} + {len(self.test):,} images, {channels}×{height}×{width}, "
-            f"{self.classes} classes, from {self.source}"
+            f"{self.classes} classes, from {self.source}" + (f"; {self.note}" if self.note else "")
         )
+
+    def samples(self, count: int = 10) -> Image.Image:
+        """The first training image of each of the first classes, side by side, at least 64 pixels high."""
+        labels = self.train.labels.cpu()
+        rows = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:count]])
+        images = self.train.images
+        chosen = next(images.stream([rows])) if isinstance(images, Streamed) else images[rows.to(images.device)]
+        strip = torch.cat(list(torch.nn.functional.pad(chosen.cpu(), (1, 1), value=255)), dim=2)
+        picture = Image.fromarray(strip.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        times = -(-64 // picture.height)
+        return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+
+    def _repr_html_(self) -> str:
+        from layerlab import tables
+
+        stream = io.BytesIO()
+        self.samples().save(stream, "PNG")
+        return tables.dataset_table(self)._repr_html_() + tables.picture(stream.getvalue())
 
 
 def pass_order(examples: int, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
@@ -210,8 +235,9 @@ def load_dataset(
     """Load a dataset by name, or any folder in one of the layouts that the module's text names.
 
     Args:
-        name: one of `DATASETS`, or the path of a parquet folder or of a folder with `train/` and `val/` (or `test/`)
-            in torchvision's ImageFolder layout.
+        name: one of `DATASETS`, or the path of a parquet folder or of a folder of one's own images in torchvision's
+            ImageFolder layout: `train/` and `val/` (or `test/`) with a folder a class. Where there is no test half,
+            or there are class folders alone, every fifth image of each class is held out for testing.
         image_size: pixels of a side; larger images are scaled by their shorter side and centre-cropped, smaller ones
             enlarged. Default: the dataset's own; needed where sizes vary.
         channels: 1 or 3. Default: the dataset's own.
@@ -227,10 +253,11 @@ def load_dataset(
             out of range; naming the file.
     """
     place = resolve_device(device)
-    path = Path(name)
+    path = Path(name).expanduser()
     known = DATASETS.get(name)
     if known is None and not path.is_dir():
-        raise unknown("dataset", name, DATASETS, "Or pass the path of a folder that exists.")
+        raise unknown("dataset", name, DATASETS, f"Or pass the path of a folder that exists; {path.absolute()} does "
+                      "not.")
     for label, value, low in (("image_size", image_size, 1), ("limit", limit, 1), ("test_limit", test_limit, 1)):
         if value is not None and value < low:
             raise LayerlabError(f"{label} must be at least {low}, got {value}.")
@@ -238,11 +265,12 @@ def load_dataset(
         raise LayerlabError(f"channels must be 1 or 3, got {channels}.")
     channels = channels or (known.channels if known else 3)
     if name == "digits":
-        halves, source, digest = _digits(image_size or 8, channels), "scikit-learn", "sklearn-digits"
+        found = _Found(_digits(image_size or 8, channels), "scikit-learn", "sklearn-digits")
     else:
-        halves, source, digest = _files(name, path if known is None else None, _root(root), image_size, channels,
-                                        download, place, memory_budget)
-    classes = known.classes if known else int(halves["train"][1].max()) + 1
+        found = _files(name, path if known is None else None, _root(root), image_size, channels, download, place,
+                       memory_budget)
+    halves, source, digest = found.halves, found.source, found.digest
+    classes = known.classes if known else len(found.class_names) or int(halves["train"][1].max()) + 1
     for half, (_, labels) in halves.items():
         if len(labels) == 0:
             raise LayerlabError(f"Dataset {name!r} has no {half} images in {source}; give it at least one.")
@@ -264,7 +292,7 @@ def load_dataset(
     }
     reading = f"{digest}|{image_size}|{channels}|{limit}|{test_limit}"
     fingerprint = hashlib.blake2b(reading.encode(), digest_size=8).hexdigest()
-    return Dataset(name, splits["train"], splits["test"], classes, fingerprint, source)
+    return Dataset(name, splits["train"], splits["test"], classes, fingerprint, source, found.class_names, found.note)
 
 
 def noise(
@@ -361,6 +389,16 @@ def _digits(size: int, channels: int) -> dict[str, tuple[Tensor, Tensor]]:
 # ---------------------------------------------------------------------------------------------- files
 
 
+class _Found(NamedTuple):
+    """A dataset as its source gives it: half → images and labels, the folder, a digest of the content."""
+
+    halves: dict[str, tuple[Tensor | Streamed, Tensor]]
+    source: str
+    digest: str
+    class_names: tuple[str, ...] = ()
+    note: str = ""
+
+
 def _files(
     name: str,
     folder: Path | None,
@@ -370,18 +408,23 @@ def _files(
     download: bool,
     device: torch.device,
     budget: float | None,
-) -> tuple[dict[str, tuple[Tensor | Streamed, Tensor]], str, str]:
-    """Both halves of a dataset that lies in files, with the folder it came from and a digest of its content."""
+) -> _Found:
+    """Both halves of a dataset that lies in files."""
     where = folder or root / name
-    halves: dict[str, Source] = {}
+    halves: Mapping[str, Source] = {}
+    class_names: tuple[str, ...] = ()
+    note = ""
     if any(where.glob("train-*.parquet")):
         halves = {half: ParquetSource.open(where, half) for half in ("train", "test")}
-    elif folder is not None or name in FOLDERS:
-        candidates = [folder] if folder else [root / sub for sub in FOLDERS[name]]
-        for candidate in candidates:
+    elif folder is not None:
+        halves, note = image_folders(folder)
+    elif name in FOLDERS:
+        for candidate in (root / sub for sub in FOLDERS[name]):
             if (candidate / "train").is_dir():
                 where = candidate
-                halves = {half: FolderSource.open(candidate, half) for half in ("train", "test")}
+                halves, held_out = image_folders(candidate)
+                if held_out:
+                    raise LayerlabError(f"{candidate} has no {' or '.join(TESTING)} folder; add the missing half.")
                 break
     if not halves and name in TORCHVISION:
         return _torchvision(name, root, size, channels, download)
@@ -391,6 +434,8 @@ def _files(
             "layout; set LAYERLAB_DATA to the folder that holds it"
             + (", or pass download=True." if name in TORCHVISION else ".")
         )
+    if isinstance(halves["train"], FolderSource):
+        class_names = halves["train"].class_names
     side = size or (DATASETS[name].side if name in DATASETS else None) or halves["train"].common_side()
     total = sum(len(source) for source in halves.values()) * channels * side * side
     if budget is None:
@@ -402,7 +447,7 @@ def _files(
             result[half] = _resident(source, side, channels)
         else:
             result[half] = (Streamed(source, side, channels), source.labels())
-    return result, str(where), digest
+    return _Found(result, str(where), digest, class_names, note)
 
 
 def free_memory(device: torch.device) -> float:
@@ -410,6 +455,9 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+_UNDECODABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def _decode(data: bytes, where: str, size: int, channels: int) -> np.ndarray:
@@ -421,7 +469,7 @@ def _decode(data: bytes, where: str, size: int, channels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _UNDECODABLE as error:
         raise LayerlabError(f"The image {where} does not decode ({error}); replace or remove it.") from None
     if image.size != (size, size):
         width, height = image.size
@@ -454,7 +502,7 @@ class Source(ABC):
         data, where = self.read(0)
         try:
             return min(Image.open(io.BytesIO(data)).size)
-        except (UnidentifiedImageError, OSError) as error:
+        except _UNDECODABLE as error:
             raise LayerlabError(f"The image {where} does not decode ({error}); replace or remove it.") from None
 
 
@@ -511,31 +559,27 @@ class ParquetSource(Source):
 
 
 class FolderSource(Source):
-    """A half in torchvision's ImageFolder layout: `<half>/<class>/<image>`."""
+    """Images in class folders: `<class>/<image>`.
 
-    def __init__(self, folder: Path) -> None:
-        from torchvision.datasets import ImageFolder
+    Args:
+        samples: (path, label).
+        class_names: in the labels' order.
+    """
 
-        try:
-            self.samples = ImageFolder(str(folder)).samples
-        except FileNotFoundError as error:
-            raise LayerlabError(f"{folder} is not in the ImageFolder layout: {error}") from None
-        self._labels = torch.tensor([label for _, label in self.samples])
-
-    @classmethod
-    def open(cls, folder: Path, half: str) -> FolderSource:
-        names = ("train",) if half == "train" else ("val", "test", "validation")
-        for name in names:
-            if (folder / name).is_dir():
-                return cls(folder / name)
-        raise LayerlabError(f"{folder} has no {' or '.join(names)} folder; add the missing half.")
+    def __init__(self, samples: Sequence[tuple[str, int]], class_names: tuple[str, ...]) -> None:
+        self.samples = list(samples)
+        self.class_names = class_names
+        self._labels = torch.tensor([label for _, label in self.samples], dtype=torch.int64)
 
     def labels(self) -> Tensor:
         return self._labels
 
     def read(self, index: int) -> tuple[bytes, str]:
         path = self.samples[index][0]
-        return Path(path).read_bytes(), path
+        try:
+            return Path(path).read_bytes(), path
+        except OSError as error:
+            raise LayerlabError(f"The image {path} cannot be read ({error.strerror}); replace or remove it.") from None
 
     def digest(self) -> str:
         """Names, sizes and times: reading a folder of a hundred gigabytes to know it would cost an hour."""
@@ -544,6 +588,76 @@ class FolderSource(Source):
             status = os.stat(path)
             digest.update(f"{path}|{label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+    def split(self, every: int) -> tuple[FolderSource, FolderSource]:
+        """(the rest, every so-many-th image of each class)."""
+        seen = [0] * len(self.class_names)
+        parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
+        for path, label in self.samples:
+            parts[seen[label] % every == 0].append((path, label))
+            seen[label] += 1
+        return FolderSource(parts[0], self.class_names), FolderSource(parts[1], self.class_names)
+
+
+def image_folders(folder: Path) -> tuple[dict[str, FolderSource], str]:
+    """Both halves of a folder in torchvision's ImageFolder layout, and what a reader should know of them.
+
+    The training half decides which label a class has, also in a test half that lacks some classes, where torchvision's
+    own ImageFolder would number the rest anew. Hidden files and folders, Jupyter's checkpoints among them, are no
+    images and no classes.
+
+    Raises:
+        LayerlabError: no images, a class without any, or a test half with classes of its own; naming the folder.
+    """
+    top, test = folder / TRAINING[0], next((folder / name for name in TESTING if (folder / name).is_dir()), None)
+    if not top.is_dir():
+        if test is not None:
+            raise LayerlabError(f"{folder} has a folder {test.name} and none called {top.name}; add the missing half.")
+        top = folder
+    class_names = _class_folders(top)
+    train = [(path, label) for label, name in enumerate(class_names) for path in _images(top / name)]
+    if not train:
+        raise LayerlabError(
+            f"{top} has no folders with images; expected a folder a class ({top / 'cat' / '1.jpg'}, say; "
+            f"{', '.join(IMAGE_SUFFIXES)}), in {TRAINING[0]}/ and {TESTING[0]}/ or {TESTING[1]}/ or by themselves, or "
+            "train-*.parquet and test-*.parquet."
+        )
+    counts = [0] * len(class_names)
+    for _, label in train:
+        counts[label] += 1
+    least = 1 if test else 2
+    if min(counts) < least:
+        name = class_names[counts.index(min(counts))]
+        some = "no image" if min(counts) == 0 else "one image, which cannot be split into training and testing"
+        raise LayerlabError(f"The class folder {top / name} has {some}; give it some ({', '.join(IMAGE_SUFFIXES)}), or "
+                            "remove it.")
+    source = FolderSource(train, class_names)
+    if test is None:
+        rest, held_out = source.split(5)
+        if top != folder:
+            warnings.warn(f"{folder} has no {' or '.join(TESTING)} folder, so every fifth training image of each class "
+                          "is held out for testing.", stacklevel=2)
+        return {"train": rest, "test": held_out}, "every fifth image of each class is held out for testing"
+    if strange := [name for name in _class_folders(test) if name not in class_names]:
+        raise LayerlabError(f"{test} has a class folder {strange[0]!r} that {top} has not; make the names the same.")
+    samples = [(path, label) for label, name in enumerate(class_names) for path in _images(test / name)]
+    if not samples:
+        raise LayerlabError(f"{test} has no folders with images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it.")
+    return {"train": source, "test": FolderSource(samples, class_names)}, ""
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
+
+
+def _images(folder: Path) -> list[str]:
+    """Paths of the images in a folder and those below it."""
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [os.path.join(where, name) for name in files
+                  if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(found)
 
 
 class Streamed:
@@ -639,7 +753,7 @@ def _cached(key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 def _torchvision(
     name: str, root: Path, size: int | None, channels: int, download: bool
-) -> tuple[dict[str, tuple[Tensor | Streamed, Tensor]], str, str]:
+) -> _Found:
     """MNIST, Fashion-MNIST or CIFAR-10 as torchvision lays them out under `root`, or fetches them."""
     from torchvision import datasets, transforms
 
@@ -663,4 +777,4 @@ def _torchvision(
             )
         halves[half] = (images, torch.as_tensor(found.targets).long())
         digest.update(images.numpy().tobytes())
-    return halves, str(root), digest.hexdigest()
+    return _Found(halves, str(root), digest.hexdigest())

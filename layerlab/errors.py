@@ -11,6 +11,16 @@ from pydantic import ValidationError
 class LayerlabError(Exception):
     """Something a user can mend: its message names the thing and the remedy in one sentence."""
 
+    def _render_traceback_(self) -> list[str]:
+        # What IPython shows in a notebook: the sentence, without the pages of code that found it out.
+        return [f"{type(self).__name__}: {self}"]
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line: a sentence of ours as it is, any other with its type."""
+    text = str(error) if isinstance(error, LayerlabError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
 
 class LayerlabWarning(UserWarning):
     """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has."""

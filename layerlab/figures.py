@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,9 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from layerlab.strategy import LayerMap
 
 LABELS = {
     "epoch": "epoch",
@@ -63,7 +67,8 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
             mean = part.groupby("epoch")[[column for column in {panel, y} if column != "epoch"]].mean()
             mean["epoch"] = mean.index
             axis.plot(mean[panel], mean[y], color=colours[arm], label=arm, marker="o", markersize=3.5)
-            if panel == "epoch" and part["seed"].nunique() > 1:
+            # Bands of more arms hide each other and the curves.
+            if panel == "epoch" and part["seed"].nunique() > 1 and len(arms) <= 5:
                 from layerlab.measure import mean_interval
 
                 half = part.groupby("epoch")[y].apply(lambda values: mean_interval(list(values))[1])
@@ -133,30 +138,134 @@ def layer_epoch_map(
     figure, axes = canvas(columns, rows, width=4.6, height=min(9.0, max(2.2, 0.32 * tallest + 1.0)))
     flat = list(axes.flat)
     for axis, (title, table) in zip(flat, maps.items(), strict=False):
-        shown = table.iloc[::-1].rename(index=lambda name: str(name).removeprefix("features."))
-        options: dict[str, Any] = {"cmap": "viridis", "cbar_kws": {"label": label}}
-        if states is not None:
-            palette = ["#d9d9d9", *sns.color_palette("colorblind", max(1, len(states) - 1))]
-            options = {"cmap": ListedColormap(palette[: len(states)]), "vmin": -0.5, "vmax": len(states) - 0.5,
-                       "cbar": False}
-        # Of a deep network, rows are thin, lines between them would hide them, and not all names fit.
-        sns.heatmap(shown, ax=axis, linewidths=0.5 if tallest <= 40 else 0, linecolor="white", **options)
+        _heat_map(axis, title, table, label, states)
         for column, count in enumerate(edges[title] if edges else ()):
             if count:
                 before = edges[title][column - 1] if column else 0
                 height = len(table) - count
                 axis.plot([column, column, column + 1], [len(table) - before, height, height], color="crimson",
                           linewidth=2, solid_capstyle="butt", clip_on=False)
-        axis.set(title=title, xlabel="epoch", ylabel="")
-        axis.tick_params(axis="y", rotation=0)
-        axis.tick_params(axis="x", rotation=0)
-        axis.grid(False)
     for axis in flat[len(maps):]:
         axis.set_visible(False)
     if states is not None:
-        handles = [plt.Rectangle((0, 0), 1, 1, color=palette[i]) for i in range(len(states))]
-        figure.legend(handles, list(states), loc="outside lower center", ncols=len(states))
+        figure.legend(_state_handles(states), list(states), loc="outside lower center", ncols=len(states))
     return figure
+
+
+def layer_maps(maps: Mapping[str, LayerMap], title: str = "") -> Figure:
+    """Layer × epoch maps of several quantities, each with colours of its own.
+
+    Args:
+        maps: `FitResult.layer_maps`.
+    """
+    tallest = max(len(each.table) for each in maps.values())
+    columns = min(2, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, axes = canvas(columns, rows, width=5.6, height=min(9.0, max(2.2, 0.24 * tallest + 1.0)))
+    flat = list(axes.flat)
+    for axis, (name, each) in zip(flat, maps.items(), strict=False):
+        _heat_map(axis, name, each.table, each.label, each.states or None)
+        if each.states:
+            axis.legend(_state_handles(each.states), each.states, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    for axis in flat[len(maps):]:
+        axis.set_visible(False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _state_colours(count: int) -> list[Any]:
+    return ["#d9d9d9", *sns.color_palette("colorblind", max(1, count - 1))][:count]
+
+
+def _state_handles(states: Sequence[str]) -> list[Any]:
+    return [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _state_colours(len(states))]
+
+
+def _heat_map(axis: Any, title: str, table: pd.DataFrame, label: str, states: Sequence[str] | None) -> None:
+    shown = table.iloc[::-1].rename(index=lambda name: str(name).removeprefix("features."))
+    options: dict[str, Any] = {"cmap": "viridis", "cbar_kws": {"label": label}}
+    if states is not None:
+        options = {"cmap": ListedColormap(_state_colours(len(states))), "vmin": -0.5, "vmax": len(states) - 0.5,
+                   "cbar": False}
+    # Of a deep network, rows are thin, lines between them would hide them, and not all names fit.
+    sns.heatmap(shown, ax=axis, linewidths=0.5 if len(table) <= 40 else 0, linecolor="white", **options)
+    axis.set(title=title, xlabel="epoch", ylabel="")
+    axis.tick_params(axis="y", rotation=0)
+    axis.tick_params(axis="x", rotation=0)
+    axis.grid(False)
+
+
+def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str = "") -> Figure:
+    """Several quantities of the arms of a comparison, a panel each: seeds as small points, mean and 95 % interval.
+
+    Args:
+        frame: a row an arm and seed, `Comparison.runs` say.
+        columns: column → label of its panel, with its unit.
+        baseline: the arm whose mean is drawn on as a line.
+    """
+    from layerlab.measure import mean_interval
+
+    arms = list(dict.fromkeys(frame["arm"]))
+    figure, axes = canvas(len(columns), width=2.6, height=max(2.1, 0.34 * len(arms) + 0.9))
+    colours = sns.color_palette("colorblind", len(arms))
+    for number, (axis, (column, label)) in enumerate(zip(axes[0], columns.items(), strict=True)):
+        for place, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
+            values = list(frame.loc[frame["arm"] == arm, column].dropna())
+            if not values:
+                continue
+            mean, half = mean_interval(values)
+            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=3.5)
+            axis.errorbar(mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=colour, markersize=5,
+                          elinewidth=1.2, capsize=2.5)
+            if arm == baseline:
+                axis.axvline(mean, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+        axis.set_yticks(range(len(arms)), arms if number == 0 else [""] * len(arms))
+        axis.set(xlabel=label, ylim=(len(arms) - 0.5, -0.5))
+        axis.margins(x=0.12)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    return figure
+
+
+def fronts(
+    frame: pd.DataFrame, x: Mapping[str, str], y: str, ylabel: str, front: Mapping[str, Sequence[str]]
+) -> Figure:
+    """Accuracy against several costs; a line joins the arms that no other beats in both, which are filled.
+
+    Args:
+        frame: a row an arm, with columns `arm`, y, those of x, and half-widths of intervals as `column ±`.
+        x: column of a cost → label of its axis, with its unit.
+        y: column of the accuracy.
+        ylabel: its label, with its unit.
+        front: column of a cost → arms on the Pareto front.
+    """
+    figure, axes = canvas(len(x), width=4.6, height=3.8)
+    colours = dict(zip(frame["arm"], sns.color_palette("colorblind", len(frame)), strict=True))
+    shapes = dict(zip(frame["arm"], "osD^vPX<>*" * len(frame), strict=False))
+    for axis, (column, label) in zip(axes[0], x.items(), strict=True):
+        best = frame[frame["arm"].isin(front[column])].sort_values([column, y])
+        axis.plot(best[column], best[y], color="0.35", linewidth=1, linestyle="--", zorder=0, drawstyle="steps-post")
+        for _, row in frame.iterrows():
+            bars = {name: None if np.isnan(half) else half
+                    for name, half in (("xerr", row[f"{column} ±"]), ("yerr", row[f"{y} ±"]))}
+            colour = colours[row["arm"]]
+            axis.errorbar(row[column], row[y], fmt=shapes[row["arm"]], color=colour, markersize=6.5, elinewidth=0.9,
+                          capsize=2, markerfacecolor=colour if row["arm"] in front[column] else "white", **bars)
+        axis.set(xlabel=label, ylabel=ylabel)
+        axis.margins(x=0.08, y=0.1)
+    handles = [plt.Line2D([], [], color=colours[arm], marker=shapes[arm], linestyle="") for arm in frame["arm"]]
+    handles.append(plt.Line2D([], [], color="0.35", linewidth=1, linestyle="--"))
+    figure.legend(handles, [*frame["arm"], "filled: none is better in both"], loc="outside lower center",
+                  ncols=min(4, len(handles)))
+    return figure
+
+
+def png(figure: Figure, resolution: float = 100) -> bytes:
+    """A figure as a PNG of so many pixels an inch; the figure is closed, so that no backend shows it a second time."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=resolution, bbox_inches="tight")
+    plt.close(figure)
+    return stream.getvalue()
 
 
 def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, percent: bool = False,

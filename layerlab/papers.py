@@ -131,6 +131,16 @@ class Paper(_Data):
                                 "install its plugin anew.")
         return file
 
+    def __str__(self) -> str:
+        from layerlab import tables
+
+        return tables.paper_table(self).text()
+
+    def _repr_html_(self) -> str:
+        from layerlab import tables
+
+        return tables.paper_table(self)._repr_html_()
+
     def table(self, id: str) -> Table:
         """The table that the paper numbers so.
 

@@ -111,6 +111,16 @@ class Registry:
             )
         return found[0]
 
+    def __repr__(self) -> str:
+        from layerlab import tables
+
+        return tables.registry_table(self).text()
+
+    def _repr_html_(self) -> str:
+        from layerlab import tables
+
+        return tables.registry_table(self)._repr_html_()
+
     def every(self) -> list[Plugin]:
         """All plugins, those of a doubled name included, by name."""
         return [plugin for name in self for plugin in self._plugins[name]]

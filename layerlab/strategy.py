@@ -6,11 +6,11 @@ that a strategy does not define is never called, so it costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 from layerlab.errors import LayerlabError, sentence
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 class Batches(Protocol):
-    """What a run reads batches from: `layerlab.data.Split`, or anything of this shape that a strategy puts there."""
+    """What a run reads batches from: `layerlab.data.Split`, or anything of this shape that a strategy puts there.
+
+    What a strategy puts there may have `resident_bytes`, the memory that it takes: it counts to the run's peak.
+    """
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -62,6 +68,20 @@ class Wire(Protocol):
     def decode(self, codes: Tensor, exponent: int) -> Tensor:
         """The gradient that the codes stand for, float32."""
         ...
+
+
+class LayerMap(NamedTuple):
+    """What a strategy did to each layer, or found out about it, in each epoch.
+
+    Attributes:
+        table: layers as index, in forward order (input first), epochs as columns; NaN where there is nothing to say.
+        label: what the numbers are, with their unit.
+        states: where the numbers are 0, 1, … as names of something: those names.
+    """
+
+    table: pd.DataFrame
+    label: str
+    states: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -297,6 +317,25 @@ class Strategy(BaseModel):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
+    def rebuild(self, network: nn.Module) -> nn.Module:
+        """Give a new network the structure in which this strategy left the one that it trained.
+
+        Called after `load_state_dict` on an object that has seen no fit; the weights are loaded afterwards. A strategy
+        that leaves the structure as it was has no need of it.
+
+        Args:
+            network: as its builder made it; may be taken over.
+        """
+        return network
+
+    def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
+        """What to show of a finished fit as layer × epoch maps, by title; none by default.
+
+        Args:
+            history: the fit's, `FitResult.history`: one row an epoch with everything that was logged.
+        """
+        return {}
+
     @classmethod
     def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module | None:
         """A new small network that this strategy can train, for whatever runs over all strategies, tests say.
@@ -311,6 +350,11 @@ class Strategy(BaseModel):
             The network, or None for any.
         """
         return None
+
+    def _repr_html_(self) -> str:
+        from layerlab import tables
+
+        return tables.strategy_table(self)._repr_html_()
 
     @classmethod
     def defines(cls, hook: str) -> bool:

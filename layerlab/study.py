@@ -1,10 +1,9 @@
-"""A notebook's session: a paper under a profile, with its runs, tables, figures and claims in one place."""
+"""A notebook's session: its runs, tables and figures in one place; with a paper under a profile, its claims, too."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -131,49 +130,39 @@ def is_finished(folder: Path, key: str) -> bool:
     )
 
 
-class Study:
-    """What a paper's notebook works with.
+class Session:
+    """A notebook at work.
 
     Everything it makes lies in one folder and in one MLflow run, whose id the training runs carry as a tag. An
-    interrupted study that is opened again goes on in both.
+    interrupted session that is opened again with the same parameters goes on in both; a finished one is done anew.
 
     Args:
-        strategy: name of the installed strategy whose paper this is.
-        profile: one of the paper's.
-        output: the folder. Default: `$LAYERLAB_OUTPUT`, else `runs/<strategy>/<profile>` in the workbook's folder.
-        parameters: the notebook's parameters; those that are None take the profile's value.
+        experiment: MLflow's.
+        title: of its MLflow run.
+        folder: of its own.
+        parameters: the values in force.
+        tags: of its runs.
+        notes: what else its record keeps.
 
     Attributes:
-        paper: tables, claims, profiles.
-        parameters: the values in force, as attributes.
         folder: the output folder.
+        attempt: an id that survives interruptions.
         run_id: of the notebook's MLflow run.
 
     Raises:
-        LayerlabError: unknown strategy, profile or parameter; a folder that cannot be written.
+        LayerlabError: a folder that cannot be written, or that another process is at work in.
     """
 
     def __init__(
-        self, strategy: str, profile: str = "quick", output: str | Path | None = None, **parameters: Any
+        self, experiment: str, title: str, folder: Path, parameters: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None, notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.paper: Paper = load_paper(strategy)
-        self.profile = profile
-        values = dict(self.paper.profile(profile).parameters)
-        for name, value in parameters.items():
-            if name not in values:
-                raise unknown("parameter", name, values)
-            if value is not None:
-                values[name] = value
-        self.parameters = SimpleNamespace(**values)
-        overrides = {name: value for name, value in parameters.items() if value is not None}
-        self.folder = Path(
-            output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)
-        ).resolve()
+        self.experiment = experiment
+        self.folder = folder.resolve()
         _hold(self.folder)
-        values = json.loads(json.dumps(values, default=str))
+        values = json.loads(json.dumps(dict(parameters), default=str))
         self._opened = time.monotonic()
         record = read_record(self.folder)
-        # A finished study is done anew; one that was interrupted goes on, if it is the same one.
         begun = time.time()
         if record and not record["finished"] and record["parameters"] == values:
             self.attempt, begun = record["attempt"], record.get("begun", begun)
@@ -181,31 +170,28 @@ class Study:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
             if record and not record["finished"] and "mlflow_run" in record:
-                tracking.end_open_runs(strategy, record["mlflow_run"])
+                tracking.end_open_runs(experiment, record["mlflow_run"])
         self._record: dict[str, Any] = {
-            "attempt": self.attempt, "finished": False, "profile": profile, "parameters": values,
-            "key": notebook_key(self.paper.notebook_file, values, self.paper.folder),
+            "attempt": self.attempt, "finished": False, "parameters": values, **(notes or {}),
             "data": {}, "data_root": data_in_use(), "begun": begun,
             # How long the last finished one took stays known while the next one runs.
             "seconds": record.get("seconds"),
         }
         write_json(self.folder / RECORD, self._record)
-        self._tags = {"paper": strategy, "profile": profile, "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
+        self._tags = {**(tags or {}), "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
         self.run_id = tracking.start_run(
-            strategy, f"{strategy} · {profile} · notebook", self.attempt,
-            self._tags | tracking.common_tags() | {"kind": "notebook"},
+            experiment, title, self.attempt, self._tags | tracking.common_tags() | {"kind": "notebook"},
         )
         self._record["mlflow_run"] = self.run_id
         write_json(self.folder / RECORD, self._record)
         self._keep(PARAMETERS, json.dumps(values, indent=2, ensure_ascii=False).encode())
-        self._results: list[ClaimResult] = []
 
     def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
-        """`layerlab.compare`, checkpointed in the study's folder and logged with its run's id.
+        """`layerlab.compare`, checkpointed in the session's folder and logged with its run's id.
 
         Args:
             title: names the checkpoints; unique in the notebook.
-            table: the table or figure of the paper that this is for, as a tag.
+            table: what this is for, as a tag: the table or figure of a paper, say.
         """
         from layerlab.data import Dataset
         from layerlab.training import compare
@@ -214,7 +200,7 @@ class Study:
             if data.source not in self._record["data"]:
                 self._record["data"][data.source] = stamp(data.source)
                 write_json(self.folder / RECORD, self._record)
-        tracker = tracking.Tracker(self.paper.strategy, self._tags | {"table": table or title}, self.run_id)
+        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
         return compare(
             *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
         )
@@ -233,14 +219,64 @@ class Study:
 
     def figure(self, name: str, figure: Any) -> Any:
         """Keep a matplotlib figure as PNG in the folder and in MLflow; gives it back for display."""
-        import matplotlib.pyplot as plt
+        from layerlab.figures import png
 
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=144, bbox_inches="tight")
-        self._keep(f"figures/{name}.png", stream.getvalue())
-        # Otherwise the inline backend shows it a second time.
-        plt.close(figure)
+        self._keep(f"figures/{name}.png", png(figure, 144))
         return figure
+
+    def close(self) -> None:
+        """The work is done: end the MLflow run, and forget the checkpoints.
+
+        What says so is `finished` in the record, written when everything else is.
+        """
+        tracking.client().set_terminated(self.run_id, "FINISHED")
+        self._record |= {"finished": True, "ended": time.time(), "seconds": round(time.monotonic() - self._opened, 1)}
+        write_json(self.folder / RECORD, self._record)
+        shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
+
+    def _keep(self, name: str, content: bytes) -> None:
+        write_atomically(self.folder / name, lambda stream: stream.write(content))
+        tracking.log_file(self.run_id, content, name)
+
+
+class Study(Session):
+    """What a paper's notebook works with: a session that knows the paper.
+
+    Args:
+        strategy: name of the installed strategy whose paper this is.
+        profile: one of the paper's.
+        output: the folder. Default: `$LAYERLAB_OUTPUT`, else `runs/<strategy>/<profile>` in the workbook's folder.
+        parameters: the notebook's parameters; those that are None take the profile's value.
+
+    Attributes:
+        paper: tables, claims, profiles.
+        parameters: the values in force, as attributes.
+
+    Raises:
+        LayerlabError: unknown strategy, profile or parameter; a folder that cannot be written.
+    """
+
+    def __init__(
+        self, strategy: str, profile: str = "quick", output: str | Path | None = None, **parameters: Any
+    ) -> None:
+        self.paper: Paper = load_paper(strategy)
+        self.profile = profile
+        values = dict(self.paper.profile(profile).parameters)
+        for name, value in parameters.items():
+            if name not in values:
+                raise unknown("parameter", name, values)
+            if value is not None:
+                values[name] = value
+        self.parameters = SimpleNamespace(**values)
+        overrides = {name: value for name, value in parameters.items() if value is not None}
+        values = json.loads(json.dumps(values, default=str))
+        self._results: list[ClaimResult] = []
+        super().__init__(
+            strategy, f"{strategy} · {profile} · notebook",
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)), values,
+            {"paper": strategy, "profile": profile},
+            {"profile": profile, "key": notebook_key(self.paper.notebook_file, values, self.paper.folder)},
+        )
 
     def claim(
         self, id: str, values: float | Sequence[float], *, seeds: Sequence[int] = (),
@@ -280,10 +316,7 @@ class Study:
         return rows
 
     def finish(self) -> pd.DataFrame:
-        """Write the claims' results, close the MLflow run, and give the scoreboard for display.
-
-        What says that a study is done is `finished` in its record, written when everything else is.
-        """
+        """Write the claims' results, close the session, and give the scoreboard for display."""
         from mlflow.entities import Metric, RunTag
 
         from layerlab.scoreboard import scoreboard
@@ -296,16 +329,9 @@ class Study:
         tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
         content = [result.model_dump() for result in results]
         tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json")
-        tracking.client().set_terminated(self.run_id, "FINISHED")
         write_json(self.folder / RESULTS, content)
-        self._record |= {"finished": True, "ended": time.time(), "seconds": round(time.monotonic() - self._opened, 1)}
-        write_json(self.folder / RECORD, self._record)
-        shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
+        self.close()
         return scoreboard(results)
-
-    def _keep(self, name: str, content: bytes) -> None:
-        write_atomically(self.folder / name, lambda stream: stream.write(content))
-        tracking.log_file(self.run_id, content, name)
 
 
 def read_results(folder: Path) -> list[ClaimResult]:

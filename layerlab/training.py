@@ -10,9 +10,9 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,12 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from layerlab import tables
 from layerlab.checkpoint import Checkpoint, random_state, set_random_state
 from layerlab.data import Dataset, Split, resolve_device
-from layerlab.errors import LayerlabError, sentence
+from layerlab.errors import LayerlabError, reason, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
 from layerlab.progress import Progress, first_process
-from layerlab.strategy import Run, Strategy, check_composition
+from layerlab.strategy import LayerMap, Run, Strategy, check_composition
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -131,17 +132,33 @@ class FitResult:
         """The last epoch's row."""
         return self.history[-1]
 
-    def __repr__(self) -> str:
-        row = self.final
-        seconds = sum(each["time/epoch_seconds"] for each in self.history)
+    @property
+    def layer_maps(self) -> dict[str, LayerMap]:
+        """The layer × epoch maps of its strategies, as `strategy: title`."""
+        return {f"{strategy.name}: {title}": each for strategy in self.strategies
+                for title, each in strategy.layer_maps(self.history).items()}
+
+    @property
+    def headline(self) -> str:
+        """The result in a line."""
+        row, seconds = self.final, total(self, "time/epoch_seconds")
         return (
             f"{self.name}, seed {self.seed}: top-1 {row['test/top1']:.2%} after {row['epoch']} epochs "
             f"and {seconds:.1f} s of training"
         )
 
+    def __repr__(self) -> str:
+        return self.headline
+
+    def __str__(self) -> str:
+        return tables.fit_table(self).text()
+
     def _repr_html_(self) -> str:
-        columns = [c for c in self.frame.columns if c.startswith(("epoch", "train/", "test/", "time/"))]
-        return f"<p>{self!r}</p>" + self.frame[columns].to_html(index=False, float_format="%.4g")
+        from layerlab import figures
+
+        maps = self.layer_maps
+        drawn = tables.picture(figures.png(figures.layer_maps(maps))) if maps else ""
+        return tables.fit_table(self)._repr_html_() + drawn
 
 
 class Fit:
@@ -304,7 +321,9 @@ class Fit:
             row["cost/forward_flops"] = cost.forward_flops * steps
             row["cost/backward_flops"] = cost.backward_flops * steps
             row["cost/bytes_moved"] = cost.bytes_moved * steps
-            peak = cost.peak_memory_bytes if peak is None else peak
+            if peak is None:
+                # What a strategy keeps in memory to read batches from; a GPU's allocator counts it by itself.
+                peak = cost.peak_memory_bytes + getattr(run.data, "resident_bytes", 0)
         if peak is not None:
             row["cost/peak_memory_bytes"] = peak
         if joules is not None:
@@ -580,6 +599,7 @@ def compare(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    keep_going: Collection[str] = (),
     **settings: Any,
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -591,6 +611,8 @@ def compare(
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
+        keep_going: arms that are left out when they refuse the network or fail in whatever way, with the reason in the
+            result's `failures`. The error of any other ends the comparison.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
@@ -603,31 +625,58 @@ def compare(
     checked = _settings(settings)
     bars = Progress(len(arms) * len(seeds) * checked.epochs, progress)
     results: dict[tuple[str, int], FitResult] = {}
+    failures: dict[str, str] = {}
     fits: list[Fit] = []
+
+    @contextmanager
+    def attempted(arm: str, seed: int) -> Iterator[None]:
+        """Whatever an arm does, alone: where `keep_going` says so its failure takes it out and nothing else."""
+        try:
+            yield
+        # A strategy may fail in any way; KeyboardInterrupt is the user's.
+        except (Exception, SystemExit) as error:
+            if arm not in keep_going:
+                raise
+            failures[arm] = reason(error)
+            bars.total -= (len(seeds) - seeds.index(seed)) * checked.epochs
+            for each in [each for each in fits if each.name == arm]:
+                bars.total += len(each.run.history)
+                fits.remove(each)
+                each.fail(error)
+            for key in [key for key in results if key[0] == arm]:
+                del results[key]
+
     try:
         for seed in seeds:
             fits.clear()
             for arm, strategies in arms.items():
+                if arm in failures:
+                    continue
                 chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
                 network = model[arm] if isinstance(model, Mapping) else model
                 folder = Path(checkpoint) if checkpoint is not None else None
                 if folder is not None and len(arms) * len(seeds) > 1:
                     folder /= f"{arm or 'fit'}-seed{seed}"
-                fits.append(Fit(
-                    network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
-                    loss=loss, checkpoint=folder, observers=observers, **settings,
-                ))
+                with attempted(arm, seed):
+                    fits.append(Fit(
+                        network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
+                        loss=loss, checkpoint=folder, observers=observers, **settings,
+                    ))
             bars.done += sum(each.run.epoch for each in fits)
             # Runs that were interrupted at different epochs catch up first.
             while pending := [each for each in fits if not each.finished]:
                 first = min(each.run.epoch for each in pending)
                 for each in pending:
                     if each.run.epoch == first:
-                        row = each.train_epoch()
-                        bars.epoch(f"{each.name} seed {seed}", row["epoch"], checked.epochs,
-                                   f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
-            for each in fits:
-                results[each.name, seed] = each.finish()
+                        with attempted(each.name, seed):
+                            each.train_epoch()
+                        if each in fits:
+                            row = each.run.history[-1]
+                            bars.epoch(f"{each.name} seed {seed}", row["epoch"], checked.epochs,
+                                       f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
+            for each in list(fits):
+                with attempted(each.name, seed):
+                    results[each.name, seed] = each.finish()
     except BaseException as error:
         for each in fits:
             if (each.name, each.seed) not in results:
@@ -635,7 +684,7 @@ def compare(
         raise
     finally:
         bars.close()
-    return Comparison(results)
+    return Comparison(results, failures)
 
 
 @dataclass(eq=False)
@@ -644,9 +693,11 @@ class Comparison:
 
     Attributes:
         results: (arm, seed) → result.
+        failures: arm that was left out of them → why.
     """
 
     results: dict[tuple[str, int], FitResult]
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -664,6 +715,12 @@ class Comparison:
         frames = [result.frame.assign(arm=arm, seed=seed) for (arm, seed), result in self.results.items()]
         return pd.concat(frames, ignore_index=True)
 
+    @property
+    def runs(self) -> pd.DataFrame:
+        """One row an arm and seed: what a run reached and cost, columns as in `SUMMARY`."""
+        return pd.DataFrame([{"arm": arm, "seed": seed} | {name: value(result) for name, value in SUMMARY.items()}
+                             for (arm, seed), result in self.results.items()])
+
     def per_seed(self, value: Callable[[FitResult], float], arm: str) -> list[float]:
         """`value` of each seed's result of an arm."""
         return [value(self.results[arm, seed]) for seed in self.seeds]
@@ -674,14 +731,20 @@ class Comparison:
         rows = []
         for arm in self.arms:
             row: dict[str, Any] = {"arm": arm, "seeds": len(self.seeds)}
-            for label, value in _SUMMARY.items():
+            for label, value in SUMMARY.items():
                 values = self.per_seed(value, arm)
                 row[label], row[f"{label} ±"] = mean_interval(values)
             rows.append(row)
         return pd.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        return tables.comparison_table(self).text()
+
     def _repr_html_(self) -> str:
-        return self.summary.to_html(index=False, float_format="%.4g", na_rep="one seed")
+        from layerlab import figures
+
+        drawn = tables.picture(figures.png(figures.curves(self.frame, "test/top1"))) if self.results else ""
+        return tables.comparison_table(self)._repr_html_() + drawn
 
 
 def total(result: FitResult, metric: str) -> float:
@@ -689,7 +752,8 @@ def total(result: FitResult, metric: str) -> float:
     return math.fsum(row.get(metric, math.nan) for row in result.history)
 
 
-_SUMMARY: dict[str, Callable[[FitResult], float]] = {
+# What is told of a run: name with unit → value.
+SUMMARY: dict[str, Callable[[FitResult], float]] = {
     "top-1": lambda result: result.final["test/top1"],
     "top-5": lambda result: result.final["test/top5"],
     "best top-1": lambda result: max(row["test/top1"] for row in result.history),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,15 +146,99 @@ def test_the_shares_of_several_processes_are_the_batches_of_one(root, memory_bud
     assert sum(len(labels) for _, labels in shares[1].batches(7)) == len(train)
 
 
-def test_an_image_folder_of_ones_own(tmp_path, pixels):
-    for half in ("train", "val"):
-        for label in ("cat", "dog"):
-            folder = tmp_path / "mine" / half / label
-            folder.mkdir(parents=True)
-            for i in range(3):
-                (folder / f"{i}.png").write_bytes(_png(pixels[i]))
-    data = load_dataset(str(tmp_path / "mine"), image_size=16, device="cpu")
+@pytest.fixture
+def mine(tmp_path) -> Callable[..., Path]:
+    """Writes images into `mine/<place>`, all of one brightness, so that each tells its label."""
+
+    def write(place: str, brightness: int, count: int = 3, suffix: str = "png", size=(12, 9)) -> Path:
+        folder = tmp_path / "mine" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", size, (brightness,) * 3).save(folder / f"{number}.{suffix}")
+        return tmp_path / "mine"
+
+    return write
+
+
+def _brightness(split) -> dict[int, set[int]]:
+    """Label → the brightness of its images, to the nearest ten."""
+    found: dict[int, set[int]] = {}
+    for image, label in zip(split.images, split.labels.tolist(), strict=True):
+        found.setdefault(label, set()).add(10 * round(image.float().mean().item() / 10))
+    return found
+
+
+@pytest.mark.parametrize("second", ["val", "test", "validation"])
+def test_an_image_folder_of_ones_own(mine, second):
+    for half in ("train", second):
+        mine(f"{half}/cat", 50, suffix="jpg")
+        folder = mine(f"{half}/dog", 200, suffix="PNG")
+    # What Jupyter, macOS and people leave in folders is no class and no image.
+    mine("train/.ipynb_checkpoints", 0)
+    (folder / "train" / "cat" / "._1.jpg").write_bytes(b"resource fork")
+    (folder / "train" / "cat" / "notes.txt").write_text("about cats")
+    data = load_dataset(str(folder), image_size=16, device="cpu")
     assert (data.classes, data.shape, len(data.train), len(data.test)) == (2, (3, 16, 16), 6, 6)
+    assert data.class_names == ("cat", "dog")
+    assert _brightness(data.train) == _brightness(data.test) == {0: {50}, 1: {200}}
+    # The shorter side of the images where no size is given.
+    assert load_dataset(str(folder), device="cpu").shape == (3, 9, 9)
+    assert load_dataset(str(folder), channels=1, device="cpu").shape == (1, 9, 9)
+
+
+def test_a_test_half_without_some_of_the_classes_keeps_the_labels(mine):
+    for name, brightness in (("ant", 50), ("bee", 100), ("cat", 150)):
+        mine(f"train/{name}", brightness)
+    mine("test/bee", 100)
+    data = load_dataset(str(mine("test/cat", 150)), device="cpu")
+    assert _brightness(data.test) == {1: {100}, 2: {150}}
+    with pytest.raises(LayerlabError, match=r"has a class folder 'dog' that .*train has not"):
+        load_dataset(str(mine("test/dog", 0)))
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_without_a_test_half_every_fifth_image_of_each_class_is_held_out(mine, top, recwarn):
+    mine(f"{top}cat", 50, count=11)
+    folder = mine(f"{top}dog", 200, count=4)
+    data = load_dataset(str(folder), device="cpu")
+    assert data.train.labels.bincount().tolist() == [8, 3]
+    assert data.test.labels.bincount().tolist() == [3, 1]
+    assert "held out" in repr(data)
+    assert _brightness(data.test) == {0: {50}, 1: {200}}
+    # A test half that is missing beside train/ may be a mistake; class folders alone are none.
+    assert bool(recwarn) == bool(top)
+
+
+def test_a_folder_that_is_no_image_folder_is_refused_with_what_was_expected(mine, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LayerlabError, match=r"empty has no folders with images; expected a folder a class"):
+        load_dataset(str(tmp_path / "empty"))
+    with pytest.raises(LayerlabError, match=r"The class folder .*mine/cat has one image, which cannot be split"):
+        load_dataset(str(mine("cat", 50, count=1)))
+    mine("cat", 50)
+    (tmp_path / "mine" / "dog").mkdir()
+    with pytest.raises(LayerlabError, match=r"The class folder .*mine/dog has no image"):
+        load_dataset(str(tmp_path / "mine"))
+    with pytest.raises(LayerlabError, match=r"has a folder val and none called train"):
+        load_dataset(str(mine("val/cat", 50)))
+    with pytest.raises(LayerlabError, match=r"Or pass the path of a folder that exists; .*/no-such does not"):
+        load_dataset(str(tmp_path / "no-such"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("memory_budget", [None, 0])
+def test_a_corrupt_image_in_a_folder_is_named(mine, suffix, memory_budget):
+    mine("train/cat", 50, suffix=suffix, size=(64, 64))
+    folder = mine("test/cat", 50, suffix=suffix, size=(64, 64))
+    file = folder / "test" / "cat" / f"1.{suffix}"
+    file.write_bytes(file.read_bytes()[:-60])
+
+    def read() -> None:
+        data = load_dataset(str(folder), memory_budget=memory_budget, device="cpu")
+        list(data.test.batches(2))
+
+    with pytest.raises(LayerlabError, match=f"The image {file} does not decode"):
+        read()
 
 
 def test_the_cache_is_used_and_follows_the_content(root, pixels, monkeypatch):

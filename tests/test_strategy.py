@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pandas as pd
 import pytest
 import torch
 from helpers import Freezer, same_weights
 from pydantic import Field
 from torch import nn
 
-from layerlab import LayerlabError, Replaced, Run, Strategy, fit
+from layerlab import LayerlabError, LayerMap, Replaced, Run, Strategy, fit
 from layerlab.training import Fit
 
 
@@ -53,6 +54,24 @@ class Stepper(Strategy):
         run.backward(loss)
         run.optimizer.step()
         return loss
+
+
+class Mapped(Freezer):
+    name: ClassVar[str] = "mapped"
+
+    def layer_maps(self, history):
+        table = pd.DataFrame({row["epoch"]: [float(index < row["freezer/frozen"]) for index in range(4)]
+                              for row in history}, index=["conv1", "bn1", "conv2", "bn2"])
+        return {"frozen": LayerMap(table, "", ("learns", "frozen"))}
+
+
+def test_a_result_has_the_layer_maps_of_its_strategies(digits, residual):
+    result = fit(residual, digits, [Stepper(), Mapped()], epochs=3, batch_size=512, progress=False)
+    assert list(result.layer_maps) == ["mapped: frozen"]
+    table = result.layer_maps["mapped: frozen"].table
+    assert list(table.columns) == [1, 2, 3]
+    assert [int(table[epoch].sum()) for epoch in table] == [0, 2, 4]
+    assert fit(residual, digits, epochs=1, batch_size=512, progress=False).layer_maps == {}
 
 
 def test_hooks_are_called_in_order(digits, residual):

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import pandas as pd
 import torch
 import torch_pruning
 from pydantic import AfterValidator, Field, PrivateAttr
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError, Replaced, Run, Strategy, measure
+from layerlab import LayerlabError, LayerMap, Replaced, Run, Strategy, measure
 from layerlab_adaptive_pruning.structure import rebuild, structure, trace
 from layerlab_adaptive_pruning.surgery import below, merge_thin_layers, recorded, remove_channels, scales
 
@@ -105,7 +106,7 @@ class Pruning(Strategy):
     def on_load_checkpoint(self, run: Run) -> None:
         if len(self._stages) > 1:
             before = dict(run.model.named_parameters())
-            network = rebuild(run.model, self._stages[-1]["structure"])
+            network = self.rebuild(run.model)
             run.restructure(network, [Replaced(before[name], new, None)
                                       for name, new in network.named_parameters() if name in before])
 
@@ -176,6 +177,19 @@ class Pruning(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stages = list(state["stages"])
+
+    def rebuild(self, network: nn.Module) -> fx.GraphModule:
+        """The structure after the last pruning."""
+        return rebuild(network, self._stages[-1]["structure"])
+
+    def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
+        """What is left of each batch norm's channels in each epoch."""
+        first = self._stages[0]["channels"]
+        table = {}
+        for row in history:
+            stage = [each for each in self._stages if each["epoch"] < row["epoch"]][-1]
+            table[row["epoch"]] = [100 * stage["channels"][path] / first[path] for path in first]
+        return {"channels": LayerMap(pd.DataFrame(table, index=list(first)), "channels left [%]")}
 
 
 class AdaptivePruning(Pruning):

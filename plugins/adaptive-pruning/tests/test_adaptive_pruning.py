@@ -174,6 +174,19 @@ def test_layers_go_while_training_and_what_comes_out_is_described_by_json(data):
     assert evaluate(again, data.test) == evaluate(result.model, data.test)
 
 
+def test_the_map_shows_the_channels_that_are_left_in_each_epoch(data):
+    result = fit(network, data, AdaptivePruning(targets=[{"ratio": 0.3}]), **{**OPTIONS, "epochs": 4})
+    table = result.layer_maps["adaptive-pruning: channels"].table
+    assert (table[[1, 2]] == 100).all(axis=None)
+    assert (table[3] == table[4]).all()
+    left = norms(result.model)
+    first = norms(network())
+    assert len(table) == len(first)
+    for path, norm in first.items():
+        kept = left[path].num_features if path in left else 0
+        assert table.loc[path, 4] == pytest.approx(100 * kept / norm.num_features)
+
+
 @pytest.mark.parametrize("target", [{"ratio": 0.4}, {"parameters": 0.7}, {"parameters": 60_000}])
 def test_one_threshold_for_all_layers_meets_the_target(data, target):
     job = ready(data, AdaptivePruning(targets=[target]))

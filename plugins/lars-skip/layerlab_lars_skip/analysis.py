@@ -177,12 +177,8 @@ def paper_saving(comparison: Any, costs: pd.DataFrame, arm: str) -> list[float]:
 
 def skip_map(result: Any) -> pd.DataFrame:
     """Which layer was skipped (1) or learned (0) in which epoch: layers in forward order × epochs."""
-    layers = result.strategies[0].layers
-    return pd.DataFrame(
-        {row["epoch"]: [int(index < row["lars-skip/skipped_layers"]) for index in range(len(layers))]
-         for row in result.history},
-        index=[layer.removeprefix("features.") for layer in layers],
-    )
+    table = result.strategies[0].layer_maps(result.history)["skipped"].table
+    return table.rename(index=lambda layer: layer.removeprefix("features."))
 
 
 def sweep_arms(alphas: Sequence[float]) -> dict[str, Strategy | tuple[()]]:

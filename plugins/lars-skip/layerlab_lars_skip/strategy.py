@@ -7,13 +7,15 @@ IEEE ICECS 2018. Section III, equations (1) to (3), Algorithm 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import pandas as pd
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, Run, Strategy, prefixes
+from layerlab import LayerlabError, LayerMap, Run, Strategy, prefixes
 
 
 def lars_variable(weight: Tensor, before: Tensor) -> float:
@@ -146,3 +148,14 @@ class LarsSkip(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._edge, self._latest, self._age = state["edge"], list(state["latest"]), list(state["age"])
         self._log_sum, self._count = list(state["log_sum"]), list(state["count"])
+
+    def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
+        """Which convolution was skipped in which epoch, and nw of those that learned."""
+        skipped = pd.DataFrame(
+            {row["epoch"]: [int(index < row["lars-skip/skipped_layers"]) for index in range(len(self.layers))]
+             for row in history}, index=self.layers)
+        variables = pd.DataFrame(
+            {row["epoch"]: [math.log10(row.get(f"lars-skip/nw/{layer}", 0) or math.nan) for layer in self.layers]
+             for row in history}, index=self.layers)
+        return {"skipped": LayerMap(skipped, "", ("learns", "skipped")),
+                "LARS variable": LayerMap(variables, "log₁₀ of nw")}

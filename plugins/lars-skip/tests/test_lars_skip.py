@@ -88,6 +88,17 @@ def test_an_infinite_threshold_trains_bit_for_bit_as_no_strategy(data):
     assert not torch.equal(plain.model[0].weight, skipping.model[0].weight)
 
 
+def test_the_maps_show_what_was_skipped_and_what_was_measured(data):
+    result = fit(network, data, LarsSkip(alpha=0), epochs=3, **OPTIONS)
+    skipped, measured = (result.layer_maps[f"lars-skip: {title}"].table for title in ("skipped", "LARS variable"))
+    assert list(skipped.index) == ["0", "4", "7"]
+    assert [int(skipped[epoch].sum()) for epoch in skipped] == [
+        row["lars-skip/skipped_layers"] for row in result.history]
+    assert skipped.to_numpy().any()
+    assert (measured.isna() == (skipped == 1)).all(axis=None)
+    assert measured.loc["4", 1] == pytest.approx(math.log10(result.history[0]["lars-skip/nw/4"]))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_skipped_weights_and_momentum_do_not_move_and_the_others_do(data, optimizer):
     class Watch(LarsSkip):

@@ -208,19 +208,8 @@ def time_to(result: Any, target: float) -> float:
 
 
 def peak_bytes(result: Any) -> float:
-    """The most that a run held: a step's peak and the features that lay in memory beside it.
-
-    On a GPU the allocator's peak holds the features already.
-    """
-    return max(
-        row.get("cost/peak_memory_bytes", math.nan)
-        + (row.get(f"{NAME}/feature_bytes", 0) * (1 - row.get(f"{NAME}/features_in_file", 0)) if _on_cpu(result) else 0)
-        for row in result.history
-    )
-
-
-def _on_cpu(result: Any) -> bool:
-    return next(result.model.parameters()).device.type == "cpu"
+    """The most that a run held: a step's peak and the features that lay in memory beside it."""
+    return max(row.get("cost/peak_memory_bytes", math.nan) for row in result.history)
 
 
 def table(runs: Mapping[str, Any]) -> pd.DataFrame:
@@ -274,12 +263,7 @@ def targets(runs: Mapping[str, Any]) -> pd.DataFrame:
 
 def score_map(result: Any, score: str) -> pd.DataFrame:
     """A score of every layer and epoch: `change` (as log₁₀) or `trend`; empty where a layer did not learn."""
-    layers = result.strategies[0].layers
-    frame = pd.DataFrame(
-        {row["epoch"]: [row.get(f"{NAME}/{score}/{layer}", math.nan) for layer in layers] for row in result.history},
-        index=layers,
-    )
-    return frame.map(lambda value: math.log10(value) if value > 0 else math.nan) if score == "change" else frame
+    return result.strategies[0].layer_maps(result.history)[score].table
 
 
 def edges(result: Any) -> list[int]:

@@ -125,6 +125,11 @@ class Features:
             for part, start in zip(parts, starts, strict=True)
         ]
 
+    @property
+    def resident_bytes(self) -> int:
+        """What of it lies in memory rather than in a file."""
+        return self.nbytes if self.file is None else 0
+
     def __len__(self) -> int:
         return self.rows
 

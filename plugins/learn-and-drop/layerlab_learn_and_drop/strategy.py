@@ -11,15 +11,16 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import pandas as pd
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, Run, Strategy
+from layerlab import LayerlabError, LayerMap, Run, Strategy
 from layerlab.data import free_memory
 from layerlab.measure import synchronise, time_by_turns
 from layerlab.strategy import Batches
@@ -215,6 +216,23 @@ class LearnAndDrop(Strategy):
         """Leave the whole network and the images, and no feature maps."""
         run.training_model, run.data = run.model, self._images
         self._release()
+
+    def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
+        """What became of each layer in each epoch, and its two scores where it learned."""
+        def table(value: Callable[[Mapping[str, Any], int], float]) -> pd.DataFrame:
+            return pd.DataFrame({row["epoch"]: [value(row, index) for index in range(len(self.layers))]
+                                 for row in history}, index=self.layers)
+
+        def state(row: Mapping[str, Any], index: int) -> int:
+            return 2 if index < row[f"{NAME}/dropped_layers"] else int(index < row[f"{NAME}/frozen_layers"])
+
+        return {
+            "layers": LayerMap(table(state), "", ("learns", "frozen", "dropped")),
+            "change": LayerMap(table(lambda row, index: math.log10(
+                row.get(f"{NAME}/change/{self.layers[index]}", 0) or math.nan)), "log₁₀ of the relative change"),
+            "trend": LayerMap(table(lambda row, index: row.get(f"{NAME}/trend/{self.layers[index]}", math.nan)),
+                              "trend of its logarithm, per epoch"),
+        }
 
     # ---------------------------------------------------------------------------- scores and decision
 

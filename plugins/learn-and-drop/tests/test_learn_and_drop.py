@@ -337,6 +337,12 @@ def test_every_way_of_storing_trains(data, storage, memory_budget, tmp_path):
     overhead = 8 * len(cut.shapes) if storage == "int8" else 0
     stored = 128 * (cut.elements * width + overhead + 8)
     assert stored <= row["learn-and-drop/feature_bytes"] <= stored + 64 * 8
+    # What lies in memory counts to the peak, what lies in a file does not.
+    smaller = row["cost/peak_memory_bytes"] - (row["learn-and-drop/feature_bytes"] if memory_budget is None else 0)
+    assert 0 < smaller < result.history[0]["cost/peak_memory_bytes"]
+    states = result.layer_maps["learn-and-drop: layers"].table
+    assert [int((states[epoch] == 2).sum()) for epoch in states] == [
+        each["learn-and-drop/dropped_layers"] for each in result.history]
     assert not list(tmp_path.glob("*"))
 
 

@@ -154,10 +154,8 @@ def msb_map(result: FitResult, title: str = "") -> Figure:
 
 def positions_over_epochs(result: FitResult, kind: str) -> pd.DataFrame:
     """Tensors × epochs: the position chosen at each epoch's end, for the weights' layers."""
-    frame = result.strategies[0].statistics
-    frame = frame[frame["kind"] == kind]
-    table = frame.pivot(index="tensor", columns="epoch", values="position")
-    return table.loc[list(dict.fromkeys(frame["tensor"]))].rename(index=lambda name: name.removesuffix(f".{kind}"))
+    table = result.layer_maps[f"low-bit: {kind} formats"].table
+    return table.rename(index=lambda name: name.removesuffix(f".{kind}"))
 
 
 # ---------------------------------------------------------------------------------------- capacity

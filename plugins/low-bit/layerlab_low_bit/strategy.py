@@ -7,6 +7,7 @@ Management", DATE 2021, and patent US 11551087.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from layerlab import LayerlabError, Run, Strategy
+from layerlab import LayerlabError, LayerMap, Run, Strategy
 from layerlab_low_bit.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.fixedpoint import decode, msb_histogram
 from layerlab_low_bit.products import Units, find_units
@@ -177,6 +178,25 @@ class LowBit(Strategy):
     def statistics(self) -> pd.DataFrame:
         """One row an epoch and tensor: its format, and the shares of values that saturated and vanished."""
         return self._store.frame()
+
+    def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
+        """Where the highest bit of each tensor's format was at the end of each epoch, a map a kind of tensor."""
+        frame, maps = self.statistics, {}
+        if frame.empty:
+            return maps
+        weights = frame.loc[frame["kind"] == "weight", "tensor"].unique()
+        layers = [name.removesuffix("weight") for name in weights]
+
+        def place(tensor: str) -> tuple[int, bool]:
+            # Errors are met in backward and gradients parameter by parameter; an input may be met after its layer.
+            found = [index for index, layer in enumerate(layers) if tensor.startswith(layer)]
+            return (found[-1] if found else len(layers), not tensor.endswith(".input"))
+
+        for kind, part in frame.groupby("kind", sort=False):
+            names = sorted(part["tensor"].unique(), key=place)
+            table = part.pivot(index="tensor", columns="epoch", values="position").loc[names]
+            maps[f"{kind} formats"] = LayerMap(table, "position of the highest bit")
+        return maps
 
     @property
     def histograms(self) -> pd.DataFrame:

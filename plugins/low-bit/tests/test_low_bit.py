@@ -183,6 +183,16 @@ def test_resume_restores_the_statistics(data, tmp_path, settings):
     assert before.histograms.to_numpy().sum() > 0
 
 
+def test_maps_of_formats_are_in_forward_order_though_errors_are_met_backwards(data):
+    network = build_model("resnet-cifar", depth=8, channels=1)
+    maps = fit(network, data, LowBit(), epochs=2, batch_size=512, progress=False).layer_maps
+    layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for kind in ("weight", "error"):
+        table = maps[f"low-bit: {kind} formats"].table
+        assert [name.removesuffix(f".{kind}") for name in table.index] == layers
+        assert list(table.columns) == [1, 2]
+
+
 def test_evaluation_uses_the_formats_of_training(data):
     """A deployed format does not look at what it is given: values beyond it saturate."""
     torch.manual_seed(0)

@@ -1,0 +1,187 @@
+"""`make lab` in a real browser: explore.ipynb, all cells run, bars while it trains and results after."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import slow
+
+ROOT = Path(__file__).parents[1]
+# `LAYERLAB_SHOTS=docs` keeps the picture that the docs show.
+SHOTS = os.environ.get("LAYERLAB_SHOTS")
+
+
+def _recipe(target: str) -> str:
+    """The command of a target of the Makefile."""
+    found = re.search(rf"^{target}:.*\n\t(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def _addresses(port: int) -> set[str]:
+    """The addresses at which somebody listens on a port."""
+    found = set()
+    for file, width in (("/proc/net/tcp", 8), ("/proc/net/tcp6", 32)):
+        with contextlib.suppress(OSError):
+            for line in Path(file).read_text().splitlines()[1:]:
+                local, _, state = line.split()[1:4]
+                if state == "0A" and int(local[width + 1:], 16) == port:
+                    found.add(local[:width])
+    return found
+
+
+def test_lab_and_ui_listen_on_this_machine_alone():
+    assert "--ip 127.0.0.1" in _recipe("lab")
+    assert "--host 127.0.0.1" in _recipe("ui")
+
+
+@pytest.fixture
+def lab(tmp_path) -> Iterator:
+    """A browser at JupyterLab, which `make lab`'s command started on a copy of the notebooks: (driver, address)."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs a browser: apt install chromium chromium-driver")
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    settings = tmp_path / "settings" / "@jupyterlab"
+    for name, content in (("notebook-extension/tracker", {"windowingMode": "none"}),
+                          ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})):
+        file = settings / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = _recipe("lab").partition("/jupyter lab ")[2].split()
+    assert arguments
+    # Only for this test: no token, no window of its own, and root's consent.
+    arguments += ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root"]
+    environment = os.environ | {
+        "LAYERLAB_HOME": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+    }
+    log = (tmp_path / "lab.log").open("w")
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *arguments], cwd=tmp_path, env=environment,
+                              stdout=log, stderr=log, start_new_session=True)
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1120,1080"):
+        options.add_argument(flag)
+    browser = None
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api").read()
+                break
+            assert server.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, "JupyterLab does not answer"
+            time.sleep(0.3)
+        assert _addresses(port) == {"0100007F"}
+        browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        yield browser, f"http://127.0.0.1:{port}"
+    finally:
+        if browser is not None:
+            browser.quit()
+        # The server ends its kernels itself when it is asked to.
+        server.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        log.close()
+
+
+def _until(condition, what: str, seconds: float = 60):
+    """What the condition gives, once that is true."""
+    from selenium.common.exceptions import WebDriverException
+
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(WebDriverException):
+            if found := condition():
+                return found
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.2)
+
+
+def _shot(browser, name: str) -> None:
+    if SHOTS:
+        browser.save_screenshot(str(Path(SHOTS) / f"{name}.png"))
+
+
+@slow
+@pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="needs selenium: pip install selenium")
+def test_explore_runs_in_jupyterlab_with_bars_and_results(lab, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser, address = lab
+
+    def texts(selector: str) -> list[str]:
+        return [element.text for element in browser.find_elements(By.CSS_SELECTOR, selector)]
+
+    def click(selector: str, text: str) -> None:
+        def find():
+            return next((each for each in browser.find_elements(By.CSS_SELECTOR, selector)
+                         if each.text.strip().startswith(text)), None)
+
+        _until(find, f"{text!r} to click on").click()
+
+    browser.get(f"{address}/lab/tree/explore.ipynb")
+    _until(lambda: any("Explore" in text for text in texts(".jp-MarkdownCell")), "the notebook", 120)
+    _until(lambda: any("Python 3" in text for text in texts(".jp-Notebook-toolbar, .jp-KernelName, .jp-Toolbar")),
+           "a kernel")
+    click(".lm-MenuBar-itemLabel", "Run")
+    click(".lm-Menu-itemLabel", "Run All Cells")
+
+    # While it trains: two bars as widgets, one of them naming the run; and no widget that could not be drawn.
+    bars = _until(lambda: [text for text in texts(".jp-OutputArea-output .jupyter-widgets") if "seed" in text],
+                  "progress bars", 240)
+    assert any("loss" in text and "top-1" in text for text in bars)
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output .widget-hprogress, "
+                                                      ".jp-OutputArea-output .jupyter-widget-hprogress")) >= 2
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})",
+                           browser.find_element(By.CSS_SELECTOR, ".jp-OutputArea-output .jupyter-widgets"))
+    _shot(browser, "jupyterlab-explore-running")
+
+    _until(lambda: any("loaded again" in text for text in texts(".jp-OutputArea-output")), "the last cell", 400)
+    _until(lambda: not any("[*]" in text for text in texts(".jp-InputPrompt")), "all cells")
+    assert not browser.find_elements(By.CSS_SELECTOR, '[data-mime-type="application/vnd.jupyter.stderr"]')
+    # The bars are gone, and tables and pictures are there.
+    assert not any("seed" in text for text in texts(".jp-OutputArea-output .jupyter-widgets"))
+    shown = "\n".join(texts(".jp-OutputArea-output"))
+    for part in ("training images", "own-history", "6 epochs, 3 seeds", "peak memory [MB]", "against the baseline"):
+        assert part in shown, part
+    pictures = browser.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output img")
+    assert len(pictures) >= 4
+    assert all(browser.execute_script("return arguments[0].naturalWidth", picture) > 300 for picture in pictures)
+    heading = next(each for each in browser.find_elements(By.CSS_SELECTOR, ".jp-MarkdownCell h2")
+                   if each.text.startswith("Side by side"))
+    # The whole width for the notebook.
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.CONTROL, "b")
+    time.sleep(1)
+    browser.execute_script("arguments[0].scrollIntoView()", heading)
+    time.sleep(1)
+    _shot(browser, "jupyterlab-explore")
+
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.CONTROL, "s")
+    file = tmp_path / "notebooks" / "explore.ipynb"
+    saved = _until(lambda: [output for cell in json.loads(file.read_text())["cells"]
+                            for output in cell.get("outputs", [])], "the saving")
+    assert not any(output["output_type"] == "error" for output in saved)
