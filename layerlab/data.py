@@ -80,7 +80,8 @@ class Split:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return tuple(self.images.shape[1:])  # pyright: ignore[reportReturnType]
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -237,8 +238,9 @@ def load_dataset(
     if channels not in (None, 1, 3):
         raise LayerlabError(f"channels must be 1 or 3, got {channels}.")
     channels = channels or (known.channels if known else 3)
+    halves: dict[str, tuple[Tensor | Streamed, Tensor]]
     if name == "digits":
-        halves, source, digest = _digits(image_size or 8, channels), "scikit-learn", "sklearn-digits"
+        halves, source, digest = {**_digits(image_size or 8, channels)}, "scikit-learn", "sklearn-digits"
     else:
         halves, source, digest = _files(name, path if known is None else None, _root(root), image_size, channels,
                                         download, place, memory_budget)
