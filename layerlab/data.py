@@ -238,9 +238,8 @@ def load_dataset(
     if channels not in (None, 1, 3):
         raise LayerlabError(f"channels must be 1 or 3, got {channels}.")
     channels = channels or (known.channels if known else 3)
-    halves: dict[str, tuple[Tensor | Streamed, Tensor]]
     if name == "digits":
-        halves, source, digest = {**_digits(image_size or 8, channels)}, "scikit-learn", "sklearn-digits"
+        halves, source, digest = _digits(image_size or 8, channels), "scikit-learn", "sklearn-digits"
     else:
         halves, source, digest = _files(name, path if known is None else None, _root(root), image_size, channels,
                                         download, place, memory_budget)
@@ -343,7 +342,7 @@ def _balanced(labels: Tensor, limit: int) -> Tensor:
     return rank.argsort(stable=True)[:limit].sort().values
 
 
-def _digits(size: int, channels: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _digits(size: int, channels: int) -> dict[str, tuple[Tensor | Streamed, Tensor]]:
     """scikit-learn's 1,797 scans, 8×8, every fifth of each class for testing."""
     from sklearn.datasets import load_digits
 

@@ -141,10 +141,9 @@ def layer_epoch_map(
                        "cbar": False}
         # Of a deep network, rows are thin, lines between them would hide them, and not all names fit.
         sns.heatmap(shown, ax=axis, linewidths=0.5 if tallest <= 40 else 0, linecolor="white", **options)
-        counts = edges[title] if edges else ()
-        for column, count in enumerate(counts):
+        for column, count in enumerate(edges[title] if edges else ()):
             if count:
-                before = counts[column - 1] if column else 0
+                before = edges[title][column - 1] if edges and column else 0
                 height = len(table) - count
                 axis.plot([column, column, column + 1], [len(table) - before, height, height], color="crimson",
                           linewidth=2, solid_capstyle="butt", clip_on=False)
