@@ -19,8 +19,9 @@ test: $(READY)  ## the test suite but for what takes minutes
 test-all: $(READY)  ## the slow tests, too: kills at random moments, many writers, clusters
 	LAYERLAB_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## ruff, then mypy
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 docs: $(READY)  ## docs/contract.md from the docstrings
 	$(BIN)/python docs/contract.py

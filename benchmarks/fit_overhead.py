@@ -22,6 +22,7 @@ class ByHand:
     """The loop that a practitioner would write: resident uint8 tensor, crop and flip, forward, backward, step."""
 
     def __init__(self, model: nn.Module, data: Dataset, batch_size: int, lr: float) -> None:
+        assert isinstance(data.train.images, torch.Tensor)
         self.images, self.labels = data.train.images, data.train.labels
         self.model, self.batch_size = model.to(self.labels.device).train(), batch_size
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, foreach=True)

@@ -8,6 +8,7 @@ forward FLOPs has to take less than a third of the whole one, and less than the 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -27,7 +28,7 @@ def main() -> None:
     print(f"{machine_name()}, torch {torch.__version__}")
     for name, depth, side in (("resnet-cifar", 56, 16), ("vgg-cifar", 11, 32)):
         data = noise(1024, (3, side, side), options.device).augmented("crop-flip", 2)
-        table = analysis.step_costs(lambda name=name, depth=depth: build_model(name, depth=depth), data,
+        table = analysis.step_costs(partial(build_model, name, depth=depth), data,
                                     options.batch, [0.25, 0.5, 0.8], options.rounds, ["compute", "bfloat16", "int8"])
         print(f"\n{name}-{depth} at {side} pixels, batch {options.batch}, {options.rounds} rounds")
         print(table.round(3).to_string(index=False), flush=True)

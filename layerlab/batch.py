@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from layerlab.runner import STOP, TIME, kernel_of
 from layerlab.study import read_record
 
 Tell = Callable[[dict[str, Any]], None]
+Status = Literal["finished", "done before", "failed", "refused", "stopped"]
 GRACE = 15.0  # seconds that a runner has for ending its kernel and closing its runs
 
 
@@ -44,7 +46,7 @@ class Outcome:
         message: one sentence, for a failure.
     """
 
-    status: Literal["finished", "done before", "failed", "refused", "stopped"]
+    status: Status
     message: str = ""
 
 
@@ -193,7 +195,7 @@ def run_job(
 
 def _once(
     job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, since: float
-) -> tuple[str, str]:
+) -> tuple[Status | Literal["dead"], str]:
     with tempfile.TemporaryDirectory(prefix="layerlab-") as temporary:
         events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
         events.touch()
@@ -355,7 +357,7 @@ def _on_this_machine(
                 board.start(job.label, job.last_seconds)
                 future = pool.submit(
                     run_job, job, {**environment, **room[0]},
-                    lambda event, label=job.label: board.event(label, event), stop, **limits,
+                    partial(board.event, job.label), stop, **limits,
                 )
                 running[future] = (number, room[1])
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)

@@ -83,7 +83,8 @@ class Split:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return tuple(self.images.shape[1:])  # pyright: ignore[reportReturnType]
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -369,7 +370,7 @@ def _balanced(labels: Tensor, limit: int) -> Tensor:
     return rank.argsort(stable=True)[:limit].sort().values
 
 
-def _digits(size: int, channels: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _digits(size: int, channels: int) -> dict[str, tuple[Tensor | Streamed, Tensor]]:
     """scikit-learn's 1,797 scans, 8×8, every fifth of each class for testing."""
     from sklearn.datasets import load_digits
 

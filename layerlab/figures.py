@@ -141,7 +141,7 @@ def layer_epoch_map(
         _heat_map(axis, title, table, label, states)
         for column, count in enumerate(edges[title] if edges else ()):
             if count:
-                before = edges[title][column - 1] if column else 0
+                before = edges[title][column - 1] if edges and column else 0
                 height = len(table) - count
                 axis.plot([column, column, column + 1], [len(table) - before, height, height], color="crimson",
                           linewidth=2, solid_capstyle="butt", clip_on=False)

@@ -59,6 +59,7 @@ def vgg_f(num_classes: int = 1000, image_size: int = 224, channels: int = 3, wid
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
     return network
 
@@ -103,6 +104,7 @@ def lenet(num_classes: int = 10, image_size: int = 28, channels: int = 1) -> nn.
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
     return network
 

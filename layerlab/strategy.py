@@ -220,11 +220,11 @@ class Run:
         self._stopped = [parameter for parameter in parameters if parameter in stopped]
         self.model = self.training_model = model
 
-    def plain_step(self, x: Tensor, y: Tensor) -> Tensor:
+    def plain_step(self, x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
         """The step of a run in which no strategy replaces it: forward, `backward`, update.
 
         Args:
-            x, y: as `Strategy.training_step`.
+            x, y: as `Strategy.training_step`, or as `data` gives them.
 
         Returns:
             The batch's mean loss.

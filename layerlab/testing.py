@@ -405,8 +405,8 @@ def leaves_nothing_behind(strategy: Strategy) -> None:
         assert "forward" not in vars(module), f"{where} keeps a patched forward; put it back in `on_fit_end`"
         assert not module.training, f"{where} is left in training mode"
     for name, value in result.model.named_parameters():
-        hooks = value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None)
-        assert not hooks, f"parameter {name!r} keeps a hook; remove your hooks in `on_fit_end`"
+        hooked = value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None)
+        assert not hooked, f"parameter {name!r} keeps a hook; remove your hooks in `on_fit_end`"
         assert value.grad is None, f"parameter {name!r} keeps its gradient"
         assert value.requires_grad == (name != kept), (
             f"parameter {name!r} is left with requires_grad = {value.requires_grad}; freeze with `run.freeze`, which "
@@ -615,8 +615,9 @@ def check_strategy(
     results = []
     for name, check in CHECKS.items():
         reason = expected.get(name)
-        result = {"strategy": candidate, "check_name": name, "exception": None, "status": "passed",
-                  "expected_to_fail": reason is not None, "expected_to_fail_reason": reason}
+        result: dict[str, Any] = {
+            "strategy": candidate, "check_name": name, "exception": None, "status": "passed",
+            "expected_to_fail": reason is not None, "expected_to_fail_reason": reason}
         try:
             with _quiet_fits():
                 if name == "composes":

@@ -363,12 +363,13 @@ class Fit:
         synchronise(self.device)
         return time.perf_counter() - start, outside
 
-    def _step(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _step(self) -> Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor]:
         """One step as a function of a batch that returns its detached loss."""
         run = self.run
         for strategy in self.strategies:
             if strategy.defines("training_step"):
-                return lambda x, y: strategy.training_step(run, x, y).detach()
+                # Batches of several tensors come from strategies that are not composed with such a one.
+                return lambda x, y: strategy.training_step(run, x, y).detach()  # type: ignore[arg-type]
         return lambda x, y: run.plain_step(x, y).detach()
 
     def _call(self, hook: str) -> None:
@@ -429,7 +430,8 @@ class Fit:
         if not isinstance(network, nn.Module):
             raise LayerlabError(f"model must be an nn.Module or a function that builds one, got {type(network)!r}.")
         self._memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        network = network.to(self.device, memory_format=self._memory_format)
+        # Both at once is not in torch's stubs.
+        network = network.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
         parameters = list(network.parameters())
         if not parameters:
             raise LayerlabError("The network has no parameters, so there is nothing to train.")
@@ -878,18 +880,20 @@ def _seeded(seed: int, device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    cudnn, fills = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = torch.backends.cudnn
+    filling: Any = torch.utils.deterministic  # a module that gets its attribute at run time
+    fills = filling.fill_uninitialized_memory
     before = (cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled(),
               torch.is_deterministic_algorithms_warn_only_enabled())
     cudnn.deterministic, cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    filling.fill_uninitialized_memory = False
     try:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before[0], before[1]
         torch.use_deterministic_algorithms(before[2], warn_only=before[3])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        filling.fill_uninitialized_memory = fills
 
 
 def _document(function: Any) -> None:

@@ -65,7 +65,7 @@ def test_the_class_itself_may_declare_it(strategy, check):
 
 def test_what_is_no_strategy_and_a_check_that_does_not_exist_get_one_sentence():
     with pytest.raises(LayerlabError, match=r"42 is no strategy: pass a subclass"):
-        check_strategy(42)  # pyright: ignore[reportArgumentType]
+        check_strategy(42)
     with pytest.raises(LayerlabError, match=r"Unknown check 'resume'. Did you mean 'resumes'\?"):
         check_strategy(Freezer, expected_failed_checks={"resume": "…"})
 

@@ -32,7 +32,7 @@ def layer_costs(model: nn.Module, input_shape: tuple[int, int, int], batch_size:
     example = torch.empty(batch_size, *input_shape, device="meta")
     rows = []
 
-    def note(name: str, layer: nn.Module):
+    def note(name: str, layer: nn.Conv2d | nn.Linear):
         def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             weight = layer.weight
             # Multiply-accumulates: every output element takes one weight row of products.

@@ -236,6 +236,8 @@ def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) ->
         dead = {}
         for path, module in network.named_modules():
             if isinstance(module, _BatchNorm):
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 with torch.no_grad():
                     for value in (module.weight, module.running_var):
                         value.copy_(torch.rand(len(value), generator=generator) + 0.5)

@@ -132,7 +132,7 @@ class Pruning(Strategy):
         return True
 
     @abstractmethod
-    def prune(self, run: Run, target: dict[str, float]) -> tuple[fx.GraphModule, list[Replaced], float]:
+    def prune(self, run: Run, target: Target) -> tuple[fx.GraphModule, list[Replaced], float]:
         """Prune the network that `run` trains until it meets a target.
 
         Returns:
@@ -152,7 +152,7 @@ class Pruning(Strategy):
         turns = latencies({"dense": self._dense, "pruned": network}, images, rounds=15)
         return turns["pruned"].ratio(turns["dense"])[0]
 
-    def limit(self, target: dict[str, float]) -> tuple[str, float]:
+    def limit(self, target: Target) -> tuple[str, float]:
         """A target as (goal, the most that `cost` may be)."""
         ((goal, value),) = target.items()
         if goal == "parameters" and value > 1:
@@ -165,11 +165,13 @@ class Pruning(Strategy):
         return self.every or max(1, run.epochs // (len(self.targets) + 1))
 
     def _note(self, run: Run, epoch: int, threshold: float) -> None:
-        left = channels(run.model)
+        traced = run.model
+        assert isinstance(traced, fx.GraphModule)
+        left = channels(traced)
         first = self._stages[0]["channels"] if self._stages else left
         self._stages.append({
             "epoch": epoch, "parameters": count(run.model), "threshold": threshold,
-            "channels": {path: left.get(path, 0) for path in first}, "structure": structure(run.model),
+            "channels": {path: left.get(path, 0) for path in first}, "structure": structure(traced),
         })
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class AdaptivePruning(Pruning):
     """A batch norm with one channel left: `zero`: the branch that it is in is removed (4.4.1); `merge`: conv–BN–conv
     becomes one 1 × 1 convolution (4.4.2). Where there is no way around, always `merge`."""
 
-    def prune(self, run: Run, target: dict[str, float]) -> tuple[fx.GraphModule, list[Replaced], float]:
+    def prune(self, run: Run, target: Target) -> tuple[fx.GraphModule, list[Replaced], float]:
         goal, limit = self.limit(target)
         if goal == "threshold":
             return *self._pruned(run.model, run, limit), limit
@@ -234,7 +236,7 @@ class NetworkSlimming(Pruning):
     def sparsifies(self) -> bool:
         return len(self._stages) <= len(self.targets)
 
-    def prune(self, run: Run, target: dict[str, float]) -> tuple[fx.GraphModule, list[Replaced], float]:
+    def prune(self, run: Run, target: Target) -> tuple[fx.GraphModule, list[Replaced], float]:
         goal, limit = self.limit(target)
         if goal == "threshold":
             raise LayerlabError(f"{self.name} has no threshold of its own; give ratio, parameters or speedup.")
@@ -243,7 +245,7 @@ class NetworkSlimming(Pruning):
                        ratios, limit, f"{self.name}: {goal} {next(iter(target.values())):g}")
         return *self._pruned(run.model, run, ratio), ratio
 
-    def _pruned(self, network: fx.GraphModule, run: Run, ratio: float) -> tuple[fx.GraphModule, list[Replaced]]:
+    def _pruned(self, network: nn.Module, run: Run, ratio: float) -> tuple[fx.GraphModule, list[Replaced]]:
         modes = {module: module.training for module in network.modules()}
         replaced: list[Replaced] = []
         outputs = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
@@ -255,14 +257,16 @@ class NetworkSlimming(Pruning):
             pruner.step()
         for module, training in modes.items():
             module.training = training
+        assert isinstance(network, fx.GraphModule)
         return network, replaced
 
 
 def shrink(weights: list[nn.Parameter], sparsity: float) -> None:
     """Add λ·sign(γ), the gradient of λ·|γ|, to the gradients of those that have one (Section 4.2)."""
-    found = [weight for weight in weights if weight.grad is not None]
+    found: list[torch.Tensor] = [weight for weight in weights if weight.grad is not None]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     if found:
-        torch._foreach_add_([weight.grad for weight in found], torch._foreach_sign(found), alpha=sparsity)
+        torch._foreach_add_(gradients, torch._foreach_sign(found), alpha=sparsity)
 
 
 def search(cost: Callable[[float], float], levels: list[float], limit: float, wanted: str) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -86,7 +86,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
         if node.op == "call_module":
             module = network.get_submodule(str(node.target))
             if getattr(module, "inplace", False):
-                module.inplace = False
+                module.inplace = False  # type: ignore[assignment]  # a flag
             if next(module.parameters(), None) is not None:
                 if node.target in seen:
                     raise LayerlabError(f"{name} cannot be pruned: its layer {node.target} is called twice.")
@@ -178,7 +178,7 @@ def layer(network: fx.GraphModule, at: Any) -> nn.Module | None:
 
 def source(at: fx.Node) -> fx.Node:
     """The node that a module's node reads."""
-    return at.args[0]  # pyright: ignore[reportReturnType]
+    return cast(fx.Node, at.args[0])
 
 
 def _bypass(network: fx.GraphModule, name: str, by: str) -> None:
@@ -261,7 +261,7 @@ def _resize(network: nn.Module, path: str, shape: Mapping[str, Any]) -> None:
         if name != "bias":
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
     if isinstance(module, _BatchNorm):
-        size = (module.num_features,)
+        size: tuple[int, ...] = (module.num_features,)
         module.running_mean, module.running_var = (
             None if each is None else each.new_zeros(size) for each in (module.running_mean, module.running_var))
         if module.affine:
@@ -270,9 +270,9 @@ def _resize(network: nn.Module, path: str, shape: Mapping[str, Any]) -> None:
     if isinstance(module, nn.Conv2d):
         size = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     else:
-        size = (module.out_features, module.in_features)
+        size = (module.out_features, module.in_features)  # type: ignore[assignment]  # two integers
     module.weight = _empty(module.weight, size)
-    module.bias = _empty(module.weight, size[:1]) if bias else None
+    module.bias = _empty(module.weight, size[:1]) if bias else None  # type: ignore[assignment]  # None is one, too
 
 
 def _empty(like: Tensor, size: tuple[int, ...]) -> nn.Parameter:

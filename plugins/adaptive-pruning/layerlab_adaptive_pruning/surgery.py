@@ -179,7 +179,7 @@ def _of_constants(module: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
 def _padding(module: nn.Conv2d) -> tuple[int, ...]:
     if module.padding == "same":
         return tuple((kernel - 1) * step // 2 for kernel, step in zip(module.kernel_size, module.dilation, strict=True))
-    return (0, 0) if module.padding == "valid" else tuple(module.padding)  # pyright: ignore[reportArgumentType]
+    return (0, 0) if module.padding == "valid" else tuple(module.padding)
 
 
 # ---------------------------------------------------------------------------------------- whole branches
@@ -356,7 +356,7 @@ def _cut(network: fx.GraphModule, example: Tensor, marks: Mapping[str, Tensor], 
              if (isinstance(module, nn.Conv2d) and module.groups == 1)
              or (isinstance(module, _BatchNorm) and isinstance(layer(network, source(n)), Select))]
     done: set[nn.Module] = set()
-    plan: list[tuple[nn.Module, Any, list[int]]] = []
+    plan: list[tuple[nn.Conv2d | _BatchNorm, Any, list[int]]] = []
     for root in roots:
         if root in done or root not in graph.module2node:
             continue

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -82,10 +82,12 @@ class Engine:
         self._group_of = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         self._groups: list[dict[str, Any]] = []
         takes = inspect.signature(DistributedDataParallel.__init__).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
+        buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers": False
+        }
         self.ddp = DistributedDataParallel(
             self.model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_bytes / 2**20,
-            find_unused_parameters=find_unused, init_sync=synchronise, **{buffers: False},
+            find_unused_parameters=find_unused, init_sync=synchronise, **buffers,
         )
         # DDP compares a hook's annotations, as objects, with its own.
         self.ddp.register_comm_hook(None, lambda _, bucket: self._on_bucket(bucket))
@@ -134,7 +136,8 @@ class Engine:
         if not self.apply_early:
             self.optimizer.step()
         else:
-            self.optimizer._opt_called = True  # what a schedule looks for, or it warns that no step was made
+            # What a schedule looks for, or it warns that no step was made.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
             if self._steps == _MEASURED[-1]:
                 self.arrive()
                 self._decide()
@@ -171,7 +174,7 @@ class Engine:
 
     def _on_bucket(self, ready: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's communication hook: a bucket's gradients are computed."""
-        index, parameters = ready.index(), ready.parameters()
+        index, parameters = ready.index(), cast(list[nn.Parameter], ready.parameters())
         bucket = Bucket(index, parameters, ready.gradients(), ready.buffer(),
                         self._apply if self.apply_early else None, self.wire, [self._names[p] for p in parameters])
         self._buckets += 1
@@ -186,7 +189,8 @@ class Engine:
                     self._send(each)
                 self._held.clear()
         # DDP itself has nothing to wait for: whoever needs the sums waits for the transport.
-        done = torch.futures.Future(devices=[bucket.buffer.device] if bucket.buffer.is_cuda else None)
+        done: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[bucket.buffer.device] if bucket.buffer.is_cuda else None)
         done.set_result(bucket.buffer)
         return done
 
@@ -262,7 +266,7 @@ class Engine:
     def _decide(self) -> None:
         """From the measured steps, fix the order of segments; the first worker's times count for all."""
         rate = self.transport.busy / max(1, self.transport.volume)
-        order = None
+        order: list[tuple[int, int]] = []
         if dist.get_rank() == 0:
             count = len(self._sizes)
             ready = [statistics.median(self._ready[index]) for index in range(count)]

@@ -19,7 +19,7 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from layerlab import build_model, forward_order
-from layerlab.data import Dataset, noise
+from layerlab.data import Dataset, Split, noise
 from layerlab.measure import synchronise
 from layerlab.training import Fit
 from layerlab_comm_overlap.strategy import CommOverlap
@@ -224,7 +224,12 @@ def layer_times(model: nn.Module, data: Dataset, batch: int) -> pd.DataFrame:
             times[name].append(time.perf_counter() - start)
     whole, ahead = statistics.median(times["step"]), statistics.median(times["forward"])
     dist.barrier()
-    frame = record(network, x[:2], lambda: [step() for _ in range(3)])
+
+    def thrice() -> None:
+        for _ in range(3):
+            step()
+
+    frame = record(network, x[:2], thrice)
     seconds = frame["device"] if device.type == "cuda" else frame["end"] - frame["start"]
     summed = seconds.groupby([frame["kind"], frame["what"]]).sum()
     rows = []
@@ -261,6 +266,7 @@ def timeline(
         run.epoch, run.steps_per_epoch = 1, warm + steps + 1
         run.training_model.train()
         strategy.on_epoch_start(run)
+        assert isinstance(run.data, Split)
         batches = iter(run.data.batches(batch * workers, run.generator, torch.float32, torch.contiguous_format))
         for x, y in itertools.islice(batches, warm):
             strategy.training_step(run, x, y)
@@ -278,7 +284,7 @@ def timeline(
     return found
 
 
-def _label(layers: Mapping[str, int]) -> str:
+def _label(layers: dict[str, int]) -> str:
     # Backward fills a bucket from the last layer on.
     short = [layer.rpartition(".")[2] for layer in reversed(layers)]
     return short[0] if len(short) == 1 else f"{short[0]}–{short[-1]}"

@@ -151,7 +151,7 @@ class Transport:
         self._queue: deque[tuple[int, int]] = deque()
         self._here: dict[int, Bucket] = {}
         self._flying: deque[_Flight] = deque()
-        self._stages: list[tuple[Tensor, Any]] = []
+        self._stages: list[tuple[torch.UntypedStorage, Any]] = []
         self._closed = False
         self._changed = threading.Condition()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

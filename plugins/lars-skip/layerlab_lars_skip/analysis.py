@@ -77,10 +77,10 @@ def measure_prefixes(
     device = data.train.labels.device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x, y = next(data.train.batches(batch_size, torch.Generator().manual_seed(0), memory_format=memory_format))
-    network = build().to(device, memory_format=memory_format)
+    network = build().to(device, memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's stubs
     layers: list[tuple[str, list[nn.Module]]] = [("none", []), *prefixes(network, x)]
     steps: dict[str, Callable[[], object]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for skipped in range(len(layers)):
         model = copy.deepcopy(network)
         frozen = [] if skipped == 0 else prefixes(model, x)[skipped - 1][1]

@@ -139,7 +139,9 @@ class LarsSkip(Strategy):
         return math.exp(self._log_sum[index] / self._count[index]) if self._count[index] else math.inf
 
     def _weight(self, run: Run, index: int) -> Tensor:
-        return run.model.get_submodule(self._layers[index][0]).weight  # pyright: ignore[reportReturnType]
+        weight = run.model.get_submodule(self._layers[index][0]).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def state_dict(self) -> dict[str, Any]:
         return {"edge": self._edge, "latest": self._latest, "age": self._age, "log_sum": self._log_sum,

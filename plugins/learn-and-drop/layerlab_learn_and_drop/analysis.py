@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layerlab import Dataset, build_model, load_dataset, measure
+from layerlab.data import Augment
 from layerlab.models import MODELS
 from layerlab_learn_and_drop.cutting import Plan, make_plan, split
 from layerlab_learn_and_drop.features import Making, Storage
@@ -111,12 +112,12 @@ def step_costs(
     """
     device = data.train.labels.device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    network = build().to(device, memory_format=memory_format)
+    network = build().to(device, memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's stubs
     example = next(data.train.batches(2, memory_format=memory_format))[0]
     plan = make_plan(network, example)
     count = min(len(data.train), 8 * batch_size)
     steps: dict[str, Callable[[], object]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(label: str, model: nn.Module, source: Any, frozen: Sequence[nn.Module] = ()) -> None:
         model.train()
@@ -311,7 +312,7 @@ def load(options: Mapping[str, Any]) -> Dataset:
     """
     options = {key: value for key, value in options.items() if key not in ("epochs", "lr")}
     name, padding = options.pop("dataset"), options.pop("padding", 2)
-    how = "crop" if "digits" in name or "mnist" in name else "crop-flip"
+    how: Augment = "crop" if "digits" in name or "mnist" in name else "crop-flip"
     return load_dataset(name, **options).augmented(how, padding)
 
 

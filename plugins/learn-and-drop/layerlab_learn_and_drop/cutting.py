@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -239,8 +240,12 @@ def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
         names = [node.name for node in traced.graph.nodes]
         place = {name: index for index, name in enumerate(names)}
         edge = place[cut.node]
-        parts.append(split_module(traced, network, lambda node, place=place, edge=edge: int(place[node.name] > edge)))
+        parts.append(split_module(traced, network, partial(_part, place, edge)))
     return _prefix(parts[0]), _tail(parts[1])
+
+
+def _part(place: Mapping[str, int], edge: int, node: fx.Node) -> int:
+    return int(place[node.name] > edge)
 
 
 def _prefix(parted: fx.GraphModule) -> fx.GraphModule:

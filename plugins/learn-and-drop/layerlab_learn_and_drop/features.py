@@ -171,7 +171,7 @@ class Features:
         """A digest of all bytes."""
         digest = hashlib.blake2b(digest_size=16)
         for start in range(0, self.nbytes, 1 << 24):
-            digest.update(self._buffer[start : start + (1 << 24)].cpu().numpy())
+            digest.update(self._buffer[start : start + (1 << 24)].cpu().numpy().data)
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -246,7 +246,8 @@ class Making:
         """Every batch of every pass."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(max(1, self.passes)):
-            yield from self.source.batches(  # pyright: ignore[reportReturnType]
+            # No other strategy puts batches of several tensors beside this one.
+            yield from self.source.batches(  # type: ignore[misc]
                 self.batch_size, generator if self.passes else None, torch.float32, self.memory_format)
 
     @property

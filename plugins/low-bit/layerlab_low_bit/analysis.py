@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -70,6 +70,7 @@ def steering_table(run: Comparison) -> pd.DataFrame:
         parts = []
         for seed in run.seeds:
             (strategy,) = run.results[arm, seed].strategies
+            assert isinstance(strategy, LowBit)
             parts.append(strategy.statistics)
         frame = pd.concat(parts)
         mean, half = measure.mean_interval(run.per_seed(lambda r: 100 * r.final["test/top1"], arm))
@@ -118,6 +119,7 @@ def msb_map(result: FitResult, title: str = "") -> Figure:
         title: of the figure.
     """
     (strategy,) = result.strategies
+    assert isinstance(strategy, LowBit)
     frame = strategy.statistics
     frame = frame[(frame["epoch"] == frame["epoch"].max()) & frame["kind"].isin(KINDS)]
     # Of the parameters' gradients only the weights': biases and normalisations would fill the picture.
@@ -161,6 +163,9 @@ def positions_over_epochs(result: FitResult, kind: str) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------- capacity
 
 
+Kept = TypeVar("Kept", bound=Arithmetic)
+
+
 class _Counting(Arithmetic):
     """Remembers what it keeps for backward, the weights' codes apart."""
 
@@ -181,7 +186,7 @@ class _Counting(Arithmetic):
         return packed
 
 
-def _arithmetic(network: nn.Module, bits: int, kind: type[Arithmetic]) -> Arithmetic:
+def _arithmetic(network: nn.Module, bits: int, kind: type[Kept]) -> Kept:
     settings = LowBit(bits=bits)
     store = Store({name: bits for name in (*KINDS, "master")}, settings.steering, settings.saturation,
                   settings.underflow, settings.headroom, settings.history, next(network.parameters()).device)
@@ -268,7 +273,7 @@ def capacity(
     by_what["both in memory"] = [sum(column) for column in zip(*by_what.values(), strict=True)]
     by_what["gradients on the wire"] = [_wire_bytes(network, width) for width in widths]
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    by_what["float32 still: gradients, momentum, master weights"] = [2 * weights] + [3 * weights] * len(bits)
+    by_what["float32 still: gradients, momentum, master weights"] = [2 * weights, *[3 * weights] * len(bits)]
     del network, x
     if peaks:
         data = noise(2 * batch_size, shape, device)
@@ -287,7 +292,7 @@ def capacity(
 
 # ---------------------------------------------------------------------------------------- energy
 
-PICOJOULES = {
+PICOJOULES: dict[str | int, tuple[float, float]] = {
     "float32": (3.7, 0.9),
     16: (0.79, 0.1),
     8: (0.2, 0.1),
@@ -313,9 +318,9 @@ def energy(build: Build, shape: tuple[int, int, int], images: int, batch_size: i
     elements = sum(costs[f"{part}_tensors"].sum() for part in ("forward", "dx", "dw")) * steps
     rows = []
     for format_, (multiply, add) in PICOJOULES.items():
-        width = 4 if format_ == "float32" else format_ / 8
+        width = 4 if isinstance(format_, str) else format_ / 8
         rows.append({
-            "arithmetic": format_ if format_ == "float32" else f"{format_} bits",
+            "arithmetic": format_ if isinstance(format_, str) else f"{format_} bits",
             "operations [J]": macs * (multiply + add) * 1e-12,
             "memory traffic [J]": elements * width * PICOJOULES_A_BYTE * 1e-12,
         })

@@ -175,7 +175,8 @@ class Arithmetic(TorchFunctionMode):
             if index is not None:
                 store.positions[index] = position
         try:
-            codes = encode(values, bits, position, stochastic, store.row(index) if gather else None)
+            counts = store.row(index) if gather and index is not None else None
+            codes = encode(values, bits, position, stochastic, counts)
         except ValueError:
             raise not_finite(name, "values that are NaN or Inf") from None
         return Encoded(codes, exponent_of(position, bits))

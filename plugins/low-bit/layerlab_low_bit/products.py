@@ -125,7 +125,8 @@ class Product:
         # Cauchy and Schwarz: |Σ dy·x| <= ‖dy‖·‖x‖, channel by channel; images are taken together as long as that holds.
         dims = slice(2, None)
         of_dy, of_x = (_norms(part, 2, dims).cumsum(0) for part in (dy, x))
-        total, start = None, 0
+        total: Tensor | None = None
+        start = 0
         while start < len(dy):
             bound = torch.sqrt(_after(of_dy, start) * _after(of_x, start))
             count = int((bound <= _FLOAT32).sum())
@@ -134,6 +135,7 @@ class Product:
             part = self._weight_gradient(dy[start:end], x[start:end], shape, kind)
             total = part if total is None else total.double() + part
             start = end
+        assert total is not None
         return total.float()
 
     def _weight_gradient(self, dy: Tensor, x: Tensor, shape: torch.Size, kind: torch.dtype) -> Tensor:
@@ -144,6 +146,7 @@ class Product:
 
     def _convolution_backward(self, dy: Tensor, x: Tensor, w: Tensor, of_input: bool) -> Tensor:
         g = self.geometry
+        assert g is not None
         wanted = (of_input, not of_input, False)
         with _full_float32(dy):
             gradients = torch.ops.aten.convolution_backward(
@@ -162,6 +165,7 @@ class Product:
     def _columns(self, x: Tensor) -> Tensor:
         """(images × places, inputs × kernel places) of one group's x."""
         g = self.geometry
+        assert g is not None
         columns = functional.unfold(x.float(), self._kernel, g.dilation, g.padding, g.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1]).to(torch.int8)
 

@@ -69,7 +69,7 @@ class LowBit(Strategy):
     store_activations: bool = True
     """Keep in b bits also what activation functions, normalisations and poolings need in backward."""
 
-    _store: Store | None = PrivateAttr(None)
+    _store: Store = PrivateAttr()
     _arithmetic: Arithmetic | None = PrivateAttr(None)
     _wire: GradientWire | None = PrivateAttr(None)
     _updating: tuple[torch.optim.Optimizer, RemovableHandle] | None = PrivateAttr(None)
@@ -123,7 +123,9 @@ class LowBit(Strategy):
         Raises:
             LayerlabError: NaN or Inf in a tensor of this step, naming the layer.
         """
-        wire, store = self._wire, self._store
+        wire, arithmetic, store = self._wire, self._arithmetic, self._store
+        assert wire is not None
+        assert arithmetic is not None
         sent = 0
         for name, parameter in run.training_model.named_parameters():
             if parameter.grad is None:
@@ -131,12 +133,12 @@ class LowBit(Strategy):
             if name in wire.sent:
                 wire.gather(name, parameter.grad)
             else:
-                rounded = wire.round(name, parameter.grad, self._arithmetic.gathering)
+                rounded = wire.round(name, parameter.grad, arithmetic.gathering)
                 parameter.grad.copy_(rounded.values)
                 sent += rounded.codes.nbytes + EXPONENT_BYTES
         sent += sum(wire.sent.values())
         wire.sent.clear()
-        if self._arithmetic.gathering:
+        if arithmetic.gathering:
             store.update(run.step)
         self._gather(run.step + 1)
         run.log("low-bit/wire_bytes", sent)
@@ -159,6 +161,7 @@ class LowBit(Strategy):
         """Leave a plain network whose convolutions' and linear layers' weights are those b-bit numbers."""
         self._leave_optimizer()
         arithmetic = self._arithmetic
+        assert arithmetic is not None
         with torch.no_grad():
             for name, parameter in run.model.named_parameters():
                 if self._store.known(name) is not None:
@@ -204,14 +207,16 @@ class LowBit(Strategy):
         return self._store.histograms
 
     def _gather(self, step: int) -> None:
+        assert self._arithmetic is not None
         self._arithmetic.gathering = step % self.interval == 0
 
     def _round_masters(self, run: Run) -> None:
+        arithmetic = self._arithmetic
+        assert arithmetic is not None
         with torch.no_grad():
             for name, parameter in run.training_model.named_parameters():
                 if parameter.grad is not None:
-                    rounded = self._arithmetic.round(
-                        parameter, f"{name}.master", "master", True, self._arithmetic.gathering)
+                    rounded = arithmetic.round(parameter, f"{name}.master", "master", True, arithmetic.gathering)
                     parameter.copy_(rounded.values)
 
     def _leave_optimizer(self) -> None:

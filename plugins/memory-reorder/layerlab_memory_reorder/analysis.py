@@ -235,7 +235,7 @@ class Step:
 
     def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         original = module.forward
-        module.forward = lambda *arguments: forward(original, *arguments)  # type: ignore[method-assign]
+        module.forward = lambda *arguments: forward(original, *arguments)
         self._stack.callback(delattr, module, "forward")
 
 
@@ -307,7 +307,7 @@ def timed(
     for name, batch in networks.items():
         model, shape = network(name, image_size)
         steps = {}
-        part = []
+        part: list[dict[str, Any]] = []
         for arm in ARMS:
             dry = measured_peak(model, shape, batch, arm, optimizer=optimizer)
             steps[arm] = Step(arm, model, shape, batch, optimizer, device)
@@ -495,7 +495,7 @@ def larger_networks(memory: int, batch_size: int, optimizer: str = "sgd", device
         sizes = {"conventional plan": _largest(conventional, memory)}
         for arm in (PLAIN, FUSED, OURS):
             sizes[arm] = largest_network(build, memory, batch_size, _IMAGENET, arm, optimizer=optimizer, device=device)
-        part = []
+        part: list[dict[str, Any]] = []
         for arm, size in sizes.items():
             with torch.device("meta"):
                 model = build(size)

@@ -176,13 +176,13 @@ class _Parametric(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         layer: _Layer = ctx.layer
         x = _taken(ctx)
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         linear = isinstance(layer.module, nn.Linear)
-        db = None
+        dx = dw = db = None
         if linear and ctx.has_bias and needs_db:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
         if linear and needs_dw and needs_dx and layer.takeover.goes_last(weight, x):
@@ -194,7 +194,6 @@ class _Parametric(Function):
         if linear and needs_dw and not needs_dx and layer.takeover.in_slabs(weight):
             layer.takeover.apply_slabs(weight, dy, x)
             return None, None, db, None
-        dw = dx = None
         if needs_dw and linear:
             dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         elif not linear and (needs_dw or needs_db):
@@ -253,7 +252,7 @@ class _SignLater(Function):
         return x.relu()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
 
 
@@ -286,7 +285,7 @@ class _MaxPool(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.codes is None:
             raise _gone()
         codes, ctx.codes = ctx.codes, None
@@ -319,7 +318,7 @@ class _ResponseNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         x = _taken(ctx)
         dx = torch.empty_like(x)
         for part, given, result in zip(_few(x), _few(dy), _few(dx), strict=True):
@@ -495,11 +494,11 @@ class Takeover:
                 return forward(original, *arguments, **options)
             return original(*arguments, **options)
 
-        module.forward = chosen  # type: ignore[method-assign]
+        module.forward = chosen
 
         def undo() -> None:
             if own:
-                module.forward = original  # type: ignore[method-assign]
+                module.forward = original
             else:
                 del module.forward
 
@@ -518,13 +517,13 @@ def _parametric_forward(layer: _Layer) -> Callable[..., Tensor]:
         if not x.is_floating_point() or (not isinstance(module, nn.Linear) and x.dim() != weight.dim()):
             return original(x)
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            return _Parametric.apply(x, weight, bias, layer)  # type: ignore[return-value]
+            return _Parametric.apply(x, weight, bias, layer)
         # Cast outside the function, so that autograd casts the gradients back.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _Parametric.apply(x, weight, bias, layer)  # type: ignore[return-value]
+            return _Parametric.apply(x, weight, bias, layer)
 
     return forward
 
@@ -536,7 +535,7 @@ def _relu_forward(module: Any, reader: nn.Module) -> Callable[..., Tensor]:
             return original(x)
         # An operand that is a leaf or a view of one must not be written over inside a function.
         inplace = module.inplace and x.grad_fn is not None
-        return _SignLater.apply(x, inplace)  # type: ignore[return-value]
+        return _SignLater.apply(x, inplace)
 
     return forward
 
@@ -546,8 +545,8 @@ def _pool_forward(module: nn.MaxPool2d, masks: bool) -> Callable[..., Tensor]:
 
     def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
         if x.dim() == 3:
-            return _MaxPool.apply(x.unsqueeze(0), settings, masks).squeeze(0)  # type: ignore[union-attr]
-        return _MaxPool.apply(x, settings, masks)  # type: ignore[return-value]
+            return _MaxPool.apply(x.unsqueeze(0), settings, masks).squeeze(0)
+        return _MaxPool.apply(x, settings, masks)
 
     return forward
 
@@ -557,7 +556,7 @@ def _norm_forward(module: nn.LocalResponseNorm) -> Callable[..., Tensor]:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             # Autocast picks another precision for each of its operations.
             return original(x)
-        return _ResponseNorm.apply(x, module)  # type: ignore[return-value]
+        return _ResponseNorm.apply(x, module)
 
     return forward
 
@@ -605,7 +604,7 @@ def _masked_by_reader(model: nn.Module) -> dict[nn.Module, nn.Module]:
         return {}
     modules = dict(model.named_modules())
     calls = Counter(modules.get(str(node.target)) for node in graph.graph.nodes if node.op == "call_module")
-    found = {}
+    found: dict[nn.Module, nn.Module] = {}
     for node in graph.graph.nodes:
         relu = _called(node, modules)
         if type(relu) is not nn.ReLU or calls[relu] != 1 or len(node.users) != 1:

@@ -123,7 +123,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Ne
     network = copy.deepcopy(model).to("meta").train()
     graph = symbolic(network)
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    first = {}
+    first: dict[nn.Parameter, str] = {}
     for name, parameter in parameters.items():
         first.setdefault(parameter, name)
     weights = {name: parameter.nbytes for parameter, name in first.items()}

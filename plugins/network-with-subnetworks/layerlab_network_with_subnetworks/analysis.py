@@ -291,7 +291,8 @@ def convolutional_arms(
     strategies["one block at a time"] = NetworkWithSubnetworks(layers=names, l2=0.0)
     strategies["two blocks at a time"] = NetworkWithSubnetworks(layers=names, detach_at_once=2, l2=0.0)
     depths = {name: depth(name) if name.startswith(REGULAR) else blocks for name in strategies}
-    built = {name: partial(convolutional_chain, classes, channels, width, size) for name, size in depths.items()}
+    built: dict[str, Callable[[], nn.Module]] = {
+        name: partial(convolutional_chain, classes, channels, width, size) for name, size in depths.items()}
     return built, strategies
 
 

@@ -178,7 +178,7 @@ def without(network: nn.Sequential, names: Collection[str], dropout_by: DropoutB
                 rate = children[model].p
                 if children[name].p != rate:
                     left[name] = copy.deepcopy(children[name])
-                    left[name].p = rate  # pyright: ignore[reportAttributeAccessIssue]
+                    left[name].p = rate
     return nn.Sequential(left)
 
 

@@ -165,7 +165,7 @@ class NetworkWithSubnetworks(Strategy):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         for index, level in enumerate(self._levels):
             sharers = min(2, top - index + 1) if self.sharing == "pairs" else top - index + 1
-            gradients = [p.grad for p in level if p.grad is not None]
+            gradients = tuple(p.grad for p in level if p.grad is not None)
             if sharers > 1 and gradients:
                 torch._foreach_mul_(gradients, 1 / sharers)
         return loss.detach()
