@@ -191,6 +191,9 @@ def _heat_map(axis: Any, title: str, table: pd.DataFrame, label: str, states: Se
     # Of a deep network, rows are thin, lines between them would hide them, and not all names fit.
     sns.heatmap(shown, ax=axis, linewidths=0.5 if len(table) <= 40 else 0, linecolor="white", **options)
     axis.set(title=title, xlabel="epoch", ylabel="")
+    # The names of 20 epochs or more would run into each other.
+    every = -(-len(table.columns) // 12)
+    axis.set_xticks(np.arange(0, len(table.columns), every) + 0.5, list(table.columns)[::every])
     axis.tick_params(axis="y", rotation=0)
     axis.tick_params(axis="x", rotation=0)
     axis.grid(False)

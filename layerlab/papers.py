@@ -141,6 +141,16 @@ class Paper(_Data):
 
         return tables.paper_table(self)._repr_html_()
 
+    def judged(self, result: ClaimResult) -> ClaimResult:
+        """A row with the verdict that `judge` gives it today, whatever version wrote it; a claim that the paper no
+        longer has keeps its own."""
+        claim = next((claim for claim in self.claims if claim.id == result.claim), None)
+        if claim is None:
+            return result
+        values = [math.nan if value is None else value for value in result.values]
+        verdict, reason = judge(claim, values, result.conditions, bool(result.seeds))
+        return result.model_copy(update={"verdict": verdict, "reason": reason})
+
     def table(self, id: str) -> Table:
         """The table that the paper numbers so.
 
@@ -262,6 +272,8 @@ def judge(
     )
     if same:
         off = mean - claim.value
+        if abs(off) <= claim.tolerance < half:
+            return "differs", f"undecided: the interval is wider than {claim.tolerance:g} {claim.unit}"
         if abs(off) <= claim.tolerance:
             return "reproduced", f"within {claim.tolerance:g} {claim.unit}"
         return "differs", f"off by {off:+.3g} {claim.unit}"

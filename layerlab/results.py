@@ -104,8 +104,10 @@ def _keep(run: Path, folder: Path) -> None:
         for part in ("figures", "tables"):
             if (run / part).is_dir():
                 shutil.copytree(run / part, new / part)
-        for part in (PARAMETERS, RESULTS):
-            write_json(new / part, json.loads((run / part).read_text()))
+        write_json(new / PARAMETERS, json.loads((run / PARAMETERS).read_text()))
+        results = read_results(run)
+        paper = load_paper(results[0].paper)
+        write_json(new / RESULTS, [paper.judged(result).model_dump() for result in results])
         write_json(new / DIGESTS, digests(new))
         with contextlib.suppress(FileNotFoundError):
             folder.rename(Path(temporary) / "old")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from layerlab import tracking
 from layerlab.errors import LayerlabWarning
-from layerlab.papers import ClaimResult, Verdict, load_paper, readable_papers
+from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
 
 COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
 
@@ -98,15 +98,16 @@ def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
     return sorted(kept.values(), key=lambda row: claims.index(row.claim))
 
 
-def _rows(name: str, run: Any) -> list[ClaimResult]:
+def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
     """What a run says of its own paper's claims; whatever else its plugin may have written there is left out."""
+    name = paper.strategy
     try:
         rows = [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
     except ValidationError as error:
         warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
                       f"({str(error).splitlines()[0]}).", LayerlabWarning, stacklevel=3)
         return []
-    return [row for row in rows if row.paper == name]
+    return [paper.judged(row) for row in rows if row.paper == name]
 
 
 def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
@@ -126,7 +127,7 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
             profile = run.data.tags.get("profile", "")
             if profile not in newest:
                 newest.add(profile)
-                results += _rows(paper.strategy, run)
+                results += _rows(paper, run)
         known = {claim.id: claim for claim in paper.claims}
         # A claim that the plugin has dropped since is no claim of the paper any more.
         results = [result for result in results if result.claim in known]
