@@ -52,6 +52,12 @@ def measured(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_sections(file: Path, sections: dict[str, str]) -> None:
+    """The whole page."""
+    whole = "\n".join([HEAD, *(sections[name].rstrip() + "\n" for name in sorted(sections))])
+    write_atomically(file, lambda stream: stream.write(whole.encode()))
+
+
 def main() -> None:
     """Measure and write, a section after each benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,8 +72,7 @@ def main() -> None:
         text = chosen.to.read_text() if chosen.to.exists() else HEAD
         sections = {match[2]: match[1] for match in re.finditer(r"^(## (\w+)\n.*?)(?=^## |\Z)", text, re.M | re.S)}
         sections[name] = section
-        whole = "\n".join([HEAD, *(sections[each].rstrip() + "\n" for each in sorted(sections))])
-        write_atomically(chosen.to, lambda stream, whole=whole: stream.write(whole.encode()))
+        write_sections(chosen.to, sections)
 
 
 if __name__ == "__main__":

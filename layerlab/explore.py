@@ -119,8 +119,6 @@ def _combined(
     combinations: Sequence[str] | Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> Iterable[tuple[str, list[tuple[str, Mapping[str, Any] | None]]]]:
     """(label, [(strategy, its own settings or None), …]) of each combination."""
-    if isinstance(combinations, str):
-        combinations = [combinations]
     if isinstance(combinations, Mapping):
         for label, parts in combinations.items():
             if not isinstance(parts, Mapping) or not parts:
@@ -128,12 +126,12 @@ def _combined(
                                     f"{{{label!r}: {{'lars-skip': {{'alpha': 8}}, 'low-bit': {{}}}}}}.")
             yield label, [(name, own or {}) for name, own in parts.items()]
         return
-    for text in combinations:
-        parts = [part.strip() for part in str(text).split("+")]
-        if len(parts) < 2 or not all(parts):
+    for text in [combinations] if isinstance(combinations, str) else combinations:
+        names = [part.strip() for part in str(text).split("+")]
+        if len(names) < 2 or not all(names):
             raise LayerlabError(f"Combination {text!r} is none; join two strategies or more by +, such as "
                                 "'lars-skip + low-bit'.")
-        yield " + ".join(parts), [(part, None) for part in parts]
+        yield " + ".join(names), [(name, None) for name in names]
 
 
 # ---------------------------------------------------------------------------------------------- doing it

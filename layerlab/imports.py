@@ -53,8 +53,8 @@ def _tried(plugin: Plugin, limit: float) -> str:
         # A session of its own, so that what it may have started ends with it; what it prints is of no interest.
         os.setsid()
         nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
+        for standard in (0, 1, 2):
+            os.dup2(nothing, standard)
         os.write(told, json.dumps(plugin.broken).encode())
         os._exit(0)
     os.close(told)

@@ -120,14 +120,14 @@ def load_model(
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise LayerlabError(f"{path} is no model that layerlab saved; write one with save_model.")
     shape = tuple(content["shape"])
-    if network is None:
-        network = content["network"]
-        if not network or ":" in network:
-            named = f"network={network!r}" if network else "the function that builds it as network"
-            raise LayerlabError(f"{path} holds a network of your own; pass {named} to build it.")
     build: Any = network
-    if isinstance(network, str):
-        build = network_builder(network, content["classes"], shape, **content["options"])
+    if network is None:
+        build = content["network"]
+        if not build or ":" in build:
+            named = f"network={build!r}" if build else "the function that builds it as network"
+            raise LayerlabError(f"{path} holds a network of your own; pass {named} to build it.")
+    if isinstance(build, str):
+        build = network_builder(build, content["classes"], shape, **content["options"])
     model = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
     for each in content["strategies"]:
         if each["state"] is not None:

@@ -82,8 +82,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds = {"data": dict, "begun": (int, float), "ended": (int, float), "seconds": (int, float)}
-    return record if all(isinstance(record.get(name), (kind, type(None))) for name, kind in kinds.items()) else {}
+    kinds: dict[str, type] = {"data": dict, "begun": float, "ended": float, "seconds": float}
+    given = {name: float(value) if isinstance(value, int) else value for name, value in record.items()}
+    return record if all(isinstance(given.get(name), (kind, type(None))) for name, kind in kinds.items()) else {}
 
 
 def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:

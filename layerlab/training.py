@@ -321,7 +321,7 @@ class Fit:
             row["cost/forward_flops"] = cost.forward_flops * steps
             row["cost/backward_flops"] = cost.backward_flops * steps
             row["cost/bytes_moved"] = cost.bytes_moved * steps
-            if peak is None:
+            if peak is None and cost.peak_memory_bytes is not None:
                 # What a strategy keeps in memory to read batches from; a GPU's allocator counts it by itself.
                 peak = cost.peak_memory_bytes + getattr(run.data, "resident_bytes", 0)
         if peak is not None:

@@ -184,7 +184,8 @@ class LowBit(Strategy):
 
     def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
         """Where the highest bit of each tensor's format was at the end of each epoch, a map a kind of tensor."""
-        frame, maps = self.statistics, {}
+        frame = self.statistics
+        maps: dict[str, LayerMap] = {}
         if frame.empty:
             return maps
         weights = frame.loc[frame["kind"] == "weight", "tensor"].unique()
