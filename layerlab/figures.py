@@ -255,9 +255,9 @@ def fronts(
             axis.errorbar(row[column], row[y], fmt=shapes[row["arm"]], color=colour, markersize=6.5, elinewidth=0.9,
                           capsize=2, markerfacecolor=colour if row["arm"] in front[column] else "white", **bars)
         axis.set(xlabel=label, ylabel=ylabel)
+        axis.margins(x=0.08, y=0.1)
         if "%" in ylabel:  # an interval may reach beyond what there is
             axis.set_ylim(top=min(axis.get_ylim()[1], 100.5))
-        axis.margins(x=0.08, y=0.1)
     handles = [plt.Line2D([], [], color=colours[arm], marker=shapes[arm], linestyle="") for arm in frame["arm"]]
     handles.append(plt.Line2D([], [], color="0.35", linewidth=1, linestyle="--"))
     figure.legend(handles, [*frame["arm"], "filled: none is better in both"], loc="outside lower center",
