@@ -41,6 +41,6 @@ clean:  ## remove the environment; runs/ and mlflow.db stay
 $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	@test -n "$(PYTHON)" || { echo "layerlab needs Python 3.11 or later; install it or run make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
 	  -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
 	@touch $@

@@ -22,6 +22,15 @@ from layerlab import Run, Strategy, forward_order
 
 # For tests that take more than their share of CI's ten minutes.
 slow = pytest.mark.skipif(not os.environ.get("LAYERLAB_SLOW"), reason="slow: make test-all")
+# Of these checks of the contract each takes seconds.
+SLOW_CHECKS = ("composes", "compiles", "pickles")
+
+
+def run_check(strategy: Strategy, check: Any) -> None:
+    """One check of the contract, unless it is a slow one and those are not asked for."""
+    if check.__name__ in SLOW_CHECKS and not os.environ.get("LAYERLAB_SLOW"):
+        pytest.skip("slow: make test-all")
+    check(strategy)
 
 
 class Freezer(Strategy):

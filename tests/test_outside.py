@@ -163,6 +163,7 @@ def _install_broken(site: Path) -> None:
             (site / f"plugin_{name.replace('-', '_')}" / "paper.toml").write_bytes(raw)
 
 
+@slow
 def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
     _install_broken(site)
     result = CliRunner().invoke(main, ["list"])
@@ -173,6 +174,7 @@ def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
     assert "Layer Skip Learning" in lines["lars-skip"]
 
 
+@slow
 def test_an_import_that_does_not_end_is_given_up(site):
     from layerlab.imports import import_errors
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
+from helpers import run_check
 
 from layerlab import strategies
 from layerlab.papers import load_paper
@@ -36,6 +36,4 @@ def test_the_notebook_takes_every_parameter_with_a_comment_and_has_no_outputs(na
 
 @parametrize_with_checks([plugin.load() for plugin in strategies.every()])
 def test_the_strategy_keeps_the_contract(strategy, check):
-    if check.__name__ in ("compiles", "pickles") and not os.environ.get("LAYERLAB_SLOW"):
-        pytest.skip("slow: make test-all")
-    check(strategy)
+    run_check(strategy, check)

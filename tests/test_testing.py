@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 from broken_strategies import EVERY, MetricsFinite
 from click.testing import CliRunner
-from helpers import Freezer, slow
+from helpers import Freezer, run_check, slow
 
 from layerlab import LayerlabError, cli
 from layerlab.testing import CHECKS, check_strategy, composes, parametrize_with_checks
@@ -35,7 +35,7 @@ def test_a_broken_strategy_fails_its_check_alone(kind):
 
 @parametrize_with_checks([Freezer()])
 def test_a_strategy_that_keeps_the_contract_passes_each_check(strategy, check):
-    check(strategy)
+    run_check(strategy, check)
 
 
 def test_the_first_failure_is_raised_with_its_remedy():
@@ -43,6 +43,7 @@ def test_the_first_failure_is_raised_with_its_remedy():
         check_strategy(MetricsFinite, others=[])
 
 
+@slow
 def test_a_known_failure_is_declared_with_its_reason():
     told: list[dict[str, Any]] = []
     results = check_strategy(MetricsFinite, expected_failed_checks={"metrics_finite": "an accepted gap"}, others=[],
@@ -60,6 +61,8 @@ class Declared(MetricsFinite):
 
 @parametrize_with_checks([Declared])
 def test_the_class_itself_may_declare_it(strategy, check):
+    if check.__name__ != "metrics_finite":
+        pytest.skip("is about one check")
     check(strategy)
 
 
@@ -70,6 +73,7 @@ def test_what_is_no_strategy_and_a_check_that_does_not_exist_get_one_sentence():
         check_strategy(Freezer, expected_failed_checks={"resume": "…"})
 
 
+@slow
 def test_the_command_prints_each_check_and_fails_with_a_failure(fake):
     fake()
     ended = CliRunner().invoke(cli.main, ["check", "fake"])
