@@ -43,4 +43,6 @@ $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
 	  -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
+	@# On all cores, where pip would take one; some packages hold templates that are no Python.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import slow
 from PIL import Image
 
 from layerlab import LayerlabError, load_dataset
@@ -309,8 +310,8 @@ def test_another_layout_is_refused(root):
     [
         ("mnist", (1, 28, 28), (60_000, 10_000)),
         ("fashion-mnist", (1, 28, 28), (60_000, 10_000)),
-        ("cifar10", (3, 32, 32), (50_000, 10_000)),
-        ("imagenette", (3, 128, 128), (9469, 3925)),
+        pytest.param("cifar10", (3, 32, 32), (50_000, 10_000), marks=slow),
+        pytest.param("imagenette", (3, 128, 128), (9469, 3925), marks=slow),
     ],
 )
 def test_real_data(real_data, name, shape, sizes, monkeypatch):

@@ -69,6 +69,7 @@ def test_explore_ones_own_images_and_network(mine, tmp_path):
         "baseline", "lars-skip", "notebook"]
 
 
+@slow
 def test_compare_strategies_of_which_one_refuses_the_network(tmp_path):
     out = tmp_path / "out"
     shown = _run("compare", strategies=["lars-skip", "network-with-subnetworks"], limit=256, epochs=2, seeds=[0, 1],
