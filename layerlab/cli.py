@@ -176,8 +176,6 @@ def _run(
     that did was bad input, 130 if it was stopped."""
     from layerlab.batch import Outcome, preview, run_batch
     from layerlab.plans import jobs_of
-    from layerlab.scoreboard import scoreboard_text
-    from layerlab.study import read_results
 
     jobs = jobs_of(plan, beside, output)
     if dry_run:
@@ -190,6 +188,10 @@ def _run(
         jobs, workers=workers or plan.workers, time_limit=minutes and 60 * minutes,
         retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
     )
+    # Not before: it imports pandas, for which the first kernel need not wait.
+    from layerlab.scoreboard import scoreboard_text
+    from layerlab.study import read_results
+
     ended = list(zip(jobs, outcomes, strict=True))
     done = [(job, outcome) for job, outcome in ended if outcome.status in ("finished", "done before")]
     results, unreadable = [], []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -271,6 +273,28 @@ def png(figure: Figure, resolution: float = 100) -> bytes:
     figure.savefig(stream, format="png", dpi=resolution, bbox_inches="tight")
     plt.close(figure)
     return stream.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure as it was kept, for display in a notebook, which would draw it a second time.
+
+    Attributes:
+        figure: matplotlib's.
+        content: the PNG.
+        resolution: its pixels an inch.
+    """
+
+    figure: Figure
+    content: bytes
+    resolution: float
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        # In the size in which the notebook would show the figure itself; a PNG's width and height follow its first 16
+        # bytes.
+        width, height = (round(pixels * self.figure.dpi / self.resolution)
+                         for pixels in struct.unpack(">II", self.content[16:24]))
+        return self.content, {"width": width, "height": height}
 
 
 def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, percent: bool = False,

@@ -267,7 +267,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
             raise fail(job, "ended before its claims were written")
         os.replace(job.partial, job.file)
         if job.strategy:
-            tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name)
+            tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name, record.get("artifacts", ""))
 
 
 def fail(job: Job, reason: str) -> NotebookFailed:

@@ -23,7 +23,9 @@ from layerlab.papers import ClaimResult, Paper, judge, load_paper
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
+    from layerlab.figures import Picture
     from layerlab.training import Comparison
 
 OUTPUT = "LAYERLAB_OUTPUT"
@@ -74,15 +76,15 @@ def _hold(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, `key`, `data`,
-    `seconds`; or nothing, also where the file holds anything else."""
+    """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, its `artifacts`,
+    `key`, `data`, `seconds`; or nothing, also where the file holds anything else."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds: dict[str, type] = {"data": dict, "begun": float, "ended": float, "seconds": float}
+    kinds: dict[str, type] = {"data": dict, "begun": float, "ended": float, "seconds": float, "artifacts": str}
     given = {name: float(value) if isinstance(value, int) else value for name, value in record.items()}
     return record if all(isinstance(given.get(name), (kind, type(None))) for name, kind in kinds.items()) else {}
 
@@ -183,7 +185,8 @@ class Session:
         self.run_id = tracking.start_run(
             experiment, title, self.attempt, self._tags | tracking.common_tags() | {"kind": "notebook"},
         )
-        self._record["mlflow_run"] = self.run_id
+        self._artifacts = tracking.artifact_folder(self.run_id)
+        self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
         write_json(self.folder / RECORD, self._record)
         self._keep(PARAMETERS, json.dumps(values, indent=2, ensure_ascii=False).encode())
 
@@ -218,12 +221,13 @@ class Session:
         self._keep(f"tables/{name}.csv", text.encode())
         return frame
 
-    def figure(self, name: str, figure: Any) -> Any:
-        """Keep a matplotlib figure as PNG in the folder and in MLflow; gives it back for display."""
-        from layerlab.figures import png
+    def figure(self, name: str, figure: Figure) -> Picture:
+        """Keep a matplotlib figure as PNG in the folder and in MLflow; gives the picture back for display."""
+        from layerlab.figures import Picture, png
 
-        self._keep(f"figures/{name}.png", png(figure, 144))
-        return figure
+        picture = Picture(figure, png(figure, 144), 144)
+        self._keep(f"figures/{name}.png", picture.content)
+        return picture
 
     def close(self) -> None:
         """The work is done: end the MLflow run, and forget the checkpoints.
@@ -237,7 +241,7 @@ class Session:
 
     def _keep(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, lambda stream: stream.write(content))
-        tracking.log_file(self.run_id, content, name)
+        tracking.log_file(self.run_id, content, name, self._artifacts)
 
 
 class Study(Session):
@@ -329,7 +333,8 @@ class Study(Session):
         tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
         tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
         content = [result.model_dump() for result in results]
-        tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json")
+        tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json",
+                          self._artifacts)
         write_json(self.folder / RESULTS, content)
         self.close()
         return scoreboard(results)

@@ -11,14 +11,18 @@ import fcntl
 import os
 import socket
 import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from layerlab.errors import LayerlabError
+from layerlab.files import write_atomically
 from layerlab.measure import commit, machine_name, versions, versions_text
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ PROCESS = f"{PREFIX}process"
 # Tag of a run that came from another database: its id there.
 ORIGIN = f"{PREFIX}origin"
 METRICS_AT_ONCE = 1000  # MLflow's limit for one call
+# Seconds from one writing of a fit's metrics to the next: a call to MLflow takes as long as a small network's epoch.
+PAUSE = 1.0
 
 
 def workbook_folder() -> Path:
@@ -242,7 +248,8 @@ class Tracker:
         self.parent = parent
         # Weak, so that a long sweep does not keep every network that it has trained.
         self._runs: weakref.WeakKeyDictionary[Fit, str] = weakref.WeakKeyDictionary()
-        self._written: weakref.WeakKeyDictionary[Fit, int] = weakref.WeakKeyDictionary()
+        # How many epochs are written, and when the last of them was.
+        self._written: weakref.WeakKeyDictionary[Fit, tuple[int, float]] = weakref.WeakKeyDictionary()
 
     def on_fit_start(self, fit: Fit) -> None:
         """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""
@@ -261,7 +268,7 @@ class Tracker:
         if self.parent:
             tags[NOTEBOOK] = self.parent
         run_id = start_run(self.experiment, f"{fit.name} · {fit.data.name} · seed {fit.seed}", attempt, tags)
-        self._runs[fit], self._written[fit] = run_id, 0
+        self._runs[fit], self._written[fit] = run_id, (0, 0.0)
         params = describe(fit.settings) | {
             "seed": fit.seed,
             "network": type(fit.run.model).__name__,
@@ -278,21 +285,26 @@ class Tracker:
         self._write(fit)
 
     def on_epoch_end(self, fit: Fit, row: dict[str, Any]) -> None:
-        """Log the epoch's metrics."""
-        self._write(fit)
+        """Log the epoch's metrics, those of quick epochs together."""
+        if time.monotonic() - self._written[fit][1] >= PAUSE:
+            self._write(fit)
 
     def on_fit_end(self, fit: Fit, result: FitResult) -> None:
         """Close the run."""
+        self._write(fit)
         client().set_terminated(self._runs[fit], "FINISHED")
 
     def on_exception(self, fit: Fit, error: BaseException) -> None:
         """Close the run as failed, or as killed when a person stopped it."""
+        with contextlib.suppress(Exception):  # what cannot be written must not hide why the fit ends
+            self._write(fit)
         client().set_terminated(self._runs[fit], "FAILED" if isinstance(error, Exception) else "KILLED")
 
     def _write(self, fit: Fit) -> None:
         from mlflow.entities import Metric
 
-        rows = fit.run.history[self._written[fit] :]
+        done, _ = self._written[fit]
+        rows = fit.run.history[done:]
         metrics = [
             Metric(name, float(value), row["timestamp"], row["epoch"])
             for row in rows
@@ -300,7 +312,7 @@ class Tracker:
             if name not in ("epoch", "timestamp")
         ]
         log_metrics(self._runs[fit], metrics)
-        self._written[fit] += len(rows)
+        self._written[fit] = (done + len(rows), time.monotonic())
 
 
 def track(experiment: str = "explore", **tags: str) -> Tracker:
@@ -314,8 +326,22 @@ def log_metrics(run_id: str, metrics: Sequence[Any]) -> None:
         client().log_batch(run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
 
 
-def log_file(run_id: str, content: bytes, name: str) -> None:
-    """Put a file into a run's artifacts, replacing one of that name; `name` may have folders."""
+def artifact_folder(run_id: str) -> str:
+    """Where a run's artifacts lie, if that is a folder of this machine; otherwise empty."""
+    place = urlparse(client().get_run(run_id).info.artifact_uri)
+    return url2pathname(place.path) if place.scheme == "file" else ""
+
+
+def log_file(run_id: str, content: bytes, name: str, folder: str = "") -> None:
+    """Put a file into a run's artifacts, replacing one of that name; `name` may have folders.
+
+    Args:
+        folder: what `artifact_folder` gave, if that is known: MLflow is not needed then, nor the seconds of importing
+            it.
+    """
+    if folder:
+        write_atomically(Path(folder) / name, lambda stream: stream.write(content))
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(name).name
         path.write_bytes(content)

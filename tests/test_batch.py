@@ -453,3 +453,11 @@ def test_importing_papermill_stays_light():
 def test_starting_notebooks_needs_no_torch():
     script = "import layerlab.batch, layerlab.plans, sys; print([m for m in ('torch', 'mlflow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_what_a_batch_would_do_is_known_without_pandas():
+    script = ("import sys; from layerlab.cli import main; main(['reproduce', '--dry-run'], standalone_mode=False); "
+              "print([m for m in ('torch', 'mlflow', 'pandas') if m in sys.modules])")
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
+    assert len(told) > 1
+    assert told[-1] == "[]"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from layerlab import LayerlabError, Study, strategies
@@ -64,6 +66,17 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
 
     publish(["fake"], tmp_path / "again")
     assert digests(tmp_path / "again" / "fake" / "cpu") == digests(there / "cpu")
+
+
+def test_a_notebook_shows_a_figure_as_it_was_kept(fake):
+    fake()
+    study = Study("fake", "cpu")
+    shown, details = DisplayFormatter().format(study.figure("fig-1", Figure(figsize=(6, 4), dpi=100)))
+    content = (study.folder / "figures" / "fig-1.png").read_bytes()
+    assert shown["image/png"] == content
+    pixels = struct.unpack(">II", content[16:24])
+    # 144 pixels an inch were kept; the figure itself has 100.
+    assert details["image/png"] == {"width": round(pixels[0] / 1.44), "height": round(pixels[1] / 1.44)}
 
 
 def test_a_newer_run_takes_the_place_of_an_older_one(study, tmp_path):

@@ -169,3 +169,16 @@ def test_a_run_whose_process_is_gone_does_not_run_for_ever():
     # The next process that tracks anything finds this one alive and that one gone.
     subprocess.run([sys.executable, "-c", "from layerlab import tracking; tracking.client()"], check=True)
     assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "KILLED", "b": "RUNNING"}
+
+
+def test_a_run_s_artifacts_can_be_added_to_without_mlflow():
+    run = tracking.start_run("test", "mine", "attempt", {})
+    folder = tracking.artifact_folder(run)
+    tracking.log_file(run, b"first", "notes/mine.txt")
+    script = ("import sys; from layerlab import tracking; "
+              f"tracking.log_file('', b'second', 'notes/mine.txt', {folder!r}); print('mlflow' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    (item,) = tracking.client().list_artifacts(run, "notes")
+    assert item.path == "notes/mine.txt"
+    assert Path(tracking.client().download_artifacts(run, item.path)).read_text() == "second"

@@ -419,7 +419,10 @@ def _largest(peak: Callable[[int], float], memory: float) -> int:
         return 0
     low, high = 1, 2
     while needs(high) <= memory:
-        low, high = high, max(2 * high, int(high * memory / needs(high)))
+        # One more than the line through the last two sizes says; the first two lie too close together to go far by.
+        slope = (needs(high) - needs(low)) / (high - low)
+        reach = high + (memory - needs(high)) / slope + 1 if slope > 0 else math.inf
+        low, high = high, int(min(max(reach, high + 1), 32 * high))
     for turn in itertools.count():
         if high - low <= 1:
             return low
