@@ -311,8 +311,9 @@ class Tracker:
             for name, value in row.items()
             if name not in ("epoch", "timestamp")
         ]
-        log_metrics(self._runs[fit], metrics)
-        self._written[fit] = (done + len(rows), time.monotonic())
+        if rows:
+            log_metrics(self._runs[fit], metrics)
+            self._written[fit] = (done + len(rows), time.monotonic())
 
 
 def track(experiment: str = "explore", **tags: str) -> Tracker:

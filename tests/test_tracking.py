@@ -66,6 +66,19 @@ def test_a_fit_that_fails_is_marked_so(digits, residual):
     assert [run.info.status for run in _runs()] == ["FAILED"]
 
 
+def test_a_fit_that_fails_keeps_the_epochs_that_it_finished(digits, residual):
+    class Breaks(Freezer):
+        def on_epoch_start(self, run):
+            if run.epoch == 3:
+                raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(residual, digits, Breaks(), observers=[track("test")], progress=False, **OPTIONS)
+    (run,) = _runs()
+    assert run.info.status == "FAILED"
+    assert [m.step for m in tracking.client().get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
+
+
 def test_the_uri_of_the_environment_is_honoured(tmp_path, monkeypatch, digits, residual):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere/db.sqlite")
     fit(residual, digits, observers=[track("test")], progress=False, **OPTIONS)
