@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -286,7 +286,7 @@ class Picture:
     """
 
     figure: Figure
-    content: bytes
+    content: bytes = field(repr=False)
     resolution: float
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:

@@ -74,6 +74,7 @@ def test_a_notebook_shows_a_figure_as_it_was_kept(fake):
     shown, details = DisplayFormatter().format(study.figure("fig-1", Figure(figsize=(6, 4), dpi=100)))
     content = (study.folder / "figures" / "fig-1.png").read_bytes()
     assert shown["image/png"] == content
+    assert len(shown["text/plain"]) < 200
     pixels = struct.unpack(">II", content[16:24])
     # 144 pixels an inch were kept; the figure itself has 100.
     assert details["image/png"] == {"width": round(pixels[0] / 1.44), "height": round(pixels[1] / 1.44)}
