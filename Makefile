@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
+WANTED := -c constraints.txt -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
 
 .PHONY: reproduce test test-all lint docs ui lab benchmarks clean
 .DELETE_ON_ERROR:
@@ -41,8 +42,8 @@ clean:  ## remove the environment; runs/ and mlflow.db stay
 $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	@test -n "$(PYTHON)" || { echo "layerlab needs Python 3.11 or later; install it or run make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
-	  -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
-	@# On all cores, where pip would take one; some packages hold templates that are no Python.
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	@# uv takes half of pip's time; where only pip knows the way to the packages (a mirror, say), pip takes over.
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(WANTED) || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check $(WANTED)
 	@touch $@

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from helpers import slow
 
 import layerlab
 from layerlab import Run, Strategy
@@ -67,6 +68,15 @@ def test_the_strategies_of_a_page_run(page, digits, residual):
     names = {"data": digits, "network": residual}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
+
+
+@slow
+def test_the_python_of_the_front_page_works_when_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(from layerlab .*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_new_is_explained_by_the_command_line():
