@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision import models as torchvision_models
 
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, reason, unknown
 
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
@@ -393,7 +393,7 @@ def network_builder(
         except LayerlabError:
             raise
         except Exception as error:  # whatever the user's own code raises
-            raise LayerlabError(f"Network {network!r} cannot be built: {type(error).__name__}: {error}.") from error
+            raise LayerlabError(f"Network {network!r} cannot be built: {reason(error)}.") from error
 
     return own
 
@@ -435,7 +435,7 @@ def own_network(network: str) -> tuple[Any, str]:
         raise
     except Exception as error:  # whatever the user's own code raises
         raise LayerlabError(
-            f"Network {network!r}: {place} does not import ({type(error).__name__}: {error}); mend it."
+            f"Network {network!r}: {place} does not import ({reason(error)}); mend it."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from layerlab import tracking
-from layerlab.errors import LayerlabWarning
+from layerlab.errors import LayerlabWarning, first_line
 from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
 
 COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
@@ -105,7 +105,7 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
         rows = [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
     except ValidationError as error:
         warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
-                      f"({str(error).splitlines()[0]}).", LayerlabWarning, stacklevel=3)
+                      f"({first_line(error)}).", LayerlabWarning, stacklevel=3)
         return []
     return [paper.judged(row) for row in rows if row.paper == name]
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, first_line, unknown
 from layerlab.files import stamp, write_atomically, write_json
 from layerlab.measure import commit, machine_name, mean_interval, versions
 from layerlab.papers import ClaimResult, Paper, judge, load_paper
@@ -347,5 +347,5 @@ def read_results(folder: Path) -> list[ClaimResult]:
     try:
         return [ClaimResult(**row) for row in json.loads(file.read_text())]
     except (ValueError, TypeError) as error:
-        raise LayerlabError(f"{file} does not hold the claims of a run ({str(error).splitlines()[0]}); delete its "
+        raise LayerlabError(f"{file} does not hold the claims of a run ({first_line(error)}); delete its "
                             "folder and run it again.") from None

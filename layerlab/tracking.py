@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, first_line
 from layerlab.measure import commit, machine_name, versions, versions_text
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _client(uri: str) -> Any:
             _close_dead_runs(client)
     except (MlflowException, OSError) as error:
         raise LayerlabError(
-            f"Runs cannot be tracked at {uri} ({str(error).splitlines()[0]}); set MLFLOW_TRACKING_URI to a database "
+            f"Runs cannot be tracked at {uri} ({first_line(error)}); set MLFLOW_TRACKING_URI to a database "
             "or server that can be written."
         ) from None
     return client

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from layerlab import tables
 from layerlab.checkpoint import Checkpoint, random_state, set_random_state
 from layerlab.data import Dataset, Split, resolve_device
-from layerlab.errors import LayerlabError, reason, sentence
+from layerlab.errors import LayerlabError, first_line, reason, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
 from layerlab.progress import Progress, first_process
 from layerlab.strategy import LayerMap, Run, Strategy, check_composition
@@ -465,7 +465,7 @@ class Fit:
         except (RuntimeError, ValueError, TypeError) as error:
             raise LayerlabError(
                 f"The network does not take images of shape {tuple(run.example.shape[1:])} as {self.data.name!r} gives "
-                f"them ({str(error).splitlines()[0]}); load the data with another image_size or channels."
+                f"them ({first_line(error)}); load the data with another image_size or channels."
             ) from None
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < self.data.classes:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
