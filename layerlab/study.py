@@ -11,8 +11,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from layerlab import tracking
@@ -82,9 +83,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds: dict[str, type] = {"data": dict, "begun": float, "ended": float, "seconds": float}
-    given = {name: float(value) if isinstance(value, int) else value for name, value in record.items()}
-    return record if all(isinstance(given.get(name), (kind, type(None))) for name, kind in kinds.items()) else {}
+    kinds: dict[str, type] = {"data": dict, "begun": Real, "ended": Real, "seconds": Real}
+    return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 
 def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
