@@ -151,10 +151,6 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
     return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
 
 
-def _first_author(paper: Paper) -> str:
-    return paper.authors.split(",")[0].split()[-1]
-
-
 def _counts(rows: Sequence[ClaimResult]) -> list[str]:
     """How many rows have each verdict."""
     return [str(sum(row.verdict == verdict for row in rows) or "") for verdict in get_args(Verdict)]
@@ -171,7 +167,7 @@ def scoreboard_page(target: Path) -> str:
     )
     text = ["# Results", about, markdown_table(("paper", *get_args(Verdict)), lines)]
     for paper, rows in claims:
-        text += [f"## {paper.strategy}", f"{paper.title} ({_first_author(paper)} et al., {paper.year})."]
+        text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
             text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
         text.append(scoreboard_markdown(rows).strip())
@@ -190,7 +186,7 @@ def with_papers(readme: str, target: Path) -> str | None:
         card = f"`{name}`"
         if (target.resolve().parent / "plugins" / name / "README.md").exists():
             card = f"[{card}](plugins/{name}/README.md)"
-        text = f"{_first_author(paper)} et al., *{paper.title}*, {paper.year}"
+        text = f"{paper.short_authors}, *{paper.title}*, {paper.year}"
         page = target / name / "README.md"
         link = f"[claims and figures]({target.name}/{name}/README.md)" if page.exists() else "`quick` only"
         lines.append([card, text, *_counts(rows), link])
