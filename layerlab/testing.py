@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from layerlab.data import Dataset, load_dataset
 from layerlab.errors import LayerlabError, reason, unknown
-from layerlab.registry import installed
+from layerlab.registry import NAME, installed
 from layerlab.strategy import Run, Strategy
 from layerlab.training import Fit, FitResult
 
@@ -161,8 +161,9 @@ def _logits(model: nn.Module) -> Tensor:
 def settings_round_trip(strategy: Strategy) -> None:
     """Settings are documented, validate, and come back through YAML; what is no setting is refused."""
     kind = type(strategy)
-    assert re.fullmatch(r"[a-z0-9-]+", kind.name), (
-        f"the name is {kind.name!r}; give the class `name: ClassVar[str]` of the form [a-z0-9-]+, as its entry point's"
+    assert NAME.fullmatch(kind.name), (
+        f"the name is {kind.name!r}; give the class `name: ClassVar[str]` of the form {NAME.pattern}, as its entry "
+        "point's"
     )
     for name, field in kind.model_fields.items():
         assert field.description, f"setting {name!r} has no description; write a docstring under the field"
@@ -613,17 +614,15 @@ def check_strategy(
     candidate = _candidate(strategy)
     expected = _expected(candidate, expected_failed_checks)
     results = []
-    for name, check in CHECKS.items():
+    checks: dict[str, Check] = {**CHECKS, composes.__name__: functools.partial(composes, others=others)}
+    for name, check in checks.items():
         excuse = expected.get(name)
         result: dict[str, Any] = {
             "strategy": candidate, "check_name": name, "exception": None, "status": "passed",
             "expected_to_fail": excuse is not None, "expected_to_fail_reason": excuse}
         try:
             with _quiet_fits():
-                if name == "composes":
-                    composes(candidate, others)
-                else:
-                    check(candidate)
+                check(candidate)
         except unittest.SkipTest as skipped:
             result |= {"status": "skipped", "exception": skipped}
         except Exception as error:
