@@ -14,6 +14,8 @@ import click
 import layerlab
 from layerlab.errors import LayerlabError, LayerlabWarning
 
+NOTHING_INSTALLED = "No strategies are installed; install a plugin with pip, such as a folder of plugins/."
+
 
 class _Group(click.Group):
     """Bad input ends with one sentence on standard error and exit status 2."""
@@ -55,7 +57,7 @@ def list_() -> None:
     plugins = strategies.every()
     rows = [plugin_row(plugin, broken) for plugin, broken in zip(plugins, import_errors(plugins), strict=True)]
     if not rows:
-        click.echo("No strategies are installed; install a plugin with pip, such as plugins/lars-skip.")
+        click.echo(NOTHING_INSTALLED)
         return
     sizes = [max(len(row[i]) for row in rows) for i in (0, 1)]
     for name, owner, text in rows:
@@ -139,7 +141,7 @@ def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], 
     from layerlab.plans import ALL, Entry, Plan
 
     if not strategies and not names:
-        raise LayerlabError("No strategies are installed; install a plugin with pip, such as plugins/lars-skip.")
+        raise LayerlabError(NOTHING_INSTALLED)
     if output and len(names) != 1:
         raise LayerlabError("--output takes the results of one paper; name just one.")
     entries = [

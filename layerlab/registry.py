@@ -126,7 +126,7 @@ class Registry:
         return [plugin for name in self for plugin in self._plugins[name]]
 
     def __call__(self, name: str, **settings: Any) -> Strategy:
-        """Make a strategy: `strategies("lars-skip", alpha=2)`."""
+        """Make a strategy: `strategies("my-method", share=0.5)`."""
         return self[name].load()(**settings)
 
 
