@@ -352,7 +352,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _statistics(images: Tensor | Streamed) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel in units of the uint8 scale, over at most 10,000 training images."""
+    """Mean and standard deviation per channel in units of the uint8 scale.
+
+    Over every so-many-th training image, fewer than 20,000 in all (streamed: fewer than 4,000).
+    """
     sample = next(images.stream([torch.arange(0, len(images), max(1, len(images) // 2000))])) if isinstance(
         images, Streamed
     ) else images[:: max(1, len(images) // 10_000)]

@@ -264,9 +264,8 @@ def build_model(name: str, **options: Any) -> nn.Module:
     Args:
         name: as in `model_names()`.
         options: for layerlab's: num_classes, channels, image_size where its weights depend on it, and what its
-            function takes besides. For
-            torchvision's: num_classes and what its builder takes; image_size and channels are checked only where the
-            network has a fixed image size.
+            function takes besides. For torchvision's: num_classes and what its builder takes; channels may only be 3,
+            and image_size goes to the networks that are built for one (vision transformers).
 
     Raises:
         LayerlabError: unknown name (with the nearest spelling) or an option that the network does not have.

@@ -323,8 +323,8 @@ class Study(Session):
         from layerlab.scoreboard import scoreboard
 
         results = self.results
-        stamp = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, stamp, 0) for name, value in tracking.claim_metrics(results).items()]
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
         # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
         tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
         tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
