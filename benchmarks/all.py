@@ -18,8 +18,7 @@ from pathlib import Path
 
 from layerlab.errors import unknown
 from layerlab.files import write_atomically
-from layerlab.measure import commit, machine_name, versions_text
-from layerlab.measure import versions as versions_here
+from layerlab.measure import commit, machine_name, versions, versions_text
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {file.stem: file for file in sorted(HERE.glob("*.py")) if file != Path(__file__).resolve()}
@@ -46,7 +45,7 @@ def measured(name: str) -> str:
         if ended.returncode:
             text += f"\nended with status {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}"
         parts += [f"`{' '.join(words)}`, {datetime.now(UTC):%Y-%m-%d}, commit `{commit(HERE.parent)}`, "
-                  f"{machine_name()}, {time.perf_counter() - start:.0f} s; {versions_text(versions_here(False))}",
+                  f"{machine_name()}, {time.perf_counter() - start:.0f} s; {versions_text(versions(plugins=False))}",
                   f"```\n{text}\n```"]
         print(f"{' '.join(words)}\n{text}\n", flush=True)
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, first_line
 from layerlab.files import write_atomically, write_json
 
 
@@ -60,7 +60,7 @@ class Checkpoint:
             state = torch.load(self.file, map_location=device, weights_only=True)
         except Exception as error:  # zip, pickle and runtime errors, depending on the damage
             raise LayerlabError(
-                f"The checkpoint {self.file} is damaged ({str(error).splitlines()[0][:120]}); delete the folder "
+                f"The checkpoint {self.file} is damaged ({first_line(error)}); delete the folder "
                 f"{self.folder} to start anew."
             ) from None
         if state["fingerprint"] != self.fingerprint:

@@ -14,6 +14,8 @@ import click
 import layerlab
 from layerlab.errors import LayerlabError, LayerlabWarning
 
+NOTHING_INSTALLED = "No strategies are installed; install a plugin with pip, such as a folder of plugins/."
+
 
 class _Group(click.Group):
     """Bad input ends with one sentence on standard error and exit status 2."""
@@ -50,25 +52,17 @@ def list_() -> None:
     """List the installed strategies and their papers."""
     from layerlab import strategies
     from layerlab.imports import import_errors
-    from layerlab.papers import load_paper
+    from layerlab.tables import BROKEN, NO_PAPER, plugin_row
 
-    rows = []
     plugins = strategies.every()
-    for plugin, reason in zip(plugins, import_errors(plugins), strict=True):
-        if not reason:
-            try:
-                paper = load_paper(plugin)
-                text = f"{paper.title} ({paper.authors.split(',')[0]} et al., {paper.year})"
-            except LayerlabError as error:
-                text = click.style(f"no paper: {error}", fg="yellow")
-        else:
-            text = click.style(f"broken: {reason}", fg="red")
-        rows.append((plugin.name, f"{plugin.distribution} {plugin.version}", text))
+    rows = [plugin_row(plugin, broken) for plugin, broken in zip(plugins, import_errors(plugins), strict=True)]
     if not rows:
-        click.echo("No strategies are installed; install a plugin with pip, such as plugins/lars-skip.")
+        click.echo(NOTHING_INSTALLED)
         return
     sizes = [max(len(row[i]) for row in rows) for i in (0, 1)]
     for name, owner, text in rows:
+        if text.startswith((BROKEN, NO_PAPER)):
+            text = click.style(text, fg="red" if text.startswith(BROKEN) else "yellow")
         click.echo(f"{click.style(name.ljust(sizes[0]), bold=True)}  {owner.ljust(sizes[1])}  {text}")
 
 
@@ -147,7 +141,7 @@ def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], 
     from layerlab.plans import ALL, Entry, Plan
 
     if not strategies and not names:
-        raise LayerlabError("No strategies are installed; install a plugin with pip, such as plugins/lars-skip.")
+        raise LayerlabError(NOTHING_INSTALLED)
     if output and len(names) != 1:
         raise LayerlabError("--output takes the results of one paper; name just one.")
     entries = [

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, first_line, unknown
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -346,13 +346,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise LayerlabError(
-            f"Device {str(device)!r} is not available here ({str(error).splitlines()[0]}); use 'auto' or 'cpu'."
+            f"Device {str(device)!r} is not available here ({first_line(error)}); use 'auto' or 'cpu'."
         ) from None
     return place
 
 
 def _statistics(images: Tensor | Streamed) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel in units of the uint8 scale, over at most 10,000 training images."""
+    """Mean and standard deviation per channel in units of the uint8 scale.
+
+    Over every so-many-th training image, fewer than 20,000 in all (streamed: fewer than 4,000).
+    """
     sample = next(images.stream([torch.arange(0, len(images), max(1, len(images) // 2000))])) if isinstance(
         images, Streamed
     ) else images[:: max(1, len(images) // 10_000)]
@@ -523,10 +526,9 @@ class ParquetSource(Source):
                 content = images.field("bytes")
                 labels = table.column("label").to_numpy()
             except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowTypeError, KeyError, OSError) as error:
-                reason = str(error).splitlines()[0][:200]
                 raise LayerlabError(
                     f"{file} is corrupt, truncated or not in the expected layout (columns image {{bytes, path}} and "
-                    f"label): {reason}; fetch it again."
+                    f"label): {first_line(error)}; fetch it again."
                 ) from None
             self._tables.append((content, labels))
         self._starts = np.cumsum([0] + [len(labels) for _, labels in self._tables])
@@ -767,7 +769,7 @@ def _torchvision(
         except (RuntimeError, OSError) as error:
             raise LayerlabError(
                 f"Dataset {name!r} is neither in {root / name} as parquet nor in {root} as torchvision lays it out "
-                f"({str(error).splitlines()[0]}); set LAYERLAB_DATA to the folder that holds it, or pass download=True."
+                f"({first_line(error)}); set LAYERLAB_DATA to the folder that holds it, or pass download=True."
             ) from None
         images = _channels_first(np.asarray(found.data))
         if size and size != images.shape[-1]:

@@ -18,8 +18,15 @@ class LayerlabError(Exception):
 
 def reason(error: BaseException) -> str:
     """An error in one line: a sentence of ours as it is, any other with its type."""
-    text = str(error) if isinstance(error, LayerlabError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, LayerlabError):
+        return text
+    return f"{kind}: {text}" if text else kind
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, in at most 200 characters; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class LayerlabWarning(UserWarning):

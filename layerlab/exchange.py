@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, first_line
 from layerlab.measure import versions_text
 from layerlab.papers import ClaimResult
 
@@ -47,7 +47,7 @@ def _import_claims(file: Path) -> tuple[int, int]:
         rows = [ClaimResult(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, ValidationError) as error:
         raise LayerlabError(
-            f"{file} is neither a tracking database nor a claims.json ({str(error).splitlines()[0]})."
+            f"{file} is neither a tracking database nor a claims.json ({first_line(error)})."
         ) from None
     from mlflow.entities import Metric
 
@@ -114,7 +114,7 @@ def _import_database(file: Path) -> tuple[int, int]:
                 experiments = there.search_experiments()
         except (sqlite3.Error, MlflowException) as error:
             raise LayerlabError(
-                f"{file} cannot be read as a tracking database ({str(error).splitlines()[0]}); copy it again while "
+                f"{file} cannot be read as a tracking database ({first_line(error)}); copy it again while "
                 "nothing writes to it."
             ) from None
         for experiment in experiments:

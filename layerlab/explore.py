@@ -78,7 +78,7 @@ def make_arms(
 
     Args:
         names: installed strategies, or `all`: whoever wrote them, and those that cannot be used are listed as such.
-        combinations: as `lars-skip + low-bit`; or with settings of their own, name → strategy → settings.
+        combinations: as `one-method + another`; or with settings of their own, name → strategy → settings.
         settings: strategy → settings, wherever it is used without others.
 
     Raises:
@@ -123,14 +123,14 @@ def _combined(
         for label, parts in combinations.items():
             if not isinstance(parts, Mapping) or not parts:
                 raise LayerlabError(f"Combination {label!r} lists no strategies; write "
-                                    f"{{{label!r}: {{'lars-skip': {{'alpha': 8}}, 'low-bit': {{}}}}}}.")
+                                    f"{{{label!r}: {{'one-method': {{'share': 0.5}}, 'another': {{}}}}}}.")
             yield label, [(name, own or {}) for name, own in parts.items()]
         return
     for text in [combinations] if isinstance(combinations, str) else combinations:
         names = [part.strip() for part in str(text).split("+")]
         if len(names) < 2 or not all(names):
             raise LayerlabError(f"Combination {text!r} is none; join two strategies or more by +, such as "
-                                "'lars-skip + low-bit'.")
+                                "'one-method + another'.")
         yield " + ".join(names), [(name, None) for name in names]
 
 

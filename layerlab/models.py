@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision import models as torchvision_models
 
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, reason, unknown
 
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
@@ -264,9 +264,8 @@ def build_model(name: str, **options: Any) -> nn.Module:
     Args:
         name: as in `model_names()`.
         options: for layerlab's: num_classes, channels, image_size where its weights depend on it, and what its
-            function takes besides. For
-            torchvision's: num_classes and what its builder takes; image_size and channels are checked only where the
-            network has a fixed image size.
+            function takes besides. For torchvision's: num_classes and what its builder takes; channels may only be 3,
+            and image_size goes to the networks that are built for one (vision transformers).
 
     Raises:
         LayerlabError: unknown name (with the nearest spelling) or an option that the network does not have.
@@ -393,7 +392,7 @@ def network_builder(
         except LayerlabError:
             raise
         except Exception as error:  # whatever the user's own code raises
-            raise LayerlabError(f"Network {network!r} cannot be built: {type(error).__name__}: {error}.") from error
+            raise LayerlabError(f"Network {network!r} cannot be built: {reason(error)}.") from error
 
     return own
 
@@ -435,7 +434,7 @@ def own_network(network: str) -> tuple[Any, str]:
         raise
     except Exception as error:  # whatever the user's own code raises
         raise LayerlabError(
-            f"Network {network!r}: {place} does not import ({type(error).__name__}: {error}); mend it."
+            f"Network {network!r}: {place} does not import ({reason(error)}); mend it."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError, LayerlabWarning, unknown
+from layerlab.errors import LayerlabError, LayerlabWarning, first_line, reason, unknown
 from layerlab.files import write_json
 from layerlab.papers import ClaimResult, load_paper
 from layerlab.progress import drawn
@@ -251,7 +251,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
                 raise LayerlabError(error.evalue) from None
             raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue})") from None
         except CellTimeoutError as error:
-            raise fail(job, f"ran out of a cell's time ({str(error).splitlines()[0]})") from None
+            raise fail(job, f"ran out of a cell's time ({first_line(error)})") from None
         except DeadKernelError as error:
             raise DeadKernel(
                 f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
@@ -270,14 +270,18 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
             tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name, record.get("artifacts", ""))
 
 
-def fail(job: Job, reason: str) -> NotebookFailed:
-    """Keep a failed job's notebook and close its runs; gives the error back for the caller to raise."""
+def fail(job: Job, what: str) -> NotebookFailed:
+    """Keep a failed job's notebook and close its runs; gives the error back for the caller to raise.
+
+    Args:
+        what: it did, in words that follow its name: `ran out of its time`.
+    """
     close_runs(job)
     where = ""
     if job.partial.exists():
         os.replace(job.partial, job.failed)
         where = f"; its traceback is in {job.failed}"
-    return NotebookFailed(f"The notebook of {job.name!r} {reason}{where}.")
+    return NotebookFailed(f"The notebook of {job.name!r} {what}{where}.")
 
 
 def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None:
@@ -347,9 +351,8 @@ def _sound_points(group: str) -> list[Any]:
             point.load()
         except Exception as error:  # whatever somebody's module raises
             owner = point.dist.name if point.dist else "a package"
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {reason}.", LayerlabWarning,
-                          stacklevel=2)
+            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {reason(error)}.",
+                          LayerlabWarning, stacklevel=2)
         else:
             sound.append(point)
     return sound

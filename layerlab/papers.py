@@ -119,6 +119,17 @@ class Paper(_Data):
     folder: Path = Path()
 
     @property
+    def short_authors(self) -> str:
+        """`First et al.`, by the family name; `? et al.` where the paper names nobody."""
+        *_, family = self.authors.partition(",")[0].split() or ["?"]
+        return f"{family} et al."
+
+    @property
+    def citation(self) -> str:
+        """`Title (First et al., year)`."""
+        return f"{self.title} ({self.short_authors}, {self.year})"
+
+    @property
     def notebook_file(self) -> Path:
         """The notebook that reproduces the paper.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import entrypoints
 
-from layerlab.errors import LayerlabError, LayerlabWarning, unknown
+from layerlab.errors import LayerlabError, LayerlabWarning, reason, unknown
 
 if TYPE_CHECKING:
     from layerlab.strategy import Strategy
@@ -54,7 +54,7 @@ class Plugin:
             raise
         # A plugin may fail in any way at import, also by what is no Exception; it must not take the others along.
         except BaseException as error:
-            return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return None, reason(error)
         if not (isinstance(found, type) and issubclass(found, Strategy)):
             return None, f"{self.target} is not a subclass of layerlab.Strategy"
         if found.name != self.name:
@@ -72,10 +72,10 @@ class Plugin:
         Raises:
             LayerlabError: it does not import, or is no strategy; with the reason.
         """
-        strategy, reason = self._loaded
+        strategy, broken = self._loaded
         if strategy is None:
             raise LayerlabError(
-                f"Plugin {self.name!r} of distribution {self.distribution!r} is broken ({reason}); "
+                f"Plugin {self.name!r} of distribution {self.distribution!r} is broken ({broken}); "
                 f"mend or uninstall {self.distribution}."
             )
         return strategy
@@ -126,7 +126,7 @@ class Registry:
         return [plugin for name in self for plugin in self._plugins[name]]
 
     def __call__(self, name: str, **settings: Any) -> Strategy:
-        """Make a strategy: `strategies("lars-skip", alpha=2)`."""
+        """Make a strategy: `strategies("my-method", share=0.5)`."""
         return self[name].load()(**settings)
 
 

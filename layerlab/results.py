@@ -26,7 +26,7 @@ from layerlab.errors import LayerlabError, LayerlabWarning
 from layerlab.files import write_atomically, write_json
 from layerlab.measure import versions_text
 from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
-from layerlab.scoreboard import markdown_table, merged, scoreboard_markdown
+from layerlab.scoreboard import completed, markdown_table, merged, scoreboard_markdown
 from layerlab.study import PARAMETERS, RESULTS, read_results
 
 DIGESTS = "digests.json"
@@ -58,6 +58,7 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(each) for each in what if Path(each).is_dir() or str(each) not in strategies]
         names = [str(each) for each in what if Path(each) not in folders]
+        loaded = [(folder, read_results(folder)) for folder in folders]
         for name in names or ([] if what else [paper.strategy for paper in readable_papers()]):
             found = list(_from_mlflow(name, Path(temporary) / name))
             if not found and names:
@@ -65,19 +66,21 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
                     f"MLflow holds no finished run of {name!r} beyond `{UNPUBLISHED}`; run `layerlab reproduce {name} "
                     "--profile cpu` first."
                 )
-            folders += found
-        loaded = [(folder, read_results(folder)) for folder in folders]
-        for folder in folders:
+            loaded += found
+        for folder, results in loaded:
+            if not results:
+                raise LayerlabError(f"{folder} holds a run without any claim; list some in its plugin's paper.toml.")
             if not (folder / PARAMETERS).exists():
                 raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
         for folder, results in loaded:
-            _keep(folder, target / results[0].paper / results[0].profile)
+            _keep(folder, results, target / results[0].paper / results[0].profile)
     papers = list(dict.fromkeys(results[0].paper for _, results in loaded))
     return [*(_page(target / paper) for paper in papers), *write_summaries(target)]
 
 
-def _from_mlflow(name: str, folder: Path) -> Iterator[Path]:
-    """The newest finished runs of a paper, each profile's in a folder like the one that the run itself wrote."""
+def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResult]]]:
+    """The newest finished runs of a paper, each profile's in a folder like the one that the run itself wrote, with its
+    claims."""
     paper = load_paper(name)
     seen = {UNPUBLISHED}
     for run in tracking.notebook_runs(name):
@@ -88,14 +91,15 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[Path]:
             place.mkdir(parents=True)
             tracking.client().download_artifacts(run.info.run_id, "", str(place))
             try:
-                read_results(place)
+                results = read_results(place)
             except LayerlabError as error:
                 warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
                 continue
-            yield place
+            if results:
+                yield place, results
 
 
-def _keep(run: Path, folder: Path) -> None:
+def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
     """Put what is kept of a run into its place, all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
@@ -105,7 +109,6 @@ def _keep(run: Path, folder: Path) -> None:
             if (run / part).is_dir():
                 shutil.copytree(run / part, new / part)
         write_json(new / PARAMETERS, json.loads((run / PARAMETERS).read_text()))
-        results = read_results(run)
         paper = load_paper(results[0].paper)
         write_json(new / RESULTS, [paper.judged(result).model_dump() for result in results])
         write_json(new / DIGESTS, digests(new))
@@ -139,15 +142,13 @@ def write_summaries(target: Path) -> list[Path]:
 
 
 def kept(target: Path, paper: Paper) -> list[ClaimResult]:
-    """A paper's claims in its order: what is kept of each, or a row that says `not run`."""
-    file = target / paper.strategy / RESULTS
-    rows = [ClaimResult(**row) for row in json.loads(file.read_text())] if file.exists() else []
-    found = {row.claim for row in rows}
-    return merged(rows + [paper.not_run(claim, "") for claim in paper.claims if claim.id not in found])
+    """A paper's claims in its order: what is kept of each, or a row that says `not run`.
 
-
-def _first_author(paper: Paper) -> str:
-    return paper.authors.split(",")[0].split()[-1]
+    Raises:
+        LayerlabError: what is kept cannot be read.
+    """
+    folder = target / paper.strategy
+    return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
 
 
 def _counts(rows: Sequence[ClaimResult]) -> list[str]:
@@ -157,17 +158,16 @@ def _counts(rows: Sequence[ClaimResult]) -> list[str]:
 
 def scoreboard_page(target: Path) -> str:
     """Every claim of every installed paper, in Markdown."""
-    papers = readable_papers()
-    lines = [[f"[{paper.strategy}](#{paper.strategy})", *_counts(kept(target, paper))] for paper in papers]
+    claims = [(paper, kept(target, paper)) for paper in readable_papers()]
+    lines = [[f"[{paper.strategy}](#{paper.strategy})", *_counts(rows)] for paper, rows in claims]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
     text = ["# Results", about, markdown_table(("paper", *get_args(Verdict)), lines)]
-    for paper in papers:
-        rows = kept(target, paper)
-        text += [f"## {paper.strategy}", f"{paper.title} ({_first_author(paper)} et al., {paper.year})."]
+    for paper, rows in claims:
+        text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
             text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
         text.append(scoreboard_markdown(rows).strip())
@@ -186,7 +186,7 @@ def with_papers(readme: str, target: Path) -> str | None:
         card = f"`{name}`"
         if (target.resolve().parent / "plugins" / name / "README.md").exists():
             card = f"[{card}](plugins/{name}/README.md)"
-        text = f"{_first_author(paper)} et al., *{paper.title}*, {paper.year}"
+        text = f"{paper.short_authors}, *{paper.title}*, {paper.year}"
         page = target / name / "README.md"
         link = f"[claims and figures]({target.name}/{name}/README.md)" if page.exists() else "`quick` only"
         lines.append([card, text, *_counts(rows), link])
@@ -197,13 +197,14 @@ def with_papers(readme: str, target: Path) -> str | None:
 def _page(folder: Path) -> Path:
     """Write `README.md` and `claims.json` of a paper's folder."""
     profiles = sorted(file.parent for file in folder.glob(f"*/{RESULTS}"))
-    results = merged(row for profile in profiles for row in read_results(profile))
+    by_profile = {profile: read_results(profile) for profile in profiles}
+    results = merged(row for rows in by_profile.values() for row in rows)
     paper = load_paper(results[0].paper)
     write_json(folder / RESULTS, [result.model_dump() for result in results])
     text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip(),
             "## Claims", scoreboard_markdown(results).strip()]
-    for profile in profiles:
-        some = next((row for row in read_results(profile) if row.machine), None)
+    for profile, rows in by_profile.items():
+        some = next((row for row in rows if row.machine), None)
         parameters = json.loads((profile / PARAMETERS).read_text())
         text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
         if some:

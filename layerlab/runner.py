@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, reason
 from layerlab.notebooks import DeadKernel, Job, NotebookFailed, close_runs, execute, fail
 from layerlab.progress import VARIABLE
 
@@ -41,7 +41,7 @@ def main() -> None:
     except KeyboardInterrupt:
         status = "stopped"
     except Exception as error:  # a full disk in the middle of papermill, for one
-        status, message = "failed", str(fail(job, f"could not be run ({type(error).__name__}: {error})"))
+        status, message = "failed", str(fail(job, f"could not be run ({reason(error)})"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if reasons and status != "finished":
         # The kernel was ended from here, whatever that looked like to papermill.

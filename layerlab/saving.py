@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlab.data import Dataset
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, first_line
 from layerlab.files import write_atomically
 from layerlab.measure import versions
 from layerlab.models import network_builder
@@ -116,7 +116,7 @@ def load_model(
     except OSError as error:
         raise LayerlabError(f"The model {path} cannot be read ({error.strerror}); check the path.") from None
     except Exception as error:  # zip, pickle and runtime errors, depending on the damage
-        raise LayerlabError(f"The model {path} is damaged ({str(error).splitlines()[0][:120]}).") from None
+        raise LayerlabError(f"The model {path} is damaged ({first_line(error)}).") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise LayerlabError(f"{path} is no model that layerlab saved; write one with save_model.")
     shape = tuple(content["shape"])

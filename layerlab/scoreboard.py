@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from layerlab import tracking
-from layerlab.errors import LayerlabWarning
+from layerlab.errors import LayerlabWarning, first_line
 from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
 
 COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
@@ -98,6 +98,21 @@ def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
     return sorted(kept.values(), key=lambda row: claims.index(row.claim))
 
 
+def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]:
+    """Every claim of a paper in its order: what runs measured of it, or a row that says `not run`.
+
+    A result of a claim that the plugin has dropped since, which is no claim of the paper any more, is left out.
+
+    Args:
+        results: of runs of this paper, any number of each claim.
+    """
+    order = [claim.id for claim in paper.claims]
+    known = [result for result in results if result.claim in order]
+    found = {result.claim for result in known}
+    absent = [paper.not_run(claim, "") for claim in paper.claims if claim.id not in found]
+    return sorted(merged(known + absent), key=lambda row: order.index(row.claim))
+
+
 def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
     """What a run says of its own paper's claims; whatever else its plugin may have written there is left out."""
     name = paper.strategy
@@ -105,7 +120,7 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
         rows = [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
     except ValidationError as error:
         warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
-                      f"({str(error).splitlines()[0]}).", LayerlabWarning, stacklevel=3)
+                      f"({first_line(error)}).", LayerlabWarning, stacklevel=3)
         return []
     return [paper.judged(row) for row in rows if row.paper == name]
 
@@ -128,13 +143,7 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
             if profile not in newest:
                 newest.add(profile)
                 results += _rows(paper, run)
-        known = {claim.id: claim for claim in paper.claims}
-        # A claim that the plugin has dropped since is no claim of the paper any more.
-        results = [result for result in results if result.claim in known]
-        absent = [paper.not_run(claim, "") for claim in known.values()
-                  if claim.id not in {result.claim for result in results}]
-        order = list(known)
-        rows += sorted(merged(results + absent), key=lambda row: order.index(row.claim))
+        rows += completed(paper, results)
     return rows
 
 

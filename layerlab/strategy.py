@@ -372,7 +372,8 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
     strategies = list(strategies)
     for strategy in strategies:
         if not isinstance(strategy, Strategy):
-            raise LayerlabError(f"{strategy!r} is no strategy: pass objects of layerlab.Strategy, such as LarsSkip().")
+            raise LayerlabError(f"{strategy!r} is no strategy: pass objects of layerlab.Strategy, such as "
+                                "layerlab.strategies(NAME) makes.")
     names = [strategy.name for strategy in strategies]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -11,12 +11,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from layerlab import tracking
-from layerlab.errors import LayerlabError, unknown
+from layerlab.errors import LayerlabError, first_line, unknown
 from layerlab.files import stamp, write_atomically, write_json
 from layerlab.measure import commit, machine_name, mean_interval, versions
 from layerlab.papers import ClaimResult, Paper, judge, load_paper
@@ -84,9 +85,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds: dict[str, type] = {"data": dict, "begun": float, "ended": float, "seconds": float, "artifacts": str}
-    given = {name: float(value) if isinstance(value, int) else value for name, value in record.items()}
-    return record if all(isinstance(given.get(name), (kind, type(None))) for name, kind in kinds.items()) else {}
+    kinds: dict[str, type] = {"data": dict, "begun": Real, "ended": Real, "seconds": Real, "artifacts": str}
+    return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 
 def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
@@ -327,8 +327,8 @@ class Study(Session):
         from layerlab.scoreboard import scoreboard
 
         results = self.results
-        stamp = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, stamp, 0) for name, value in tracking.claim_metrics(results).items()]
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
         # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
         tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
         tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
@@ -352,5 +352,5 @@ def read_results(folder: Path) -> list[ClaimResult]:
     try:
         return [ClaimResult(**row) for row in json.loads(file.read_text())]
     except (ValueError, TypeError) as error:
-        raise LayerlabError(f"{file} does not hold the claims of a run ({str(error).splitlines()[0]}); delete its "
+        raise LayerlabError(f"{file} does not hold the claims of a run ({first_line(error)}); delete its "
                             "folder and run it again.") from None

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from layerlab.data import Dataset
     from layerlab.papers import Paper
-    from layerlab.registry import Registry
+    from layerlab.registry import Plugin, Registry
     from layerlab.strategy import Strategy
     from layerlab.training import Comparison, FitResult
 
 # Rows of a fit's table; of a longer one every so-many-th epoch is shown, with the first and the last.
 EPOCHS = 12
+# What stands in the place of a plugin's paper begins so.
+BROKEN, NO_PAPER = "broken: ", "no paper: "
 _NUMBER = re.compile(r"^([+−-]?\d.*|—)?$")
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -180,21 +182,28 @@ def fit_table(result: FitResult) -> Table:
     return Table(header, texts, result.headline)
 
 
-def registry_table(registry: Registry) -> Table:
-    """One row an installed strategy: who installs it, and its paper, or why it cannot be used."""
+def plugin_row(plugin: Plugin, broken: str) -> tuple[str, str, str]:
+    """An installed strategy: its name, who installs it, and its paper, or why there is none.
+
+    Args:
+        broken: why it cannot be used; empty where it can. Asked for, since to find it out is to import the plugin.
+    """
     from layerlab.errors import LayerlabError
     from layerlab.papers import load_paper
 
-    rows = []
-    for plugin in registry.every():
-        text = f"broken: {plugin.broken}"
-        if not plugin.broken:
-            try:
-                paper = load_paper(plugin)
-                text = f"{paper.authors.split(',')[0]} et al., {paper.title}, {paper.year}"
-            except LayerlabError as error:
-                text = f"no paper: {error}"
-        rows.append((plugin.name, f"{plugin.distribution} {plugin.version}", text))
+    if broken:
+        text = f"{BROKEN}{broken}"
+    else:
+        try:
+            text = load_paper(plugin).citation
+        except LayerlabError as error:
+            text = f"{NO_PAPER}{error}"
+    return plugin.name, f"{plugin.distribution} {plugin.version}", text
+
+
+def registry_table(registry: Registry) -> Table:
+    """One row an installed strategy: who installs it, and its paper, or why it cannot be used."""
+    rows = [plugin_row(plugin, plugin.broken) for plugin in registry.every()]
     return Table(("strategy", "installed by", "paper"), rows, "" if rows else "No strategies are installed.")
 
 

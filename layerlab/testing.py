@@ -38,8 +38,8 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from layerlab.data import Dataset, load_dataset
-from layerlab.errors import LayerlabError, unknown
-from layerlab.registry import installed
+from layerlab.errors import LayerlabError, reason, unknown
+from layerlab.registry import NAME, installed
 from layerlab.strategy import Run, Strategy
 from layerlab.training import Fit, FitResult
 
@@ -161,8 +161,9 @@ def _logits(model: nn.Module) -> Tensor:
 def settings_round_trip(strategy: Strategy) -> None:
     """Settings are documented, validate, and come back through YAML; what is no setting is refused."""
     kind = type(strategy)
-    assert re.fullmatch(r"[a-z0-9-]+", kind.name), (
-        f"the name is {kind.name!r}; give the class `name: ClassVar[str]` of the form [a-z0-9-]+, as its entry point's"
+    assert NAME.fullmatch(kind.name), (
+        f"the name is {kind.name!r}; give the class `name: ClassVar[str]` of the form {NAME.pattern}, as its entry "
+        "point's"
     )
     for name, field in kind.model_fields.items():
         assert field.description, f"setting {name!r} has no description; write a docstring under the field"
@@ -171,7 +172,7 @@ def settings_round_trip(strategy: Strategy) -> None:
         again = kind(**yaml.safe_load(text))
     except Exception as error:
         raise AssertionError(
-            f"settings {strategy!r} do not come back through YAML ({type(error).__name__}: {error}); let fields be "
+            f"settings {strategy!r} do not come back through YAML ({reason(error)}); let fields be "
             "numbers, texts, lists and dicts, or give them a validator and a serializer"
         ) from error
     assert again.model_dump(mode="json") == strategy.model_dump(mode="json"), (
@@ -478,7 +479,7 @@ def composes(strategy: Strategy, others: Iterable[Strategy] | None = None) -> No
                 continue
             except Exception as error:
                 raise AssertionError(
-                    f"{names} ends with {type(error).__name__}: {error}; refuse with a LayerlabError what cannot work, "
+                    f"{names} ends with {reason(error)}; refuse with a LayerlabError what cannot work, "
                     "and expect gradients that are None and modules that are frozen"
                 ) from error
             assert result is not None
@@ -495,7 +496,7 @@ def bfloat16(strategy: Strategy) -> None:
         raise unittest.SkipTest(f"refused: {refusal}") from None
     except Exception as error:
         raise AssertionError(
-            f"under bfloat16 it ends with {type(error).__name__}: {error}; run forward and loss in `run.autocast()`, "
+            f"under bfloat16 it ends with {reason(error)}; run forward and loss in `run.autocast()`, "
             "take .float() before NumPy, or refuse with a LayerlabError"
         ) from error
     assert all(p.dtype == torch.float32 for p in result.model.parameters()), "the weights are no longer float32"
@@ -558,7 +559,7 @@ def pickles(strategy: Strategy) -> None:
         data = pickle.dumps(strategy)
     except Exception as error:
         raise AssertionError(
-            f"it cannot be pickled ({type(error).__name__}: {error}); define its class at the top of an importable "
+            f"it cannot be pickled ({reason(error)}); define its class at the top of an importable "
             "module and keep functions and handles out of its state until `on_fit_start`"
         ) from error
     script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).model_dump_json())"
@@ -613,21 +614,19 @@ def check_strategy(
     candidate = _candidate(strategy)
     expected = _expected(candidate, expected_failed_checks)
     results = []
-    for name, check in CHECKS.items():
-        reason = expected.get(name)
+    checks: dict[str, Check] = {**CHECKS, composes.__name__: functools.partial(composes, others=others)}
+    for name, check in checks.items():
+        excuse = expected.get(name)
         result: dict[str, Any] = {
             "strategy": candidate, "check_name": name, "exception": None, "status": "passed",
-            "expected_to_fail": reason is not None, "expected_to_fail_reason": reason}
+            "expected_to_fail": excuse is not None, "expected_to_fail_reason": excuse}
         try:
             with _quiet_fits():
-                if name == "composes":
-                    composes(candidate, others)
-                else:
-                    check(candidate)
+                check(candidate)
         except unittest.SkipTest as skipped:
             result |= {"status": "skipped", "exception": skipped}
         except Exception as error:
-            result |= {"status": "failed" if reason is None else "xfail", "exception": error}
+            result |= {"status": "failed" if excuse is None else "xfail", "exception": error}
         results.append(result)
         if callback is not None:
             callback(result)
@@ -668,7 +667,7 @@ def finding(error: BaseException) -> str:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return reason(error) + where
 
 
 @contextmanager

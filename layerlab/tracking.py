@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from layerlab.errors import LayerlabError
+from layerlab.errors import LayerlabError, first_line
 from layerlab.files import write_atomically
 from layerlab.measure import commit, machine_name, versions, versions_text
 
@@ -102,7 +102,7 @@ def _client(uri: str) -> Any:
             _close_dead_runs(client)
     except (MlflowException, OSError) as error:
         raise LayerlabError(
-            f"Runs cannot be tracked at {uri} ({str(error).splitlines()[0]}); set MLFLOW_TRACKING_URI to a database "
+            f"Runs cannot be tracked at {uri} ({first_line(error)}); set MLFLOW_TRACKING_URI to a database "
             "or server that can be written."
         ) from None
     return client

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 from layerlab import tables
 from layerlab.checkpoint import Checkpoint, random_state, set_random_state
 from layerlab.data import Dataset, Split, resolve_device
-from layerlab.errors import LayerlabError, reason, sentence
+from layerlab.errors import LayerlabError, first_line, reason, sentence
 from layerlab.measure import Energy, Meter, StepCost, mean_interval, synchronise
 from layerlab.progress import Progress, first_process
-from layerlab.strategy import LayerMap, Run, Strategy, check_composition
+from layerlab.strategy import Batches, LayerMap, Run, Strategy, check_composition
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -465,7 +465,7 @@ class Fit:
         except (RuntimeError, ValueError, TypeError) as error:
             raise LayerlabError(
                 f"The network does not take images of shape {tuple(run.example.shape[1:])} as {self.data.name!r} gives "
-                f"them ({str(error).splitlines()[0]}); load the data with another image_size or channels."
+                f"them ({first_line(error)}); load the data with another image_size or channels."
             ) from None
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < self.data.classes:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -768,22 +768,33 @@ SUMMARY: dict[str, Callable[[FitResult], float]] = {
 
 def evaluate(
     model: nn.Module,
-    data: Any,
+    data: Batches,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     batch_size: int = 512,
     autocast: Callable[[], Any] = nullcontext,
 ) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy (as shares) of a network on a split; leaves the network in evaluation mode."""
+    """Loss, top-1 and top-5 accuracy (as shares) of a network on a split; leaves the network in evaluation mode.
+
+    Args:
+        model: maps images to logits.
+        data: a `Split`, or whatever gives batches in its manner, on the network's device.
+        loss: maps (logits, labels) to a scalar, the batch's mean. Default: cross-entropy.
+        batch_size: images at a time.
+        autocast: gives the context of forward and loss.
+
+    Returns:
+        `test/loss`; `test/top1` and `test/top5`, shares.
+    """
     loss = loss or nn.CrossEntropyLoss()
     model.eval()
-    sums = torch.zeros(3, device=data.labels.device if isinstance(data, Split) else None)
+    sums: Any = 0.0
     with torch.no_grad():
-        for x, y in data.batches(batch_size, None):
+        for x, y in data.batches(batch_size, None, torch.float32, torch.contiguous_format):
             with autocast():
                 logits = model(x)
                 value = loss(logits, y)
             best = logits.topk(min(5, logits.shape[1])).indices == y.unsqueeze(1)
-            sums += torch.stack([value.float() * len(y), best[:, 0].sum(), best.sum()])
+            sums = sums + torch.stack([value.float() * len(y), best[:, 0].sum(), best.sum()])
     mean_loss, top1, top5 = (sums / len(data)).tolist()
     return {"test/loss": mean_loss, "test/top1": top1, "test/top5": top5}
 

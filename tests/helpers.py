@@ -1,15 +1,18 @@
-"""What several tests use: a small residual network, a strategy that freezes and thaws, equality of weights."""
+"""What several tests use: a small residual network, a strategy that freezes and thaws, equality of weights; servers and
+a browser."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,20 +101,55 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str | Path], address: str, seconds: float = 180) -> Iterator[None]:
-    """A server that has begun to answer at an address; it is killed after the block, with all its processes."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def serving(
+    command: Sequence[str | Path], address: str, *, seconds: float = 180, grace: float = 0, cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """A server that has begun to answer at an address; it is ended after the block, with all its processes.
+
+    Args:
+        seconds: that it may take until it answers.
+        grace: seconds that it has to end what it started by itself, once it is asked to; then it is killed.
+        cwd, env: as `subprocess.Popen`.
+    """
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd, env=env, start_new_session=True)
+        try:
+            deadline = time.monotonic() + seconds
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(address).read()
+                    break
+                ended, late = server.poll() is not None, time.monotonic() > deadline
+                if ended or late:
+                    log.seek(0)
+                    said = log.read().decode(errors="replace")[-2000:]
+                    raise AssertionError(f"{command} {'has ended' if ended else 'does not answer'}: {said}")
+                time.sleep(0.2)
+            yield
+        finally:
+            if grace:
+                server.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(grace)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@contextlib.contextmanager
+def chromium(width: int, height: int) -> Iterator[Any]:
+    """A selenium driver of a Chromium whose window, shown to nobody, has so many pixels; or a skip: what is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs a browser: apt install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"):
+        options.add_argument(flag)
+    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
-        deadline = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(address).read()
-                break
-            assert server.poll() is None, f"{command} has ended"
-            assert time.monotonic() < deadline, f"{command} does not answer"
-            time.sleep(0.2)
-        yield
+        yield started
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        started.quit()

@@ -8,17 +8,13 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import slow
+from helpers import chromium, free_port, serving, slow
 
 ROOT = Path(__file__).parents[1]
 # `LAYERLAB_SHOTS=docs` keeps the picture that the docs show.
@@ -52,10 +48,6 @@ def test_lab_and_ui_listen_on_this_machine_alone():
 @pytest.fixture
 def lab(tmp_path) -> Iterator:
     """A browser at JupyterLab, which `make lab`'s command started on a copy of the notebooks: (driver, address)."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("needs a browser: apt install chromium chromium-driver")
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     settings = tmp_path / "settings" / "@jupyterlab"
     for name, content in (("notebook-extension/tracker", {"windowingMode": "none"}),
@@ -63,9 +55,7 @@ def lab(tmp_path) -> Iterator:
         file = settings / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(content))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = _recipe("lab").partition("/jupyter lab ")[2].split()
     assert arguments
     # Only for this test: no token, no window of its own, and root's consent.
@@ -74,37 +64,12 @@ def lab(tmp_path) -> Iterator:
         "LAYERLAB_HOME": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
     }
-    log = (tmp_path / "lab.log").open("w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *arguments], cwd=tmp_path, env=environment,
-                              stdout=log, stderr=log, start_new_session=True)
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1120,1080"):
-        options.add_argument(flag)
-    browser = None
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api").read()
-                break
-            assert server.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, "JupyterLab does not answer"
-            time.sleep(0.3)
+    # The server ends its kernels itself when it is asked to.
+    with (chromium(1120, 1080) as browser,
+          serving([sys.executable, "-m", "jupyterlab", *arguments], f"http://127.0.0.1:{port}/api", cwd=tmp_path,
+                  env=environment, grace=30)):
         assert _addresses(port) == {"0100007F"}
-        browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
         yield browser, f"http://127.0.0.1:{port}"
-    finally:
-        if browser is not None:
-            browser.quit()
-        # The server ends its kernels itself when it is asked to.
-        server.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        log.close()
 
 
 def _until(condition, what: str, seconds: float = 60):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from layerlab import LayerlabError
-from layerlab.papers import Claim, ClaimResult, judge, read_paper
+from layerlab.papers import Claim, ClaimResult, Paper, judge, read_paper
 from layerlab.scoreboard import scoreboard, scoreboard_markdown, scoreboard_styled, scoreboard_text
 
 CLAIM = Claim(id="gain", statement="a gain", value=3.0, unit="points", where="Table I", neutral=0.0, tolerance=0.5,
@@ -80,3 +80,13 @@ def test_where_it_was_measured_names_seeds_or_rounds():
     assert row.setting_text == "cpu, 2 seeds"
     assert row.model_copy(update={"seeds": []}).setting_text == "cpu, 2 rounds"
     assert row.model_copy(update={"seeds": [], "values": [1.0]}).setting_text == "cpu, exact"
+
+
+@pytest.mark.parametrize(
+    ("authors", "short"),
+    [("Ada B. Author, C. Second", "Author et al."), ("A. Author", "Author et al."), ("", "? et al.")],
+)
+def test_a_paper_is_cited_by_its_first_author(authors, short):
+    paper = Paper(title="A paper", authors=authors, year=2020, venue="", summary="", formula="", notebook="", claims=[],
+                  profiles={})
+    assert paper.citation == f"A paper ({short}, 2020)"

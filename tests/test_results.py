@@ -95,6 +95,9 @@ def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
     for what, message in (("fake", "no finished run of 'fake' beyond `quick`"), ("nothing", "holds no finished run")):
         with pytest.raises(LayerlabError, match=message):
             publish([what], tmp_path / "results")
+    (tmp_path / "claims.json").write_text("[]")
+    with pytest.raises(LayerlabError, match="holds a run without any claim"):
+        publish([tmp_path], tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 

@@ -158,3 +158,15 @@ def test_a_traced_network_is_compiled_although_its_blocks_are_never_called(digit
     (row,) = fit(fx.symbolic_trace(network), digits, epochs=1, batch_size=512, compile="aot_eager",
                  progress=False).history
     assert row["compile/graphs"] > 0
+
+
+def test_what_gives_batches_as_the_contract_says_is_evaluated_as_a_split_is(digits, residual):
+    class Plain:
+        def __len__(self) -> int:
+            return len(digits.test)
+
+        def batches(self, batch_size, generator, dtype, memory_format):
+            return digits.test.batches(batch_size, generator, dtype, memory_format)
+
+    model = residual()
+    assert evaluate(model, Plain()) == evaluate(model, digits.test)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import sys
 import time
 import urllib.parse
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import Freezer, free_port, serving
+from helpers import Freezer, chromium, free_port, serving
 
 from layerlab import Study, tracking
 
@@ -39,25 +38,13 @@ def finished(fake, digits, residual) -> tuple[str, str, list[str]]:
 
 
 @pytest.fixture
-def page(finished, tmp_path) -> Iterator:
+def page(finished) -> Iterator:
     """A browser, and MLflow's UI on the workbook's database: (driver, address)."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("needs a browser: apt install chromium chromium-driver")
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking.tracking_uri(), "--host",
                "127.0.0.1", "--port", str(port), "--workers", "1"]
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1000"):
-        options.add_argument(flag)
-    with serving(command, f"http://127.0.0.1:{port}/health"):
-        browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-        try:
-            yield browser, f"http://127.0.0.1:{port}/#"
-        finally:
-            browser.quit()
+    with chromium(1600, 1000) as browser, serving(command, f"http://127.0.0.1:{port}/health"):
+        yield browser, f"http://127.0.0.1:{port}/#"
 
 
 def _shows(browser, *parts: str, shot: str = "") -> str:

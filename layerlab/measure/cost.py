@@ -205,5 +205,3 @@ def _tensors(tracked: Any) -> Iterator[Tensor]:
             yield from (leaf for leaf in tree_leaves(item.state_dict()) if isinstance(leaf, Tensor))
         elif isinstance(item, Tensor):
             yield item
-
-

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from layerlab import LayerlabError
+from layerlab.errors import first_line
 from layerlab.strategy import Wire
 
 
@@ -205,7 +206,7 @@ class Transport:
             time.sleep(2.0)
             raise PeerLost(
                 f"Worker {dist.get_rank()} can no longer exchange gradients with the others "
-                f"({str(self.error).splitlines()[0]}); see the first worker that failed, and start the job again: it "
+                f"({first_line(self.error)}); see the first worker that failed, and start the job again: it "
                 "goes on from the last checkpoint."
             ) from self.error
         if bucket._applied is not None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlab import LayerlabError
+from layerlab.errors import first_line
 from layerlab.models import NORMALISATION
 
 
@@ -98,7 +99,7 @@ def trace(network: nn.Module, training: bool) -> fx.GraphModule:
         except Exception as error:  # whatever the network's own code raises when it meets a proxy
             raise LayerlabError(
                 f"learn-and-drop cuts a network along its torch.fx graph, and {type(network).__name__} cannot be "
-                f"traced ({(str(error) or type(error).__name__).splitlines()[0]}); take control flow that depends on "
+                f"traced ({first_line(error)}); take control flow that depends on "
                 "values out of its forward, or into a module without children."
             ) from None
         return fx.GraphModule(tracer.root, graph)

@@ -248,12 +248,7 @@ def test_other_strategies_freeze_and_replace_the_step(data):
         name: ClassVar[str] = "stepper"
 
         def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
-            run.optimizer.zero_grad(set_to_none=True)
-            with run.autocast():
-                loss = run.loss(run.training_model(x), y)
-            run.backward(loss)
-            run.optimizer.step()
-            return loss
+            return run.plain_step(x, y)
 
     torch.manual_seed(0)
     network = Network()

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError
+from layerlab.errors import first_line
 
 Order = Literal["larger-first", "weight-first"]
 WeightGradients = Literal["kept", "shared", "slabs"]
@@ -101,7 +102,7 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
         return fx.symbolic_trace(model)
     except Exception as error:
         raise LayerlabError(
-            f"{type(model).__name__} cannot be traced ({str(error).splitlines()[0][:150]}); a plan needs a network "
+            f"{type(model).__name__} cannot be traced ({first_line(error)}); a plan needs a network "
             "whose forward pass does not depend on the data."
         ) from None
 
@@ -132,7 +133,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Ne
         shapes.run(torch.empty(batch_size, *input_shape, device="meta"))
     except Exception as error:
         raise LayerlabError(
-            f"{type(model).__name__} does not take images of shape {input_shape} ({str(error).splitlines()[0][:150]})."
+            f"{type(model).__name__} does not take images of shape {input_shape} ({first_line(error)})."
         ) from None
     layers: list[Layer] = []
     activations: dict[str, int] = {}
