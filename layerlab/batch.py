@@ -178,6 +178,7 @@ def run_job(
         # Looked up each time: a runner may have died after its notebook's last word, and dask gives a dead worker's
         # jobs to another one although they were finished.
         if job.is_done(since):
+            job.settle()
             return Outcome("done before")
         status, message = _once(job, environment, tell, stop, time_limit, since)
         if status == "finished":
@@ -338,7 +339,8 @@ def _on_this_machine(
     # Asked here as well as in run_job, so that what is done does not wait for room.
     outcomes = {number: Outcome("done before") for number in waiting if jobs[number].is_done(limits["since"])}
     waiting = [number for number in waiting if number not in outcomes]
-    for _ in outcomes:
+    for number in outcomes:
+        jobs[number].settle()
         board.step()
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
     with ThreadPoolExecutor(max(1, len(jobs))) as pool:

@@ -22,9 +22,8 @@ from typing import Any, Literal
 from layerlab import tracking
 from layerlab.errors import LayerlabError, LayerlabWarning, first_line, reason, unknown
 from layerlab.files import write_json
-from layerlab.papers import ClaimResult, load_paper
-from layerlab.progress import drawn
-from layerlab.study import OUTPUT, RECORD, default_folder, is_finished, notebook_key, read_record, read_results
+from layerlab.papers import load_paper
+from layerlab.study import OUTPUT, RECORD, default_folder, is_finished, notebook_key, read_record
 
 
 class NotebookFailed(LayerlabError):
@@ -116,12 +115,14 @@ class Job:
         if record.get("ended", 0.0) < since:
             return False
         if self.strategy:
-            done = is_finished(folder, self.key)
-            if done and not self.file.exists() and self.partial.exists():
-                # Killed between the study's last word and the notebook's: only the saving of that cell is lost.
-                os.replace(self.partial, self.file)
-            return done
+            return is_finished(folder, self.key)
         return bool(record.get("finished")) and record.get("key") == self.key and self.file.exists()
+
+    def settle(self) -> None:
+        """Give a done job's notebook its name, if it was killed between the study's last word and that: only the saving
+        of the last cell is lost."""
+        if not self.file.exists() and self.partial.exists():
+            os.replace(self.partial, self.file)
 
 
 def _yaml(value: Any) -> str:
@@ -229,6 +230,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
     with _alone(folder, wait), _quiet_papermill():
         if since is not None:
             if job.is_done(since):
+                job.settle()
                 return
             if read_record(folder).get("begun", since) < since:
                 close_runs(job)
@@ -289,31 +291,6 @@ def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None
     record = read_record(Path(job.folder))
     if job.strategy and record.get("mlflow_run") and not record.get("finished"):
         tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
-
-
-def reproduce(
-    strategy: str,
-    profile: str = "quick",
-    parameters: Mapping[str, Any] | None = None,
-    output: str | Path | None = None,
-    show: bool = True,
-) -> list[ClaimResult]:
-    """Run the notebook of an installed strategy's paper, here and now.
-
-    Args:
-        strategy, profile, parameters, output: see `paper_job`.
-        show: progress bars on a terminal, lines elsewhere.
-
-    Returns:
-        The claims' results.
-
-    Raises:
-        LayerlabError: see `paper_job` and `execute`.
-    """
-    job = paper_job(strategy, profile, parameters, output)
-    with drawn(job.label, show):
-        execute(job)
-    return read_results(Path(job.folder))
 
 
 def _papermill() -> Any:

@@ -65,7 +65,7 @@ class Claim(_Data):
         conditions: what the number was obtained under; compared with a run's conditions by name.
     """
 
-    id: str
+    id: str = Field(pattern=r"^[a-z0-9-]+$")
     statement: str
     value: float
     unit: str

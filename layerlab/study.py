@@ -85,7 +85,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds: dict[str, type] = {"data": dict, "begun": Real, "ended": Real, "seconds": Real, "artifacts": str}
+    kinds: dict[str, type] = {"data": dict, "begun": Real, "ended": Real, "seconds": Real, "attempt": str,
+                              "mlflow_run": str, "artifacts": str}
     return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 
@@ -167,7 +168,7 @@ class Session:
         self._opened = time.monotonic()
         record = read_record(self.folder)
         begun = time.time()
-        if record and not record["finished"] and record["parameters"] == values:
+        if record and not record["finished"] and record.get("parameters") == values and record.get("attempt"):
             self.attempt, begun = record["attempt"], record.get("begun", begun)
         else:
             self.attempt = uuid.uuid4().hex

@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -154,12 +155,17 @@ def claim_tags(rows: Iterable[str]) -> dict[str, str]:
 
 
 def claim_metrics(results: Iterable[Any]) -> dict[str, float]:
-    """What the UI shows of a scoreboard's rows as metrics of the notebook's run: `claim/<id>[/<dataset>]`."""
-    return {
-        f"claim/{result.claim}" + (f"/{result.conditions['dataset']}" if "dataset" in result.conditions else ""):
-            result.measured
-        for result in results if result.measured is not None
-    }
+    """What the UI shows of a scoreboard's rows as metrics of the notebook's run: `claim/<id>[/<dataset>]`, and
+    `…/<network>` where several networks have one of that name."""
+    measured = [result for result in results if result.measured is not None]
+
+    def name(result: Any, *conditions: str) -> str:
+        return "/".join(["claim", result.claim, *(str(result.conditions[each]) for each in conditions
+                                                  if each in result.conditions)])
+
+    short = Counter(name(result, "dataset") for result in measured)
+    return {name(result, "dataset", *(["network"] if short[name(result, "dataset")] > 1 else [])): result.measured
+            for result in measured}
 
 
 def claim_rows(run: Any) -> list[str]:

@@ -313,7 +313,7 @@ class Fit:
                 f"lower the learning rate ({settings.lr:g}) or start from other weights."
             )
         row: dict[str, Any] = {"epoch": run.epoch, "timestamp": time.time_ns() // 1_000_000, "train/loss": mean_loss}
-        row |= evaluate(run.model, run.test_data, run.loss, autocast=run.autocast)
+        row |= evaluate(run.model, run.test_data, run.loss, autocast=run.autocast, memory_format=self._memory_format)
         self._call("on_validation_end")
         row["time/epoch_seconds"] = seconds
         cost = self._costs.get(key)
@@ -772,6 +772,7 @@ def evaluate(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     batch_size: int = 512,
     autocast: Callable[[], Any] = nullcontext,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy (as shares) of a network on a split; leaves the network in evaluation mode.
 
@@ -781,6 +782,7 @@ def evaluate(
         loss: maps (logits, labels) to a scalar, the batch's mean. Default: cross-entropy.
         batch_size: images at a time.
         autocast: gives the context of forward and loss.
+        memory_format: of the images.
 
     Returns:
         `test/loss`; `test/top1` and `test/top5`, shares.
@@ -789,7 +791,7 @@ def evaluate(
     model.eval()
     sums: Any = 0.0
     with torch.no_grad():
-        for x, y in data.batches(batch_size, None, torch.float32, torch.contiguous_format):
+        for x, y in data.batches(batch_size, None, torch.float32, memory_format):
             with autocast():
                 logits = model(x)
                 value = loss(logits, y)

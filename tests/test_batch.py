@@ -20,7 +20,7 @@ from fake_paper import FINISH, OPEN, TRAIN
 from helpers import free_port, slow
 
 from layerlab import LayerlabError, Study, tracking
-from layerlab.batch import run_batch
+from layerlab.batch import preview, run_batch
 from layerlab.cli import main
 from layerlab.files import stamp
 from layerlab.notebooks import Job, notebook_job, paper_job
@@ -222,6 +222,18 @@ def test_a_finished_study_counts_until_its_data_or_its_plugin_change(fake, tmp_p
     with (site / "fake_plugin" / "__init__.py").open("a") as source:
         source.write("\n# another rule\n")
     assert paper_job("fake").key != job.key
+
+
+def test_a_notebook_whose_name_a_kill_withheld_gets_it_from_a_batch_and_not_from_a_look(fake, tmp_path):
+    fake(OPEN, FINISH)
+    job = paper_job("fake")
+    Study("fake", output=job.folder).finish()
+    job.partial.write_text("{}")
+    assert [status for _, status, _ in preview([job])] == ["done before"]
+    assert not job.file.exists()
+    assert [outcome.status for outcome in run_batch([job])] == ["done before"]
+    assert job.file.exists()
+    assert not job.partial.exists()
 
 
 @slow

@@ -11,7 +11,8 @@ from fake_paper import FINISH, OPEN, TRAIN
 from helpers import slow
 
 from layerlab import LayerlabError, tracking
-from layerlab.notebooks import reproduce
+from layerlab.notebooks import execute, paper_job
+from layerlab.papers import ClaimResult
 from layerlab.study import read_results
 
 
@@ -19,10 +20,16 @@ def _files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
 
 
+def reproduce(strategy: str, **options) -> list[ClaimResult]:
+    job = paper_job(strategy, **options)
+    execute(job)
+    return read_results(Path(job.folder))
+
+
 def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     fake(OPEN, TRAIN, FINISH)
     out = tmp_path / "out"
-    (result,) = reproduce("fake", output=out, show=False)
+    (result,) = reproduce("fake", output=out)
     assert result.claim == "gain"
     assert result.measured is not None
     assert result.machine
@@ -56,7 +63,7 @@ def test_plain_papermill_runs_the_same_notebook(fake, tmp_path):
 def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, ending):
     fake(OPEN, ending)
     with pytest.raises(LayerlabError, match=r"(ended before its claims were written|SystemExit).*fake.failed.ipynb"):
-        reproduce("fake", output=tmp_path / "out", show=False)
+        reproduce("fake", output=tmp_path / "out")
     assert _files(tmp_path / "out") == {"fake.failed.ipynb", "parameters.json", "study.json"}
     (run,) = tracking.client().search_runs([tracking.experiment_id("fake")])
     assert run.info.status == "FAILED"
@@ -66,7 +73,7 @@ def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, endi
 def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
     fake(OPEN, "raise ValueError('something broke')", FINISH)
     with pytest.raises(LayerlabError, match=r"failed in cell 4 \(ValueError: something broke\).*fake.failed.ipynb"):
-        reproduce("fake", output=tmp_path / "out", show=False)
+        reproduce("fake", output=tmp_path / "out")
     assert "something broke" in (tmp_path / "out" / "fake.failed.ipynb").read_text()
 
 
@@ -74,11 +81,11 @@ def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
 def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
     fake(OPEN, "import os, signal\nif p.pause: os.kill(os.getpid(), signal.SIGKILL)", TRAIN, FINISH)
     with pytest.raises(LayerlabError, match="lost its kernel"):
-        reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out", show=False)
+        reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out")
     assert "claims.json" not in _files(tmp_path / "out")
     assert "fake.ipynb" not in _files(tmp_path / "out")
     fake(OPEN, TRAIN, FINISH)
-    (result,) = reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out", show=False)
+    (result,) = reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out")
     assert result.measured is not None
     # The interrupted notebook run was taken up again, not doubled.
     runs = tracking.client().search_runs([tracking.experiment_id("fake")], "tags.kind = 'notebook'")
@@ -89,7 +96,7 @@ def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
 def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finished(fake, tmp_path):
     fake(OPEN, "from layerlab import load_dataset\nload_dataset('no-such-data')", FINISH)
     with pytest.raises(LayerlabError, match=r"^Unknown dataset 'no-such-data'"):
-        reproduce("fake", output=tmp_path / "out", show=False)
+        reproduce("fake", output=tmp_path / "out")
     assert _files(tmp_path / "out") == {"parameters.json", "study.json"}
     assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
 
@@ -97,10 +104,10 @@ def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finishe
 @slow
 def test_an_old_result_does_not_survive_a_new_run_that_fails(fake, tmp_path):
     fake(OPEN, TRAIN, FINISH)
-    reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out", show=False)
+    reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out")
     fake(OPEN, "1 / 0", FINISH)
     with pytest.raises(LayerlabError, match="ZeroDivisionError"):
-        reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out", show=False)
+        reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out")
     with pytest.raises(LayerlabError, match="no finished run"):
         read_results(tmp_path / "out")
 
@@ -117,7 +124,7 @@ def test_an_old_result_does_not_survive_a_new_run_that_fails(fake, tmp_path):
 def test_bad_input_before_anything_runs(fake, tmp_path, arguments, message):
     fake(OPEN, FINISH)
     with pytest.raises(LayerlabError, match=message):
-        reproduce(**{"strategy": "fake", "output": tmp_path / "out", "show": False} | arguments)
+        reproduce(**{"strategy": "fake", "output": tmp_path / "out"} | arguments)
     assert not (tmp_path / "out").exists() or not _files(tmp_path / "out")
 
 
@@ -130,4 +137,4 @@ def test_two_runs_in_one_folder_are_refused(fake, tmp_path):
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(LayerlabError, match=f"Another run is at work in {out}"):
-            reproduce("fake", output=out, show=False)
+            reproduce("fake", output=out)

@@ -17,6 +17,8 @@ import pytest
 from helpers import Freezer, free_port, serving, slow
 
 from layerlab import LayerlabError, fit, track, tracking
+from layerlab.papers import ClaimResult
+from layerlab.tracking import claim_metrics
 from layerlab.training import Fit
 
 OPTIONS = dict(epochs=3, batch_size=256)
@@ -172,6 +174,16 @@ def _server(folder: Path) -> Iterator[str]:
     finally:
         subprocess.run([*user, tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd="/", capture_output=True)
         shutil.rmtree(data)
+
+
+def test_each_of_several_networks_has_its_claim_s_metric():
+    def row(claim: str, measured: float, **conditions: str) -> ClaimResult:
+        return ClaimResult.model_construct(claim=claim, measured=measured, conditions=conditions)
+
+    assert claim_metrics([
+        row("gain", 1.0, dataset="digits", network="mlp"), row("gain", 2.0, dataset="digits", network="lenet"),
+        row("cost", 3.0, dataset="digits", network="mlp"), row("size", 4.0),
+    ]) == {"claim/gain/digits/mlp": 1.0, "claim/gain/digits/lenet": 2.0, "claim/cost/digits": 3.0, "claim/size": 4.0}
 
 
 def test_a_run_whose_process_is_gone_does_not_run_for_ever():
