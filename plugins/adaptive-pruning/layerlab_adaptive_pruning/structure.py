@@ -177,7 +177,7 @@ def _work_in_place(network: fx.GraphModule) -> None:
     for path in network.meta["in_place"]:
         calls = [each for each in network.graph.nodes if each.op == "call_module" and each.target == path]
         for module in {layer(network, call) for call in calls}:
-            module.inplace = all(  # type: ignore[assignment]  # a flag
+            module.inplace = all(
                 len(source(call).users) == 1
                 and (isinstance(layer(network, source(call)), _FRESH) or source(call).target is operator.add)
                 for call in calls
