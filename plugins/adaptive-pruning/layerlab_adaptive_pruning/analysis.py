@@ -358,7 +358,9 @@ def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) ->
             difference = float((cut(images) - before).abs().max() / before.abs().max())
         rows.append({"network": name, "parameters": size, "left": count(cut), "convolutions": layers,
                      "convolutions left": _convolutions(cut), "difference": difference, "seconds": seconds})
-    return pd.DataFrame(rows).set_index("network")
+    return pd.DataFrame(rows, columns=[
+        "network", "parameters", "left", "convolutions", "convolutions left", "difference", "seconds",
+    ]).set_index("network")
 
 
 def _convolutions(network: nn.Module) -> int:

@@ -73,3 +73,10 @@ def test_claims_are_of_the_papers_shares_wherever_these_stand():
     assert "speed-1" not in analysis.claim_values(measured(labels), labels, [128])
     assert analysis.comparison_line(measured(labels), 5, "25% left", [1]).startswith(
         "25% left: +1.00 ± 0.00 points against network slimming, 3 × as fast at batch 1")
+
+
+def test_removing_dead_channels_from_known_networks_changes_nothing_and_none_may_be_asked_for():
+    table = analysis.exactness(["resnet18"])
+    assert table.loc["resnet18", "difference"] < 1e-5
+    assert table.loc["resnet18", "left"] < 0.8 * table.loc["resnet18", "parameters"]
+    assert analysis.exactness([]).empty
