@@ -260,11 +260,15 @@ def claim_values(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[i
 
 
 def comparison_line(table: pd.DataFrame, stage: int, label: str, batches: Sequence[int]) -> str:
-    """What adaptive pruning has over network slimming at equal parameters, in one line."""
+    """What adaptive pruning has over network slimming after a stage, in one line.
+
+    With the parameters of both: where a whole block goes, the one threshold passes over the counts in between.
+    """
+    sizes = " against ".join(f"{np.mean(column(table, arm, stage, 'parameters')):,.0f}" for arm in (OURS, PEER))
     faster = ", ".join(f"{_spread(_times_faster(table, stage, size))} × as fast at batch {size}" for size in batches)
     mean, half = measure.mean_interval(gains(table, OURS, PEER, stage))
     interval = f" ± {half:.2f}" if math.isfinite(half) else ""
-    return f"{label}: {mean:+.2f}{interval} points against network slimming, {faster}"
+    return f"{label}, {sizes} parameters: {mean:+.2f}{interval} points against network slimming, {faster}"
 
 
 def _times_faster(table: pd.DataFrame, stage: int, size: int) -> list[float]:

@@ -53,7 +53,7 @@ def measured(labels: list[str]) -> pd.DataFrame:
     """Two seeds; by stage s: 50 + s, 52 + s and 51 + s %, and 1, s + 1 and 2 times as fast."""
     return pd.DataFrame([
         {"arm": arm, "seed": seed, "stage": stage, "top-1": (first + stage) / 100, "megabytes": size,
-         "batch 1 ×": speed, "batch 128 ×": 2 * speed}
+         "parameters": 1000 * size, "batch 1 ×": speed, "batch 128 ×": 2 * speed}
         for stage in range(len(labels)) for seed in (0, 1)
         for arm, first, size, speed in ((BASELINE, 50, 8.0, 1.0), (OURS, 52, 8.0 / (stage + 1), stage + 1.0),
                                         (PEER, 51, 8.0, 2.0))
@@ -71,8 +71,9 @@ def test_claims_are_of_the_papers_shares_wherever_these_stand():
     others = analysis.stage_labels([0.7, 0.4, 0.2])
     assert analysis.claim_values(measured(others), others, [1, 128]) == {}
     assert "speed-1" not in analysis.claim_values(measured(labels), labels, [128])
-    assert analysis.comparison_line(measured(labels), 5, "25% left", [1]).startswith(
-        "25% left: +1.00 ± 0.00 points against network slimming, 3 × as fast at batch 1")
+    assert analysis.comparison_line(measured(labels), 5, "25% left", [1]) == (
+        "25% left, 1,333 against 8,000 parameters: +1.00 ± 0.00 points against network slimming, "
+        "3 × as fast at batch 1")
 
 
 def test_removing_dead_channels_from_known_networks_changes_nothing_and_none_may_be_asked_for():
