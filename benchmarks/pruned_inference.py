@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from typing import cast
 
 import torch
 import torch_pruning
@@ -86,7 +87,7 @@ def main() -> None:
         timed = {name: network.to(arguments.device) for name, network in networks.items()}
         if arguments.compile:
             torch.compiler.reset()
-            timed = {name: torch.compile(network, dynamic=False) for name, network in timed.items()}
+            timed = {name: cast(nn.Module, torch.compile(network, dynamic=False)) for name, network in timed.items()}
         turns = latencies(timed, x, arguments.rounds)
         for name, network in networks.items():
             middle, low, high = turns["dense"].ratio(turns[name])
