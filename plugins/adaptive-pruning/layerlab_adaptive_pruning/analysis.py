@@ -6,6 +6,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import build_model, measure
+from layerlab import Dataset, build_model, measure
 from layerlab.figures import canvas
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
 from layerlab_adaptive_pruning.structure import rebuild, structure
 from layerlab_adaptive_pruning.surgery import remove_channels
 
 BASELINE, OURS, PEER = "conventional", "adaptive pruning", "network slimming"
+PAPER = {0.845: "40 %", 0.646: "60 %", 0.558: "most"}
+"""The paper's rows by the share of the parameters that they have left: 1.44, 1.10 and 0.95 of 1.70 M."""
 
 
 def residual_network(classes: int, channels: int, depth: int, initial_scale: float) -> nn.Module:
@@ -35,17 +39,68 @@ def residual_network(classes: int, channels: int, depth: int, initial_scale: flo
     return network
 
 
-def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, bridge: str) -> dict[str, Any]:
+def stage_labels(shares: Sequence[float]) -> list[str]:
+    """What the stages are called: `dense`, then as the paper's rows where the share of the parameters is the same."""
+    return ["dense", *(PAPER.get(share, f"{share:.0%} left") for share in shares)]
+
+
+def arms(shares: Sequence[float], stage_epochs: int, sparsity: Mapping[str, float], bridge: str) -> dict[str, Any]:
     """The three ways of training that are compared: the plain one, the paper's and its peer's.
 
     Args:
         shares: of the parameters that are left after each pruning, the same for both methods.
         stage_epochs: from one pruning to the next.
-        sparsity, bridge: as the strategies' settings.
+        sparsity: λ of `OURS` and of `PEER`.
+        bridge: as the strategy's setting.
     """
-    shared: dict[str, Any] = {"targets": [{"parameters": share} for share in shares], "every": stage_epochs,
-                              "sparsity": sparsity}
-    return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, **shared), PEER: NetworkSlimming(**shared)}
+    shared: dict[str, Any] = {"targets": [{"parameters": share} for share in shares], "every": stage_epochs}
+    return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, sparsity=sparsity[OURS], **shared),
+            PEER: NetworkSlimming(sparsity=sparsity[PEER], **shared)}
+
+
+def candidates(sparsities: Sequence[float], share: float, stage_epochs: int, bridge: str) -> dict[str, Any]:
+    """Both methods with each λ, pruned once to a share of the parameters: what `sparsity_choice` chooses from."""
+    return {f"{arm}, λ = {value:g}": strategy for value in sparsities
+            for arm, strategy in arms([share], stage_epochs, {OURS: value, PEER: value}, bridge).items()
+            if arm != BASELINE}
+
+
+def held_out(data: Dataset, every: int = 5) -> Dataset:
+    """The training images alone, in two: every fifth, say, is what the rest is tested on, so that settings can be
+    chosen without a look at the test images."""
+    split = data.train
+    chosen = torch.arange(len(split), device=split.labels.device) % every == every - 1
+    halves = []
+    for rows in (~chosen, chosen):
+        images = split.images[rows] if isinstance(split.images, Tensor) else split.images.subset(rows.nonzero()[:, 0])
+        halves.append(replace(split, images=images, labels=split.labels[rows]))
+    return replace(data, train=halves[0], test=halves[1], fingerprint=f"{data.fingerprint}-held-out-{every}")
+
+
+def sparsity_choice(comparison: Any) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Which λ each method takes: the one with which it is best after the pruning, on what was held out.
+
+    Args:
+        comparison: the runs of `candidates` on `held_out` data.
+
+    Returns:
+        A row a method and λ: `method`, `λ`, `top-1 dense [%]` before the pruning and `top-1 pruned [%]` at the end
+        (means over seeds), `chosen`; and method → its λ, the smallest of equals.
+    """
+    rows = []
+    for arm in comparison.arms:
+        runs = [comparison.results[arm, seed] for seed in comparison.seeds]
+        strategy = runs[0].strategies[0]
+        end = strategy.stages[1]["epoch"]
+        rows.append({
+            "method": {AdaptivePruning.name: OURS, NetworkSlimming.name: PEER}[strategy.name], "λ": strategy.sparsity,
+            "top-1 dense [%]": 100 * float(np.mean([run.history[end - 1]["test/top1"] for run in runs])),
+            "top-1 pruned [%]": 100 * float(np.mean([run.final["test/top1"] for run in runs])),
+        })
+    table = pd.DataFrame(rows).sort_values(["method", "λ"], ignore_index=True)
+    best = table.groupby("method")["top-1 pruned [%]"].idxmax()
+    table["chosen"] = table.index.isin(best)
+    return table, {str(method): float(table.loc[place, "λ"]) for method, place in best.items()}
 
 
 def restarts(stage_epochs: int) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
@@ -102,7 +157,7 @@ def _built(network: Callable[[], nn.Module], described: Mapping[str, Any] | None
 
 def speeds(table: pd.DataFrame, network: Callable[[], nn.Module], example: Tensor, batches: Sequence[int],
            rounds: int) -> pd.DataFrame:
-    """`stages` with the measured seconds of each network, and how many times faster than the unpruned one it is.
+    """`stages` with what a forward pass of each network takes: arithmetic, and measured seconds.
 
     All networks take turns, so that what slows the machine slows all of them.
 
@@ -112,13 +167,15 @@ def speeds(table: pd.DataFrame, network: Callable[[], nn.Module], example: Tenso
         rounds: of timing.
 
     Returns:
-        The table with `batch N [ms]` and `batch N ×` for each batch N; both for the whole batch.
+        The table with `MACs`, multiply-accumulates an image, and `batch N [ms]` and `batch N ×` (how many times faster
+        than the unpruned network) for each batch N; both for the whole batch.
     """
     table = table.copy()
     networks = {"dense": network().to(example.device).eval()}
     for index, row in table.iterrows():
         if row["structure"] is not None and row["stage"]:
             networks[str(index)] = _built(network, row["structure"]).to(example.device)
+        table.loc[index, "MACs"] = multiply_accumulates(networks.get(str(index), networks["dense"]), example[:1])
     for size in batches:
         images = example.repeat(-(-size // len(example)), 1, 1, 1)[:size].contiguous()
         turns = latencies(networks, images, rounds)
@@ -129,6 +186,13 @@ def speeds(table: pd.DataFrame, network: Callable[[], nn.Module], example: Tenso
     return table
 
 
+def multiply_accumulates(network: nn.Module, images: Tensor) -> float:
+    """Of one forward pass on these images."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(images)
+    return counter.get_total_flops() / 2
+
+
 def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence[str],
                   batches: Sequence[int]) -> pd.DataFrame:
     """The paper's table, published beside measured, a row a method and stage; means over seeds, ± 95 % half-width.
@@ -136,7 +200,7 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
     Args:
         published: the paper's rows, by method and label.
         table: `speeds`.
-        labels: of the stages, as the paper calls them; the first is the baseline's.
+        labels: `stage_labels`.
     """
     rows = []
     plain = table[table["arm"] == BASELINE].groupby("stage")["top-1"]
@@ -150,6 +214,7 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
             "conventional, as many epochs [%]": _spread(100 * plain.get_group(stage)),
             "parameters, paper": known.get("parameters", ""), "parameters": f"{part['parameters'].mean():,.0f}",
             "channels left": f"{part['channels'].mean():.0%}", "convolutions": _spread(part["convolutions"]),
+            "MACs [M]": _spread(part["MACs"] / 1e6),
             "size, paper": known.get("size", ""), "size [MB]": f"{part['megabytes'].mean():.2f}",
             "speed, paper": known.get("speed", ""),
         }
@@ -169,6 +234,48 @@ def column(table: pd.DataFrame, arm: str, stage: int, name: str) -> list[float]:
     return table[(table["arm"] == arm) & (table["stage"] == stage)][name].tolist()
 
 
+def claim_values(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) -> dict[str, list[float]]:
+    """The paper's claims from its rows, as far as they were run: id in paper.toml → a value a seed.
+
+    Args:
+        table: `speeds`.
+        labels: `stage_labels`.
+        batches: images a batch that were timed.
+    """
+    stages = {label: stage for stage, label in enumerate(labels)}
+    values = {}
+    for label, name in (("40 %", "40"), ("60 %", "60"), ("most", "most")):
+        if label in stages:
+            values[f"gain-{name}"] = gains(table, OURS, BASELINE, stages[label])
+            if label != "most":  # network slimming has no such row in the paper
+                values[f"peer-{name}"] = gains(table, OURS, PEER, stages[label])
+    if "most" in stages:
+        dense = table["megabytes"].max()
+        values["size"] = [size / dense for size in column(table, OURS, stages["most"], "megabytes")]
+        for size in batches:
+            if size in (1, 128):
+                values[f"speed-{size}"] = column(table, OURS, stages["most"], f"batch {size} ×")
+                values[f"peer-speed-{size}"] = _times_faster(table, stages["most"], size)
+    return values
+
+
+def comparison_line(table: pd.DataFrame, stage: int, label: str, batches: Sequence[int]) -> str:
+    """What adaptive pruning has over network slimming after a stage, in one line.
+
+    With the parameters of both: where a whole block goes, the one threshold passes over the counts in between.
+    """
+    sizes = " against ".join(f"{np.mean(column(table, arm, stage, 'parameters')):,.0f}" for arm in (OURS, PEER))
+    faster = ", ".join(f"{_spread(_times_faster(table, stage, size))} × as fast at batch {size}" for size in batches)
+    mean, half = measure.mean_interval(gains(table, OURS, PEER, stage))
+    interval = f" ± {half:.2f}" if math.isfinite(half) else ""
+    return f"{label}, {sizes} parameters: {mean:+.2f}{interval} points against network slimming, {faster}"
+
+
+def _times_faster(table: pd.DataFrame, stage: int, size: int) -> list[float]:
+    ours, theirs = (column(table, arm, stage, f"batch {size} ×") for arm in (OURS, PEER))
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+
+
 def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) -> pd.DataFrame:
     """What a user chooses from, as `layerlab.figures.families` takes it: means over seeds, a row a pruned network and
     one for the conventional network after all epochs."""
@@ -178,7 +285,8 @@ def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) 
             continue
         mean, half = measure.mean_interval(part["top-1"].tolist())
         rows.append({"method": arm, "network": labels[0 if arm == BASELINE else stage],
-                     "parameters": part["parameters"].mean(), "top-1": mean, "top-1 ±": half,
+                     "parameters": part["parameters"].mean(), "MACs": part["MACs"].mean(), "top-1": mean,
+                     "top-1 ±": half,
                      **{f"batch {size} [ms]": part[f"batch {size} [ms]"].mean() for size in batches}})
     return pd.DataFrame(rows)
 
@@ -254,7 +362,9 @@ def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) ->
             difference = float((cut(images) - before).abs().max() / before.abs().max())
         rows.append({"network": name, "parameters": size, "left": count(cut), "convolutions": layers,
                      "convolutions left": _convolutions(cut), "difference": difference, "seconds": seconds})
-    return pd.DataFrame(rows).set_index("network")
+    return pd.DataFrame(rows, columns=[
+        "network", "parameters", "left", "convolutions", "convolutions left", "difference", "seconds",
+    ]).set_index("network")
 
 
 def _convolutions(network: nn.Module) -> int:
@@ -277,7 +387,8 @@ def deployed(model: Any, network: Callable[[], nn.Module], example: Tensor, fold
 
     folder.mkdir(parents=True, exist_ok=True)
     images = example[:2].cpu()
-    model = model.cpu().eval()
+    # Training may have laid out the weights otherwise; the others are built anew.
+    model = model.cpu().eval().to(memory_format=torch.contiguous_format)
     with torch.no_grad():
         logits = model(images)
     torch.save(model.state_dict(), folder / "pruned.pt")

@@ -226,8 +226,9 @@ class AdaptivePruning(Pruning):
 class NetworkSlimming(Pruning):
     """The peer: network slimming as torch-pruning offers it, at the same targets and after the same epochs.
 
-    Its `BNScalePruner` ranks groups of coupled channels by their mean |γ|, over all layers at once, and keeps a layer
-    whole where it would lose everything. After the last pruning it fine-tunes without the penalty.
+    Its `BNScalePruner` ranks groups of coupled channels by their mean |γ| over that of their layer's groups, over all
+    layers at once, and keeps a layer whole where it would lose everything. After the last pruning it fine-tunes without
+    the penalty.
     """
 
     name: ClassVar[str] = "network-slimming"

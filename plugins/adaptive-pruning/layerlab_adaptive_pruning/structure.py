@@ -40,7 +40,10 @@ class Select(nn.Module):
         self.register_buffer("index", torch.tensor(index, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The selected channels."""
+        """The selected channels, in the input's memory format."""
+        if not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            # index_select alone would give another format, and every layer behind it would convert.
+            return x.permute(0, 2, 3, 1).index_select(3, self.index).permute(0, 3, 1, 2)
         return x.index_select(1, self.index)
 
 
@@ -56,6 +59,10 @@ class Shift(nn.Module):
         return x + self.bias.view(1, -1, 1, 1)
 
 
+_FRESH = (nn.Conv2d, nn.Linear, _BatchNorm, Shift)
+"""Layers whose output is a tensor of its own, on which an activation may work in place."""
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # A module without children may decide what it does by its mode; inside the graph it goes on doing so.
@@ -65,7 +72,8 @@ class _Tracer(fx.Tracer):
 def trace(network: nn.Module) -> fx.GraphModule:
     """A network as a graph of its modules, which can be edited; the modules are the network's own.
 
-    Operations that work in place are replaced by those that do not, since a tensor may get other readers.
+    Operations that work in place are replaced by those that do not, since a tensor may get other readers; activations
+    that nothing else reads before work in place again, as their author had it.
 
     Raises:
         LayerlabError: it cannot be traced, calls a layer with weights twice, or has dropout that is no module; with
@@ -82,11 +90,12 @@ def trace(network: nn.Module) -> fx.GraphModule:
             "depends on the data as a module without children."
         ) from None
     seen: set[str] = set()
+    in_place: set[str] = set()
     for node in graph.nodes:
         if node.op == "call_module":
             module = network.get_submodule(str(node.target))
             if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[assignment]  # a flag
+                in_place.add(str(node.target))
             if next(module.parameters(), None) is not None:
                 if node.target in seen:
                     raise LayerlabError(f"{name} cannot be pruned: its layer {node.target} is called twice.")
@@ -102,6 +111,8 @@ def trace(network: nn.Module) -> fx.GraphModule:
     traced.train(network.training)
     traced.meta["edits"] = []
     traced.meta["original"] = _shapes(traced)
+    traced.meta["in_place"] = sorted(in_place)
+    _work_in_place(traced)
     return traced
 
 
@@ -156,7 +167,21 @@ def clean(network: fx.GraphModule) -> None:
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.graph.lint()
+    _work_in_place(network)
     network.recompile()
+
+
+def _work_in_place(network: fx.GraphModule) -> None:
+    """Let an activation overwrite its input where its author had it so and nobody else reads that: at batch sizes whose
+    tensors leave the cache, getting new memory takes longer than the arithmetic."""
+    for path in network.meta["in_place"]:
+        calls = [each for each in network.graph.nodes if each.op == "call_module" and each.target == path]
+        for module in {layer(network, call) for call in calls}:
+            module.inplace = all(
+                len(source(call).users) == 1
+                and (isinstance(layer(network, source(call)), _FRESH) or source(call).target is operator.add)
+                for call in calls
+            )
 
 
 def node(network: fx.GraphModule, name: str) -> fx.Node:

@@ -16,6 +16,7 @@ from torchvision.models.vgg import VGG, make_layers
 
 from layerlab import LayerlabError, build_model
 from layerlab_adaptive_pruning import merge_thin_layers, rebuild, remove_channels, scales, structure, trace
+from layerlab_adaptive_pruning.structure import Select
 from layerlab_adaptive_pruning.surgery import Constants
 
 
@@ -251,6 +252,51 @@ def test_onnx_and_export_give_the_same(tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "pruned.onnx"))
     (logits,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
     assert torch.allclose(torch.from_numpy(logits), cut(images()), atol=1e-4)
+
+
+def test_a_selection_keeps_the_memory_format_and_passes_gradients_to_what_it_selects():
+    select = Select(6, [4, 1, 5])
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+        x.requires_grad_(True)
+        chosen = select(x)
+        assert torch.equal(chosen, x[:, [4, 1, 5]])
+        assert chosen.is_contiguous(memory_format=layout)
+        (chosen**2).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].flatten(2).any(2).any(0).tolist() == [False, True, False, False, True, True]
+
+
+class Bypassed(nn.Module):
+    """An activation works in place on a sum; without the branch, on what the network goes on reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        trunk = self.norm1(self.conv1(x))
+        return self.relu(trunk + self.norm2(self.conv2(trunk))).mean((2, 3)) + 3 * trunk.mean((2, 3))
+
+
+@torch.no_grad()
+def test_activations_work_in_place_where_their_author_had_it_and_nothing_else_reads_their_input():
+    network, _ = built("preact-resnet")
+    cut, _ = remove_channels(network, images(), {"stage2.1.bn2": list(range(32)), "stage1.1.bn1": [3]})
+    activations = [module for module in cut.modules() if isinstance(module, nn.ReLU)]
+    assert len(activations) == 16
+    assert all(module.inplace for module in activations)
+    torch.manual_seed(0)
+    network = Bypassed().eval()
+    network.norm2.weight.zero_()
+    before = network(images())
+    cut, _ = remove_channels(network, images(), {"norm2": [0, 1, 2, 3]})
+    assert layers(cut) == 1
+    assert close(cut(images()), before)
 
 
 class Twice(nn.Module):
