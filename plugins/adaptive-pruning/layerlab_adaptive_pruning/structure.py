@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError
+from layerlab.errors import first_line
 
 _FORMAT = "layerlab-pruned-1"
 _IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
@@ -86,7 +87,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
         graph = _Tracer().trace(network)
     except Exception as error:  # whatever the network's own code raises on a proxy
         raise LayerlabError(
-            f"{name} cannot be pruned: its forward pass cannot be traced ({str(error).splitlines()[0]}); write what "
+            f"{name} cannot be pruned: its forward pass cannot be traced ({first_line(error)}); write what "
             "depends on the data as a module without children."
         ) from None
     seen: set[str] = set()
