@@ -1,6 +1,6 @@
 """Seconds of a data-parallel step over a slow link, each technique of comm-overlap alone and together, by turns.
 
-Run: python benchmarks/comm_overlap.py [--workers 2] [--megabits 400] [--latency-ms 0.1] [--rounds 4]
+Run: python benchmarks/comm_overlap.py [--workers 2] [--megabits 400] [--latency-ms 0.1] [--steps 24] [--segment-mb 1]
 The goal: all together go at least 85 % of the way from compute + communicate to max(compute, communicate).
 """
 
@@ -21,10 +21,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--bucket-mb", type=float, default=0.5)
-    parser.add_argument("--segment-mb", type=float, default=0.25)
+    parser.add_argument("--segment-mb", type=float, default=1.0)
     parser.add_argument("--in-flight", type=int, default=2)
     options = parser.parse_args()
     network = {"name": "vgg-f", "num_classes": 10, "channels": 3, "image_size": options.image_size,

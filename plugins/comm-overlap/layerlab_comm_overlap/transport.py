@@ -138,12 +138,15 @@ class Transport:
         segment: bytes; None: whole buckets, by the group's own means.
         in_flight: how many segments may be under way at a time.
         link: makes the link slower.
+        staged: copy segments to host memory of their own and back. Default: where they are not in host memory anyway.
     """
 
     def __init__(
-        self, group: Any, device: torch.device, segment: int | None, in_flight: int = 2, link: Link | None = None
+        self, group: Any, device: torch.device, segment: int | None, in_flight: int = 2, link: Link | None = None,
+        staged: bool | None = None,
     ) -> None:
         self.group, self.device, self.segment, self.in_flight, self.link = group, device, segment, in_flight, link
+        self.staged = segment is not None and (device.type != "cpu" if staged is None else staged)
         self.workers = dist.get_world_size(group)
         self.volume = 0
         self.busy = 0.0
@@ -280,7 +283,7 @@ class Transport:
         with torch.cuda.stream(self._stream):
             if self._stream is not None:
                 self._stream.wait_event(bucket._computed)
-            if self.segment is not None and bucket.wire is None:
+            if self.staged and bucket.wire is None:
                 stage = self._stage(piece)
                 stage.copy_(piece, non_blocking=True)
                 if self._stream is not None:

@@ -21,7 +21,7 @@ from torch import nn
 from layerlab import LayerlabError, Run, Strategy, build_model, fit, load_dataset
 from layerlab_comm_overlap import CommOverlap, launch
 from layerlab_comm_overlap.model import AllReduce, fit_link, step_seconds
-from layerlab_comm_overlap.transport import order_of_segments
+from layerlab_comm_overlap.transport import Bucket, Transport, order_of_segments
 
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -166,11 +166,23 @@ def train(network, others, ours, more):
     return {"weights": result.model.state_dict(), "history": result.history, "hooks": hooks}
 
 
+def staged_sum() -> torch.Tensor:
+    """A bucket that travels in segments through memory of their own, as it does from a GPU."""
+    transport = Transport(dist.new_group(backend="gloo"), torch.device("cpu"), 64, staged=True)
+    bucket = Bucket(0, [], [], torch.arange(100.0) * (dist.get_rank() + 1))
+    transport.begin()
+    transport.send(bucket)
+    transport.wait(bucket)
+    transport.close()
+    return bucket.buffer
+
+
 def all_cases(folder: Path) -> None:
     """In each worker: train every case, then worker 1 fails while the others wait for its gradients."""
     found = {name: train(*case) for name, case in (CASES | ALONE).items()}
     with pytest.raises(LayerlabError, match="leaves some of 3 workers without an image"):
         fit(lenet, digits(), CommOverlap(), batch_size=2, progress=False)
+    found["staged"] = staged_sum()
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 1:
@@ -268,6 +280,10 @@ def test_a_wire_of_8_bits_carries_a_quarter_and_all_workers_end_alike(workers):
     rounded, exact = (workers[0][name]["history"][-1]["train/loss"] for name in ("wire", "switches 7"))
     assert rounded == pytest.approx(exact, rel=0.02)
     assert rounded != exact
+
+
+def test_segments_through_host_memory_come_back_summed(workers):
+    assert all(torch.equal(each["staged"], torch.arange(100.0) * 6) for each in workers)
 
 
 def test_running_statistics_are_the_same_in_all_workers(workers):
