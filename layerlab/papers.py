@@ -348,7 +348,7 @@ class ClaimResult(BaseModel):
         if self.verdict == "not run":
             return self.profile
         named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
-        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "exact"
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "no seeds"
         if not self.seeds and len(self.values) > 1:
             seeds = f"{len(self.values)} rounds"
         return ", ".join([self.profile, *named, seeds])

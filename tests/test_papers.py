@@ -79,7 +79,7 @@ def test_where_it_was_measured_names_seeds_or_rounds():
                       values=[1.0, 1.5], seeds=[0, 1], profile="cpu", verdict="differs")
     assert row.setting_text == "cpu, 2 seeds"
     assert row.model_copy(update={"seeds": []}).setting_text == "cpu, 2 rounds"
-    assert row.model_copy(update={"seeds": [], "values": [1.0]}).setting_text == "cpu, exact"
+    assert row.model_copy(update={"seeds": [], "values": [1.0]}).setting_text == "cpu, no seeds"
 
 
 @pytest.mark.parametrize(
