@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,11 +21,16 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError, LayerMap, Replaced, Run, Strategy, measure
+from layerlab.errors import LayerlabWarning
 from layerlab_adaptive_pruning.structure import rebuild, structure, trace
 from layerlab_adaptive_pruning.surgery import below, merge_thin_layers, recorded, remove_channels, scales
 
 CLOSE = 0.005
 """A search ends when the cost is this much of the goal, or less, under it."""
+
+
+class OutOfReach(LayerlabError):
+    """However much is pruned, a target is not met."""
 
 
 def _one_goal(target: dict[str, float]) -> dict[str, float]:
@@ -75,7 +81,8 @@ class Pruning(Strategy):
     def stages(self) -> list[dict[str, Any]]:
         """One row a pruning and one before the first: `epoch` after which it was, `parameters`, `channels` (path of a
         batch norm → how many are left of its channels; 0 when it is gone), `threshold` on |γ| (network slimming: the
-        share of channels asked for), and the network's `structure`, for `rebuild`."""
+        share of channels asked for; not a number where the target was out of reach and nothing was pruned), and the
+        network's `structure`, for `rebuild`."""
         return self._stages
 
     def on_fit_start(self, run: Run) -> None:
@@ -113,8 +120,14 @@ class Pruning(Strategy):
     def on_epoch_start(self, run: Run) -> None:
         done = len(self._stages) - 1
         if done < len(self.targets) and run.epoch == self._length(run) * (done + 1) + 1:
-            network, replaced, threshold = self.prune(run, self.targets[done])
-            run.restructure(network, replaced)
+            try:
+                network, replaced, threshold = self.prune(run, self.targets[done])
+            except OutOfReach as error:
+                # An error would throw away the training so far, whose settings can no longer be changed.
+                warnings.warn(f"{error} It stays as it is at this pruning.", LayerlabWarning, stacklevel=2)
+                threshold = math.nan
+            else:
+                run.restructure(network, replaced)
             self._note(run, run.epoch - 1, threshold)
         run.log(f"{self.name}/parameters", count(run.model))
         run.log(f"{self.name}/channels", sum(channels(run.model).values()))
@@ -139,7 +152,7 @@ class Pruning(Strategy):
             (the network, the parameters that were replaced, the threshold on |γ|).
 
         Raises:
-            LayerlabError: the target is out of reach.
+            OutOfReach: whatever is pruned, the network stays above the target.
         """
 
     def cost(self, network: nn.Module, run: Run, goal: str) -> float:
@@ -277,7 +290,7 @@ def search(cost: Callable[[float], float], levels: list[float], limit: float, wa
     go, which it then keeps.
 
     Raises:
-        LayerlabError: none is.
+        OutOfReach: none is.
     """
     low, least = -1, math.inf
     for step in range(1, 9):
@@ -288,8 +301,8 @@ def search(cost: Callable[[float], float], levels: list[float], limit: float, wa
             break
         low = high
     else:
-        raise LayerlabError(f"{wanted} is out of reach: at the least, the network has {least:.1%} of what it had, and "
-                            f"{limit:.1%} is wanted; choose another target.")
+        raise OutOfReach(f"{wanted} is out of reach: at the least, the network has {least:.1%} of what it had, and "
+                         f"{limit:.1%} is wanted.")
     while high - low > 1 and reached < limit * (1 - CLOSE):
         middle = (low + high) // 2
         value = cost(levels[middle])

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from layerlab import LayerlabError, Run, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab.errors import LayerlabWarning
 from layerlab.training import Fit
 from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, rebuild, structure
-from layerlab_adaptive_pruning.strategy import count, search
+from layerlab_adaptive_pruning.strategy import OutOfReach, count, search
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.05)
 
@@ -226,8 +227,17 @@ def test_what_cannot_be_done_is_refused_before_training(data):
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(LayerlabError, match="has neither"):
         Fit(plain, data, AdaptivePruning(), epochs=4, **OPTIONS)
-    with pytest.raises(LayerlabError, match=r"out of reach: at the least, the network has 40\.0%"):
+
+
+def test_a_target_out_of_reach_leaves_the_network_as_it_is_and_training_goes_on(data):
+    with pytest.raises(OutOfReach, match=r"out of reach: at the least, the network has 40\.0%"):
         search(lambda level: 1 - level, [0.0, 0.3, 0.6], 0.2, "ratio 0.8")
+    with pytest.warns(LayerlabWarning, match=r"parameters 0\.0001 is out of reach.*stays as it is at this pruning"):
+        result = fit(network, data, AdaptivePruning(targets=[{"ratio": 0.2}, {"parameters": 1e-4}], every=1), epochs=3,
+                     progress=False, **OPTIONS)
+    dense, pruned, left = (stage["parameters"] for stage in result.strategies[0].stages)
+    assert left == pruned < dense
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
 
 
 def test_without_batch_norms_a_convolution_of_one_channel_is_bridged(data):
