@@ -109,7 +109,14 @@ class FinalModel(Strategy):
     name: ClassVar[str] = "final-model"
 
     def on_fit_end(self, run: Run) -> None:
-        run.model = nn.Sequential(run.model, nn.Softmax(1), nn.Unflatten(1, (10, 1)))
+        kind = type(run.model)
+
+        class Unsqueezed(kind):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return kind.forward(self, x).softmax(1).unsqueeze(2)
+
+        # Another class for the same object: other checks would see layers of other names, or a patched forward.
+        run.model.__class__ = Unsqueezed
 
 
 class FitsAgain(Strategy):
