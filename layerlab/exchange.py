@@ -20,6 +20,8 @@ from layerlab.papers import ClaimResult
 
 PARAMS_AT_ONCE = 100  # MLflow's limit for one call
 ENDED = ("FINISHED", "FAILED", "KILLED")
+# Tag of a run that came as a claims.json: whatever its times, it lacks what its database holds.
+CLAIMS_ALONE = f"{tracking.PREFIX}claims-alone"
 
 
 def import_file(file: Path) -> tuple[int, int]:
@@ -68,7 +70,7 @@ def _import_claims(file: Path) -> tuple[int, int]:
         made = tracking.client().create_run(
             number, start_time=stamp, run_name=f"{paper} · {first.profile} · notebook", tags={
                 "kind": "notebook", "paper": paper, "profile": first.profile, "machine": first.machine,
-                "commit": first.commit, tracking.ORIGIN: run,
+                "commit": first.commit, tracking.ORIGIN: run, CLAIMS_ALONE: "true",
                 "versions": versions_text(first.versions),
                 **tracking.claim_tags(result.model_dump_json() for result in results),
             })
@@ -129,7 +131,7 @@ def _import_database(file: Path) -> tuple[int, int]:
                 before = here.get(origin) or here.get(run.info.run_id)
                 if before is not None and before.info.status in ENDED and (
                     run.info.status not in ENDED or run.info.end_time == before.info.end_time
-                ):
+                ) and CLAIMS_ALONE not in before.data.tags:
                     known += 1
                     continue
                 here[origin] = _copy(there, run, number, before, here, file)
@@ -153,6 +155,8 @@ def _copy(there: Any, run: Any, experiment: str, before: Any, here: dict[str, An
         experiment, start_time=run.info.start_time, run_name=run.info.run_name, tags={tracking.ORIGIN: origin}
     )
     number = made.info.run_id
+    if CLAIMS_ALONE in made.data.tags:
+        client.delete_tag(number, CLAIMS_ALONE)
     client.log_batch(number, tags=[RunTag(name, value) for name, value in tags.items()])
     params = [Param(name, value) for name, value in run.data.params.items()]
     for start in range(0, len(params), PARAMS_AT_ONCE):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,10 @@ def test_a_run_that_got_further_is_completed_and_not_doubled(elsewhere, tmp_path
 
 def test_claims_come_home_without_a_database_and_know_the_database_that_follows(elsewhere):
     (file,) = elsewhere.glob("runs/fake/quick/claims.json")
+    # Written in the very millisecond in which the run ended.
+    with contextlib.closing(sqlite3.connect(elsewhere / "mlflow.db")) as database:
+        (end,) = database.execute("SELECT end_time FROM runs WHERE name LIKE '%notebook'").fetchone()
+    os.utime(file, ns=(end * 1_000_000 + 500_000, end * 1_000_000 + 500_000))
     assert import_file(file) == (1, 0)
     assert import_file(file) == (0, 1)
     (row,) = collect(["fake"])
