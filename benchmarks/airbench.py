@@ -23,15 +23,14 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+from fit_overhead import WARMUP, epochs_by_turns
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from layerlab import Dataset, Run, Strategy, load_dataset
 from layerlab.data import Split, pass_order
-from layerlab.measure import Turns, machine_name
+from layerlab.measure import machine_name
 from layerlab.training import Fit
-
-WARMUP = 2
 
 
 class WallClock:
@@ -248,7 +247,6 @@ def main() -> None:
     airbench = load(options.checkout)
     epochs = options.rounds + WARMUP
     airbench.hyp["opt"] |= {"train_epochs": epochs, "batch_size": options.batch_size or (128 if small else 1024)}
-    seconds: dict[str, list[float]] = {"fit": [], "airbench": []}
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder, device_of(airbench, device):
         (Path(folder) / "cifar10").mkdir()
@@ -259,16 +257,9 @@ def main() -> None:
         os.chdir(folder)  # where it looks for its data
         try:
             job, theirs = ours(airbench, data, epochs), Theirs(airbench)
-            for turn in range(epochs):
-                pair = {}
-                for side in ("fit", "airbench") if turn % 2 == 0 else ("airbench", "fit"):
-                    pair[side] = job.train_epoch()["time/epoch_seconds"] if side == "fit" else theirs.epoch()
-                if turn >= WARMUP:
-                    for side, value in pair.items():
-                        seconds[side].append(value)
+            fit, by_airbench = epochs_by_turns(job, theirs.epoch, options.rounds)
         finally:
             os.chdir(here)
-    fit, by_airbench = Turns(tuple(seconds["fit"])), Turns(tuple(seconds["airbench"]))
     middle, low, high = fit.ratio(by_airbench)
     steps = ceil(len(data.train) // airbench.hyp["opt"]["batch_size"])
     print(f"{machine_name()}, torch {torch.__version__}; {len(data.train):,} images, {steps} steps an epoch")

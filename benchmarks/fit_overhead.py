@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from layerlab import build_model
 from layerlab.data import Dataset, noise
 from layerlab.measure import Turns, machine_name, synchronise
 from layerlab.training import Fit
+
+WARMUP = 2
 
 
 class ByHand:
@@ -58,21 +61,29 @@ class ByHand:
         return time.perf_counter() - start
 
 
+def epochs_by_turns(job: Fit, other: Callable[[], float], rounds: int) -> tuple[Turns, Turns]:
+    """Seconds of the epochs of a fit and of another loop, in alternating order; those of the first turns do not count.
+
+    Args:
+        job: of `rounds + WARMUP` epochs.
+        other: trains an epoch and gives its seconds.
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    sides = (lambda: job.train_epoch()["time/epoch_seconds"], other)
+    for turn in range(rounds + WARMUP):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            taken = sides[side]()
+            if turn >= WARMUP:
+                seconds[side].append(taken)
+    return Turns(tuple(seconds[0])), Turns(tuple(seconds[1]))
+
+
 def compare(name: str, build, data: Dataset, batch_size: int, rounds: int) -> None:
     """Print fit's seconds an epoch over the hand-written loop's, round by round by turns."""
-    warmup = 2
-    job = Fit(build, data, epochs=rounds + warmup, batch_size=batch_size, lr=0.001)
+    job = Fit(build, data, epochs=rounds + WARMUP, batch_size=batch_size, lr=0.001)
     torch.manual_seed(0)
     hand = ByHand(build(), data, batch_size, 0.001)
-    seconds: dict[str, list[float]] = {"fit": [], "hand": []}
-    for turn in range(rounds + warmup):
-        pair = {}
-        for side in ("fit", "hand") if turn % 2 == 0 else ("hand", "fit"):
-            pair[side] = job.train_epoch()["time/epoch_seconds"] if side == "fit" else hand.epoch()
-        if turn >= warmup:
-            for side, value in pair.items():
-                seconds[side].append(value)
-    fit, by_hand = Turns(tuple(seconds["fit"])), Turns(tuple(seconds["hand"]))
+    fit, by_hand = epochs_by_turns(job, hand.epoch, rounds)
     middle, low, high = fit.ratio(by_hand)
     steps = len(data.train) // batch_size
     print(f"{name}: fit / by hand = {middle:.3f} (quartiles {low:.3f} to {high:.3f}, "

@@ -32,9 +32,9 @@ class Turns:
         return statistics.median(self.seconds)
 
     def ratio(self, other: Turns) -> tuple[float, float, float]:
-        """(median, lower quartile, upper quartile) of self / other, round by round."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        """(median, lower quartile, upper quartile) of self / other, round by round; of a single round, its ratio."""
+        ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
         return middle, low, high
 
 
@@ -45,7 +45,7 @@ def time_by_turns(
 
     Args:
         candidates: what to time, by name.
-        rounds: measured rounds, at least 2.
+        rounds: measured rounds.
         warmup: unmeasured calls of each beforehand.
         device: waited for before and after each call.
     """
