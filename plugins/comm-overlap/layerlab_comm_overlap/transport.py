@@ -127,8 +127,8 @@ class Transport:
     """A thread that all-reduces buckets, whole or cut in segments that go one behind the other.
 
     With segments, each travels through host memory (technique 3): while one is summed between the hosts, the next is
-    copied from the device and the one before back to it. The sum over workers is `torch.distributed`'s; on hosts, gloo
-    computes it on the CPU.
+    copied from the device and the one before back to it. What is in host memory anyway is cut and not copied. The sum
+    over workers is `torch.distributed`'s; on hosts, gloo computes it on the CPU.
 
     All workers must launch their segments in the same order. It is the order of `send`, or the one given to `follow`.
 
