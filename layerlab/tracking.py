@@ -349,8 +349,8 @@ def log_file(run_id: str, content: bytes, name: str, folder: str = "") -> None:
     if folder:
         write_atomically(Path(folder) / name, lambda stream: stream.write(content))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / Path(name).name
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / Path(name).name
         path.write_bytes(content)
         inside = str(Path(name).parent)
         client().log_artifact(run_id, str(path), None if inside == "." else inside)
