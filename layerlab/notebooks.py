@@ -275,22 +275,28 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
 def fail(job: Job, what: str) -> NotebookFailed:
     """Keep a failed job's notebook and close its runs; gives the error back for the caller to raise.
 
+    What another run that is at work in the folder has there stays as it is.
+
     Args:
         what: it did, in words that follow its name: `ran out of its time`.
     """
-    close_runs(job)
     where = ""
-    if job.partial.exists():
-        os.replace(job.partial, job.failed)
-        where = f"; its traceback is in {job.failed}"
+    with contextlib.suppress(_AtWork), _alone(Path(job.folder)):
+        close_runs(job)
+        if job.partial.exists():
+            os.replace(job.partial, job.failed)
+            where = f"; its traceback is in {job.failed}"
     return NotebookFailed(f"The notebook of {job.name!r} {what}{where}.")
 
 
 def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None:
-    """Close the MLflow runs of a job that will not close them itself."""
-    record = read_record(Path(job.folder))
-    if job.strategy and record.get("mlflow_run") and not record.get("finished"):
-        tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
+    """Close the MLflow runs of a job that will not close them itself, unless another run is at work in its folder and
+    goes on with them."""
+    folder = Path(job.folder)
+    with contextlib.suppress(_AtWork), _alone(folder):
+        record = read_record(folder)
+        if job.strategy and record.get("mlflow_run") and not record.get("finished"):
+            tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
 
 
 def _papermill() -> Any:
@@ -346,9 +352,27 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
+class _AtWork(LayerlabError):
+    """Another run is at work in a folder."""
+
+
+_mine: set[Path] = set()
+
+
 @contextlib.contextmanager
-def _alone(folder: Path, wait: bool) -> Iterator[None]:
-    """Only one run at a time in a folder."""
+def _alone(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Only one run at a time in a folder.
+
+    Args:
+        wait: for another one to end.
+
+    Raises:
+        _AtWork: another one is at work, and is not waited for.
+    """
+    if folder in _mine:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         while True:
             try:
@@ -356,11 +380,15 @@ def _alone(folder: Path, wait: bool) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not wait:
-                    raise LayerlabError(
+                    raise _AtWork(
                         f"Another run is at work in {folder}; wait for it, or choose another folder with --output."
                     ) from None
                 time.sleep(0.3)
-        yield
+        _mine.add(folder)
+        try:
+            yield
+        finally:
+            _mine.remove(folder)
 
 
 @contextlib.contextmanager

@@ -313,6 +313,30 @@ def test_ctrl_c_stops_cleanly_and_a_second_one_at_once(fake, command, tmp_path):
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+@slow
+def test_stopped_while_waiting_for_another_batch_it_leaves_that_ones_runs_alone(fake, command, tmp_path):
+    fake(OPEN, "import time; time.sleep(8)", TRAIN, FINISH)
+    first = command("reproduce", "fake")
+
+    def statuses() -> list[str]:
+        return [run.info.status for run in tracking.client().search_runs([tracking.experiment_id("fake")])]
+
+    _wait(lambda: "RUNNING" in statuses())
+    (runner,) = [number for number, words in _processes(tmp_path / "home").items() if "layerlab.runner" in words]
+    second = command("reproduce", "fake")
+    waiting = _wait(lambda: [number for number, words in _processes(tmp_path / "home").items()
+                             if "layerlab.runner" in words and number != runner])
+    time.sleep(1)
+    os.kill(second.pid, signal.SIGINT)
+    second.communicate(timeout=30)
+    assert second.returncode == 130
+    assert not set(waiting) & set(_processes(tmp_path / "home"))
+    assert statuses() == ["RUNNING"]
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert statuses() == ["FINISHED"] * 3
+
+
 SEEDS = 20
 
 
