@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -36,7 +37,7 @@ SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
 
 
 def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
-    """Keep finished runs under `target/<paper>/<profile>/`, and write the pages anew.
+    """Keep finished runs under `target/<paper>/<profile>/`, and write the pages of all that is kept anew.
 
     A README.md beside `target` that holds the two marks of `SUMMARY` gets the table of papers between them.
 
@@ -74,8 +75,7 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
                 raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
         for folder, results in loaded:
             _keep(folder, results, target / results[0].paper / results[0].profile)
-    papers = list(dict.fromkeys(results[0].paper for _, results in loaded))
-    return [*(_page(target / paper) for paper in papers), *write_summaries(target)]
+    return _write_pages(target)
 
 
 def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResult]]]:
@@ -129,16 +129,30 @@ def digests(folder: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- pages
 
 
-def write_summaries(target: Path) -> list[Path]:
-    """Write the page of all papers, and the table in the README beside `target`, from what is kept; the files."""
-    written = [target / "README.md"]
-    text = scoreboard_page(target)
-    write_atomically(written[0], lambda stream: stream.write(text.encode()))
+def _write_pages(target: Path) -> list[Path]:
+    """Write each paper's page and rows, the page of all papers, and the table in the README beside `target`, from what
+    is kept; gives the pages."""
+    written = []
+
+    def write(page: Path, text: str) -> None:
+        write_atomically(page, lambda stream: stream.write(text.encode()))
+        written.append(page)
+
+    for paper in readable_papers():
+        folder = target / paper.strategy
+        if profiles := _profiles(folder):
+            write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
+            write(folder / "README.md", paper_page(folder, paper))
+    write(target / "README.md", scoreboard_page(target))
     readme = target.resolve().parent / "README.md"
     if readme.exists() and (new := with_papers(readme.read_text(encoding="utf-8"), target)) is not None:
-        write_atomically(readme, lambda stream: stream.write(new.encode()))
-        written.append(readme)
+        write(readme, new)
     return written
+
+
+def _profiles(folder: Path) -> dict[Path, list[ClaimResult]]:
+    """What is kept of a paper, by the folder of each profile."""
+    return {file.parent: read_results(file.parent) for file in sorted(folder.glob(f"*/{RESULTS}"))}
 
 
 def kept(target: Path, paper: Paper) -> list[ClaimResult]:
@@ -194,16 +208,12 @@ def with_papers(readme: str, target: Path) -> str | None:
     return f"{before}{mark}\n{table}\n{end}{after}"
 
 
-def _page(folder: Path) -> Path:
-    """Write `README.md` and `claims.json` of a paper's folder."""
-    profiles = sorted(file.parent for file in folder.glob(f"*/{RESULTS}"))
-    by_profile = {profile: read_results(profile) for profile in profiles}
-    results = merged(row for rows in by_profile.values() for row in rows)
-    paper = load_paper(results[0].paper)
-    write_json(folder / RESULTS, [result.model_dump() for result in results])
+def paper_page(folder: Path, paper: Paper) -> str:
+    """A paper's claims, and the tables and figures of each profile that is kept in its folder, in Markdown."""
+    profiles = _profiles(folder)
     text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip(),
-            "## Claims", scoreboard_markdown(results).strip()]
-    for profile, rows in by_profile.items():
+            "## Claims", scoreboard_markdown(merged(chain.from_iterable(profiles.values()))).strip()]
+    for profile, rows in profiles.items():
         some = next((row for row in rows if row.machine), None)
         parameters = json.loads((profile / PARAMETERS).read_text())
         text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
@@ -216,9 +226,7 @@ def _page(folder: Path) -> Path:
             text.append(f"### Table: {file.stem}\n\n" + _markdown(pd.read_csv(file)))
         for file in sorted((profile / "figures").glob("*.png")):
             text.append(f"![{file.stem}]({file.relative_to(folder).as_posix()})")
-    page = folder / "README.md"
-    write_atomically(page, lambda stream: stream.write(("\n\n".join(text) + "\n").encode()))
-    return page
+    return "\n\n".join(text) + "\n"
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -12,7 +12,8 @@ from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from layerlab import LayerlabError, Study, strategies
-from layerlab.results import DIGESTS, SUMMARY, digests, publish, scoreboard_page, with_papers
+from layerlab.papers import load_paper
+from layerlab.results import DIGESTS, SUMMARY, digests, paper_page, publish, scoreboard_page, with_papers
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("results/*/*/claims.json"))
@@ -31,6 +32,9 @@ def test_the_committed_pages_say_what_the_committed_claims_say():
     readme = (ROOT / "README.md").read_text()
     assert (ROOT / "results" / "README.md").read_text() == scoreboard_page(ROOT / "results")
     assert with_papers(readme, ROOT / "results") == readme
+    for name in {folder.parent.name for folder in PUBLISHED}:
+        folder = ROOT / "results" / name
+        assert (folder / "README.md").read_text() == paper_page(folder, load_paper(name))
 
 
 @pytest.fixture
