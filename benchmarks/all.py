@@ -1,8 +1,8 @@
 """Every benchmark of this folder on this machine, written to results/benchmarks.md with machine, commit and spread.
 
 Run: python benchmarks/all.py [NAME …] [--to results/benchmarks.md]
-Each is run by itself, nothing beside it. What is named is measured anew, sections of others stay as they are; without
-names, all are (about an hour on two cores).
+Each is run by itself, nothing beside it. What is named is measured anew, sections of others stay as they are, as does
+that of one that fails; without names, all are (about an hour on two cores). Datasets come from $LAYERLAB_DATA.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from layerlab.errors import unknown
+from layerlab.errors import LayerlabError, unknown
 from layerlab.files import write_atomically
 from layerlab.measure import commit, machine_name, versions, versions_text
 
@@ -32,7 +32,11 @@ benchmarks/all.py NAME` one. Absolute times belong to the machine that is named.
 
 
 def measured(name: str) -> str:
-    """A benchmark's section: what it measures, its goal, where and when it ran, what it printed."""
+    """A benchmark's section: what it measures, its goal, where and when it ran, what it printed.
+
+    Raises:
+        LayerlabError: it failed.
+    """
     about = ast.get_docstring(ast.parse(SCRIPTS[name].read_text())) or ""
     what, _, rest = about.partition("\n\n")
     goal = " ".join(line for line in rest.splitlines() if not line.startswith("Run:"))
@@ -43,7 +47,9 @@ def measured(name: str) -> str:
         ended = subprocess.run([sys.executable, *words[1:]], cwd=HERE.parent, capture_output=True, text=True)
         text = ended.stdout.strip()
         if ended.returncode:
-            text += f"\nended with status {ended.returncode}: {ended.stderr.strip().splitlines()[-1:]}"
+            last = ended.stderr.strip().rpartition("\n")[2]
+            raise LayerlabError(f"{' '.join(words)} ended with status {ended.returncode} ({last}); mend that and "
+                                "run it again.")
         parts += [f"`{' '.join(words)}`, {datetime.now(UTC):%Y-%m-%d}, commit `{commit(HERE.parent)}`, "
                   f"{machine_name()}, {time.perf_counter() - start:.0f} s; {versions_text(versions(plugins=False))}",
                   f"```\n{text}\n```"]
@@ -66,12 +72,19 @@ def main() -> None:
     for name in chosen.names:
         if name not in SCRIPTS:
             parser.error(str(unknown("benchmark", name, SCRIPTS)))
+    failed = False
     for name in chosen.names or SCRIPTS:
-        section = measured(name)
+        try:
+            section = measured(name)
+        except LayerlabError as error:
+            print(error, file=sys.stderr)
+            failed = True
+            continue
         text = chosen.to.read_text() if chosen.to.exists() else HEAD
         sections = {match[2]: match[1] for match in re.finditer(r"^(## (\w+)\n.*?)(?=^## |\Z)", text, re.M | re.S)}
         sections[name] = section
         write_sections(chosen.to, sections)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
