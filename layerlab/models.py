@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -305,9 +306,9 @@ def model_names() -> list[str]:
 def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
     """Modules with parameters of their own in the order in which the forward pass reaches them.
 
-    Traced once in evaluation mode; the order of declaration does not matter. A module that is called several times
-    stands where its last call is, since what precedes that call can only be left out of backward with it. A module
-    with both parameters and children (a transformer's class token) stands where its call ends.
+    It is run once, eagerly, in evaluation mode; the order of declaration does not matter. A module that is called
+    several times stands where its last call is, since what precedes that call can only be left out of backward with it.
+    A module with both parameters and children (a transformer's class token) stands where its call ends.
 
     Args:
         model: any network.
@@ -317,7 +318,7 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
         (qualified name, module) pairs. Modules that the forward pass does not reach are left out.
     """
     calls: dict[nn.Module, int] = {}
-    clock = iter(range(10**9))
+    clock = itertools.count()
     handles = [
         module.register_forward_hook(lambda module, *_: calls.__setitem__(module, next(clock)))
         for module in model.modules()
@@ -326,7 +327,8 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        # A network that is compiled would be compiled anew with these hooks in it.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(example[:2])
     finally:
         for handle in handles:

@@ -50,6 +50,19 @@ def test_tracing_leaves_no_trace(residual):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_compiled_network_is_traced_without_compiling_it_anew(residual):
+    model, compiled = residual(), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    names = [name for name, _ in forward_order(model, torch.randn(2, 1, 8, 8))]
+    assert names == ["conv1", "bn1", "conv2", "bn2", "classifier"]
+    assert not compiled
+
+
 def test_a_prefix_takes_its_normalisation_along(residual):
     model = residual()
     found = prefixes(model, torch.randn(2, 1, 8, 8))
