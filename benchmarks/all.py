@@ -31,8 +31,8 @@ benchmarks/all.py NAME` one. Absolute times belong to the machine that is named.
 """
 
 
-def measured(name: str) -> str:
-    """A benchmark's section: what it measures, its goal, where and when it ran, what it printed.
+def measured(name: str, at: str) -> str:
+    """A benchmark's section: what it measures, its goal, where and when it ran, at which commit, what it printed.
 
     Raises:
         LayerlabError: it failed.
@@ -50,7 +50,7 @@ def measured(name: str) -> str:
             last = ended.stderr.strip().rpartition("\n")[2]
             raise LayerlabError(f"{' '.join(words)} ended with status {ended.returncode} ({last}); mend that and "
                                 "run it again.")
-        parts += [f"`{' '.join(words)}`, {datetime.now(UTC):%Y-%m-%d}, commit `{commit(HERE.parent)}`, "
+        parts += [f"`{' '.join(words)}`, {datetime.now(UTC):%Y-%m-%d}, commit `{at}`, "
                   f"{machine_name()}, {time.perf_counter() - start:.0f} s; {versions_text(versions(plugins=False))}",
                   f"```\n{text}\n```"]
         print(f"{' '.join(words)}\n{text}\n", flush=True)
@@ -72,10 +72,11 @@ def main() -> None:
     for name in chosen.names:
         if name not in SCRIPTS:
             parser.error(str(unknown("benchmark", name, SCRIPTS)))
-    failed = False
+    # Before the page is written, which changes the tree.
+    at, failed = commit(HERE.parent), False
     for name in chosen.names or SCRIPTS:
         try:
-            section = measured(name)
+            section = measured(name, at)
         except LayerlabError as error:
             print(error, file=sys.stderr)
             failed = True
