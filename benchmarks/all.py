@@ -2,7 +2,8 @@
 
 Run: python benchmarks/all.py [NAME …] [--to results/benchmarks.md]
 Each is run by itself, nothing beside it. What is named is measured anew, sections of others stay as they are, as does
-that of one that fails; without names, all are (about an hour on two cores). Datasets come from $LAYERLAB_DATA.
+that of one that fails; without names, all are (about an hour on two cores). Datasets come from $LAYERLAB_DATA,
+airbench from its clone in ../cifar10-airbench.
 """
 
 from __future__ import annotations
