@@ -28,7 +28,7 @@ from layerlab.files import write_atomically, write_json
 from layerlab.measure import versions_text
 from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
 from layerlab.scoreboard import completed, markdown_table, merged, scoreboard_markdown
-from layerlab.study import PARAMETERS, RESULTS, read_results
+from layerlab.study import PARAMETERS, PARTS, RESULTS, read_results
 
 DIGESTS = "digests.json"
 # Of a run at this profile no more is said than that the notebook runs.
@@ -105,7 +105,7 @@ def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
-        for part in ("figures", "tables"):
+        for part in PARTS:
             if (run / part).is_dir():
                 shutil.copytree(run / part, new / part)
         write_json(new / PARAMETERS, json.loads((run / PARAMETERS).read_text()))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 OUTPUT = "LAYERLAB_OUTPUT"
 RECORD = "study.json"
 RESULTS = "claims.json"
+# Folders of what a session shows.
+PARTS = ("tables", "figures")
 PARAMETERS = "parameters.json"
 
 
@@ -173,6 +175,8 @@ class Session:
         else:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
+            for part in PARTS:  # a table that is made no more would pass for one of this run
+                shutil.rmtree(self.folder / part, ignore_errors=True)
             if record and not record["finished"] and "mlflow_run" in record:
                 tracking.end_open_runs(experiment, record["mlflow_run"])
         self._record: dict[str, Any] = {

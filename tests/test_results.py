@@ -93,6 +93,16 @@ def test_a_newer_run_takes_the_place_of_an_older_one(study, tmp_path):
     assert [folder.name for folder in (tmp_path / "fake").iterdir() if folder.is_dir()] == ["cpu"]
 
 
+def test_what_a_newer_run_makes_no_more_is_not_published_as_its_own(study, tmp_path):
+    again = Study("fake", "cpu")
+    assert again.folder == study.folder
+    again.claim("gain", [3.0, 3.1], seeds=[0, 1], conditions={"dataset": "digits"})
+    again.finish()
+    publish([again.folder], tmp_path)
+    assert {file.name for file in (tmp_path / "fake" / "cpu").rglob("*.*")} == {
+        "claims.json", "parameters.json", "digests.json"}
+
+
 def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
     fake()
     Study("fake", "quick").finish()
