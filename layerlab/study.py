@@ -310,8 +310,8 @@ class Study(Session):
             paper_value=claim.value, measured=mean,
             interval=half if half is not None and math.isfinite(half) else None,
             values=[value if math.isfinite(value) else None for value in numbers], seeds=list(seeds),
-            profile=self.profile, conditions=dict(conditions or {}), machine=machine_name(), versions=versions(),
-            commit=commit(tracking.workbook_folder()), verdict=verdict, reason=reason, mlflow_run=self.run_id,
+            profile=self.profile, conditions=dict(conditions or {}), verdict=verdict, reason=reason,
+            mlflow_run=self.run_id, **self._made_with(),
         )
         self._results.append(result)
         return result
@@ -322,8 +322,12 @@ class Study(Session):
         rows = []
         for claim in self.paper.claims:
             found = [result for result in self._results if result.claim == claim.id]
-            rows += found or [self.paper.not_run(claim, self.profile)]
+            # Where the run was made, in any case: it may consist of tables and figures alone.
+            rows += found or [self.paper.not_run(claim, self.profile).model_copy(update=self._made_with())]
         return rows
+
+    def _made_with(self) -> dict[str, Any]:
+        return {"machine": machine_name(), "versions": versions(), "commit": commit(tracking.workbook_folder())}
 
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""

@@ -72,6 +72,15 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
     assert digests(tmp_path / "again" / "fake" / "cpu") == digests(there / "cpu")
 
 
+def test_a_page_of_tables_alone_says_where_they_were_made(fake, tmp_path):
+    fake()
+    study = Study("fake", "cpu")
+    study.table("I", pd.DataFrame({"seconds": [1.0]}))
+    study.finish()
+    page = publish([study.folder], tmp_path)[0].read_text()
+    assert "Command: `layerlab reproduce fake --profile cpu`. Machine: " in page
+
+
 def test_a_notebook_shows_a_figure_as_it_was_kept(fake):
     fake()
     study = Study("fake", "cpu")
