@@ -281,7 +281,7 @@ def fail(job: Job, what: str) -> NotebookFailed:
         what: it did, in words that follow its name: `ran out of its time`.
     """
     where = ""
-    with contextlib.suppress(_AtWork), _alone(Path(job.folder)):
+    with contextlib.suppress(*_NOT_OURS), _alone(Path(job.folder)):
         close_runs(job)
         if job.partial.exists():
             os.replace(job.partial, job.failed)
@@ -293,7 +293,7 @@ def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None
     """Close the MLflow runs of a job that will not close them itself, unless another run is at work in its folder and
     goes on with them."""
     folder = Path(job.folder)
-    with contextlib.suppress(_AtWork), _alone(folder):
+    with contextlib.suppress(*_NOT_OURS), _alone(folder):
         record = read_record(folder)
         if job.strategy and record.get("mlflow_run") and not record.get("finished"):
             tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
@@ -356,6 +356,8 @@ class _AtWork(LayerlabError):
     """Another run is at work in a folder."""
 
 
+# Why there is nothing of one's own to put away in a folder: another run's, none, or one that was never written in.
+_NOT_OURS = (_AtWork, FileNotFoundError, PermissionError)
 _mine: set[Path] = set()
 
 
@@ -372,7 +374,6 @@ def _alone(folder: Path, wait: bool = False) -> Iterator[None]:
     if folder in _mine:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         while True:
             try:

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from layerlab import tracking
 from layerlab.errors import LayerlabError, first_line, unknown
 from layerlab.files import stamp, write_atomically, write_json
-from layerlab.measure import commit, machine_name, mean_interval, versions
+from layerlab.measure import mean_interval, versions
 from layerlab.papers import ClaimResult, Paper, judge, load_paper
 
 if TYPE_CHECKING:
@@ -175,7 +175,9 @@ class Session:
         else:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
-            for part in PARTS:  # a table that is made no more would pass for one of this run
+            # A table that is made no more would pass for one of this run. Without parameters no session has been in
+            # the folder, and what lies there is somebody else's.
+            for part in PARTS if (self.folder / PARAMETERS).exists() else ():
                 shutil.rmtree(self.folder / part, ignore_errors=True)
             if record and not record["finished"] and "mlflow_run" in record:
                 tracking.end_open_runs(experiment, record["mlflow_run"])
@@ -311,7 +313,7 @@ class Study(Session):
             interval=half if half is not None and math.isfinite(half) else None,
             values=[value if math.isfinite(value) else None for value in numbers], seeds=list(seeds),
             profile=self.profile, conditions=dict(conditions or {}), verdict=verdict, reason=reason,
-            mlflow_run=self.run_id, **self._made_with(),
+            mlflow_run=self.run_id, **tracking.made_with(),
         )
         self._results.append(result)
         return result
@@ -323,11 +325,8 @@ class Study(Session):
         for claim in self.paper.claims:
             found = [result for result in self._results if result.claim == claim.id]
             # Where the run was made, in any case: it may consist of tables and figures alone.
-            rows += found or [self.paper.not_run(claim, self.profile).model_copy(update=self._made_with())]
+            rows += found or [self.paper.not_run(claim, self.profile).model_copy(update=tracking.made_with())]
         return rows
-
-    def _made_with(self) -> dict[str, Any]:
-        return {"machine": machine_name(), "versions": versions(), "commit": commit(tracking.workbook_folder())}
 
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""

@@ -140,13 +140,14 @@ def experiment_id(name: str) -> str:
     return found.experiment_id
 
 
+def made_with() -> dict[str, Any]:
+    """What a run is made with: `commit`, `machine`, and `versions` by package."""
+    return {"commit": commit(workbook_folder()), "machine": machine_name(), "versions": versions()}
+
+
 def common_tags() -> dict[str, str]:
-    """Where a run was made: commit, machine, versions."""
-    return {
-        "commit": commit(workbook_folder()),
-        "machine": machine_name(),
-        "versions": versions_text(versions()),
-    }
+    """The same as tags of a run."""
+    return made_with() | {"versions": versions_text(versions())}
 
 
 def claim_tags(rows: Iterable[str]) -> dict[str, str]:

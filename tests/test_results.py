@@ -112,6 +112,15 @@ def test_what_a_newer_run_makes_no_more_is_not_published_as_its_own(study, tmp_p
         "claims.json", "parameters.json", "digests.json"}
 
 
+def test_a_run_leaves_alone_what_somebody_else_has_in_its_folder(fake, tmp_path):
+    fake()
+    mine = tmp_path / "mine" / "figures" / "photo.png"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    Study("fake", "cpu", tmp_path / "mine")
+    assert mine.exists()
+
+
 def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
     fake()
     Study("fake", "quick").finish()
