@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Verdict = Literal["reproduced", "holds at reduced scale", "differs", "not run"]
+UNDECIDED = "undecided"
 
 
 class _Data(BaseModel):
@@ -278,24 +279,25 @@ def judge(
         missing = sum(not math.isfinite(value) for value in values)
         return "differs", f"did not happen in {missing} of {len(values)} runs"
     mean, half = mean_interval(values)
+    spread = 0.0 if math.isnan(half) else half
     same = claim.analytic or (
         bool(claim.conditions) and all(conditions.get(name) == wanted for name, wanted in claim.conditions.items())
     )
     if same:
-        off = mean - claim.value
-        if abs(off) <= claim.tolerance < half:
-            return "differs", f"undecided: the interval is wider than {claim.tolerance:g} {claim.unit}"
-        if abs(off) <= claim.tolerance:
-            return "reproduced", f"within {claim.tolerance:g} {claim.unit}"
+        off, allowed = mean - claim.value, f"{claim.tolerance:g} {claim.unit}"
+        if abs(off) <= claim.tolerance >= spread:
+            return "reproduced", f"within {allowed}"
+        if abs(off) - spread <= claim.tolerance:
+            return "differs", f"{UNDECIDED}: the interval has values within {allowed} and others"
         return "differs", f"off by {off:+.3g} {claim.unit}"
     if claim.neutral is None:
         return "differs", "no direction to compare at reduced scale"
-    sign = math.copysign(1, claim.value - claim.neutral)
-    if (mean - claim.neutral) * sign <= 0:
-        return "differs", "other direction"
-    if len(values) > 1 and (mean - claim.neutral) * sign <= half:
-        return "differs", "interval includes no effect"
-    return "holds at reduced scale", "one seed" if seeded and len(values) == 1 else "same direction"
+    effect = (mean - claim.neutral) * math.copysign(1, claim.value - claim.neutral)
+    if effect > spread:
+        return "holds at reduced scale", "one seed" if seeded and len(values) == 1 else "same direction"
+    if spread and effect >= -spread:
+        return "differs", f"{UNDECIDED}: the interval includes no effect"
+    return "differs", "other direction" if effect else "no effect"
 
 
 class ClaimResult(BaseModel):
@@ -331,6 +333,11 @@ class ClaimResult(BaseModel):
     verdict: Verdict = "not run"
     reason: str = ""
     mlflow_run: str = ""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the interval leaves the verdict open, so that more seeds could turn it."""
+        return self.reason.startswith(UNDECIDED)
 
     @property
     def measured_text(self) -> str:

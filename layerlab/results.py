@@ -140,7 +140,7 @@ def _write_pages(target: Path) -> list[Path]:
 
     for paper in readable_papers():
         folder = target / paper.strategy
-        if profiles := _profiles(folder):
+        if profiles := _profiles(folder, paper):
             write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
             write(folder / "README.md", paper_page(folder, paper))
     write(target / "README.md", scoreboard_page(target))
@@ -150,9 +150,12 @@ def _write_pages(target: Path) -> list[Path]:
     return written
 
 
-def _profiles(folder: Path) -> dict[Path, list[ClaimResult]]:
-    """What is kept of a paper, by the folder of each profile."""
-    return {file.parent: read_results(file.parent) for file in sorted(folder.glob(f"*/{RESULTS}"))}
+def _profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
+    """What is kept of a paper, by the folder of each profile, with the verdicts that the values have today."""
+    return {
+        file.parent: [paper.judged(row) for row in read_results(file.parent)]
+        for file in sorted(folder.glob(f"*/{RESULTS}"))
+    }
 
 
 def kept(target: Path, paper: Paper) -> list[ClaimResult]:
@@ -166,8 +169,11 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
 
 
 def _counts(rows: Sequence[ClaimResult]) -> list[str]:
-    """How many rows have each verdict."""
-    return [str(sum(row.verdict == verdict for row in rows) or "") for verdict in get_args(Verdict)]
+    """How many rows have each verdict, and how many of these are open."""
+    found = [[row for row in rows if row.verdict == verdict] for verdict in get_args(Verdict)]
+    open_ones = [sum(row.undecided for row in each) for each in found]
+    return [f"{len(each) or ''}" + (f" ({count} undecided)" if count else "")
+            for each, count in zip(found, open_ones, strict=True)]
 
 
 def scoreboard_page(target: Path) -> str:
@@ -210,7 +216,7 @@ def with_papers(readme: str, target: Path) -> str | None:
 
 def paper_page(folder: Path, paper: Paper) -> str:
     """A paper's claims, and the tables and figures of each profile that is kept in its folder, in Markdown."""
-    profiles = _profiles(folder)
+    profiles = _profiles(folder, paper)
     text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip(),
             "## Claims", scoreboard_markdown(merged(chain.from_iterable(profiles.values()))).strip()]
     for profile, rows in profiles.items():

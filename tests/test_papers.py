@@ -44,6 +44,24 @@ def test_verdicts(claim, values, conditions, verdict):
     assert judge(claim, values, conditions)[0] == verdict
 
 
+@pytest.mark.parametrize(
+    ("values", "conditions", "reason"),
+    [
+        ([1.0, 3.0, 5.0], PAPER, "undecided: the interval has values within 0.5 points and others"),
+        ([2.0, 4.0, 6.0], PAPER, "undecided: the interval has values within 0.5 points and others"),
+        ([5.0, 5.1, 5.2], PAPER, "off by +2.1 points"),
+        ([4.0], PAPER, "off by +1 points"),
+        ([0.1, 3.0, -2.0], REDUCED, "undecided: the interval includes no effect"),
+        ([-0.1, -3.0, 2.0], REDUCED, "undecided: the interval includes no effect"),
+        ([-1.0, -1.1, -1.2], REDUCED, "other direction"),
+        ([-1.0], REDUCED, "other direction"),
+        ([0.0, 0.0], REDUCED, "no effect"),
+    ],
+)
+def test_what_an_interval_leaves_open_is_not_said_to_be_otherwise(values, conditions, reason):
+    assert judge(CLAIM, values, conditions) == ("differs", reason)
+
+
 def test_a_value_that_no_seed_could_change_is_not_called_one_seed():
     assert judge(CLAIM, [1.0], REDUCED) == ("holds at reduced scale", "one seed")
     assert judge(CLAIM, [1.0], REDUCED, seeded=False) == ("holds at reduced scale", "same direction")
