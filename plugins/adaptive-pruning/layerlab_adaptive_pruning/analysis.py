@@ -27,7 +27,7 @@ from layerlab_adaptive_pruning.surgery import remove_channels
 
 BASELINE, OURS, PEER = "conventional", "adaptive pruning", "network slimming"
 PAPER = {0.845: "40 %", 0.646: "60 %", 0.558: "most"}
-"""The paper's rows by the share of the parameters that they have left: 1.44, 1.10 and 0.95 of 1.70 M."""
+"""What the paper calls its rows, by the share of the parameters that they have left: 1.44, 1.10 and 0.95 of 1.70 M."""
 
 
 def residual_network(classes: int, channels: int, depth: int, initial_scale: float) -> nn.Module:
@@ -40,8 +40,17 @@ def residual_network(classes: int, channels: int, depth: int, initial_scale: flo
 
 
 def stage_labels(shares: Sequence[float]) -> list[str]:
-    """What the stages are called: `dense`, then as the paper's rows where the share of the parameters is the same."""
-    return ["dense", *(PAPER.get(share, f"{share:.0%} left") for share in shares)]
+    """What the stages are called: `dense`, then by the share of the parameters that is left."""
+    return ["dense", *(_left(share) for share in shares)]
+
+
+def _left(share: float) -> str:
+    return f"{100 * share:.3g}% left"
+
+
+NAMES = {_left(share): name for share, name in PAPER.items()}
+"""The paper's name of a row by `stage_labels`'."""
+MOST = _left(min(PAPER))
 
 
 def arms(shares: Sequence[float], stage_epochs: int, sparsity: Mapping[str, float], bridge: str) -> dict[str, Any]:
@@ -198,7 +207,7 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
     """The paper's table, published beside measured, a row a method and stage; means over seeds, ± 95 % half-width.
 
     Args:
-        published: the paper's rows, by method and label.
+        published: the paper's rows, by method and the paper's name.
         table: `speeds`.
         labels: `stage_labels`.
     """
@@ -207,10 +216,11 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
     for (arm, stage), part in table.groupby(["arm", "stage"], sort=False):
         if arm == BASELINE and stage:
             continue
-        name = f"{arm}, {labels[stage]}"
+        label = labels[stage]
+        name = f"{arm}, {NAMES.get(label, label)}"
         known = published.loc[name] if name in published.index else {}
         row = {
-            "network": name, "top-1, paper": known.get("top-1", ""), "top-1 [%]": _spread(100 * part["top-1"]),
+            "network": f"{arm}, {label}", "row, paper": NAMES.get(label, "") if len(known) else "", "top-1, paper": known.get("top-1", ""), "top-1 [%]": _spread(100 * part["top-1"]),
             "conventional, as many epochs [%]": _spread(100 * plain.get_group(stage)),
             "parameters, paper": known.get("parameters", ""), "parameters": f"{part['parameters'].mean():,.0f}",
             "channels left": f"{part['channels'].mean():.0%}", "convolutions": _spread(part["convolutions"]),
@@ -244,18 +254,19 @@ def claim_values(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[i
     """
     stages = {label: stage for stage, label in enumerate(labels)}
     values = {}
-    for label, name in (("40 %", "40"), ("60 %", "60"), ("most", "most")):
+    for label, name in NAMES.items():
         if label in stages:
-            values[f"gain-{name}"] = gains(table, OURS, BASELINE, stages[label])
-            if label != "most":  # network slimming has no such row in the paper
-                values[f"peer-{name}"] = gains(table, OURS, PEER, stages[label])
-    if "most" in stages:
+            short = name.removesuffix(" %")
+            values[f"gain-{short}"] = gains(table, OURS, BASELINE, stages[label])
+            if label != MOST:  # network slimming has no such row in the paper
+                values[f"peer-{short}"] = gains(table, OURS, PEER, stages[label])
+    if MOST in stages:
         dense = table["megabytes"].max()
-        values["size"] = [size / dense for size in column(table, OURS, stages["most"], "megabytes")]
+        values["size"] = [size / dense for size in column(table, OURS, stages[MOST], "megabytes")]
         for size in batches:
             if size in (1, 128):
-                values[f"speed-{size}"] = column(table, OURS, stages["most"], f"batch {size} ×")
-                values[f"peer-speed-{size}"] = _times_faster(table, stages["most"], size)
+                values[f"speed-{size}"] = column(table, OURS, stages[MOST], f"batch {size} ×")
+                values[f"peer-speed-{size}"] = _times_faster(table, stages[MOST], size)
     return values
 
 

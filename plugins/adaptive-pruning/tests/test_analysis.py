@@ -62,7 +62,7 @@ def measured(labels: list[str]) -> pd.DataFrame:
 
 def test_claims_are_of_the_papers_shares_wherever_these_stand():
     labels = analysis.stage_labels([0.9, 0.845, 0.646, 0.558, 0.25])
-    assert labels == ["dense", "90% left", "40 %", "60 %", "most", "25% left"]
+    assert labels == ["dense", "90% left", "84.5% left", "64.6% left", "55.8% left", "25% left"]
     values = analysis.claim_values(measured(labels), labels, [1, 128])
     assert {name: value[0] for name, value in values.items()} == pytest.approx({
         "gain-40": 2, "peer-40": 1, "gain-60": 2, "peer-60": 1, "gain-most": 2, "size": 1 / 5,
