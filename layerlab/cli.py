@@ -95,13 +95,15 @@ def describe(name: str) -> None:
 def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
     import yaml
 
+    from layerlab.parameters import from_yaml
+
     parameters = {}
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"{value!r} is not of the form key=value, such as -p epochs=3.")
         try:
-            parameters[name] = yaml.safe_load(text)
+            parameters[name] = from_yaml(text)
         except yaml.YAMLError:
             parameters[name] = text
     return parameters

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from layerlab import tracking
 from layerlab.errors import LayerlabError, LayerlabWarning, first_line, reason, unknown
 from layerlab.files import write_json
 from layerlab.papers import load_paper
+from layerlab.parameters import reproduce_command
 from layerlab.study import OUTPUT, RECORD, default_folder, is_finished, notebook_key, read_record
 
 
@@ -73,16 +73,13 @@ class Job:
     @property
     def command(self) -> str:
         """What runs this job alone."""
-        words = ["layerlab", "reproduce", self.strategy, "--profile", self.profile]
-        if not self.strategy:
-            words = ["layerlab", "reproduce", self.notebook]
-        for name, value in self.parameters.items():
-            words += ["-p", f"{name}={_yaml(value)}"]
+        more = []
         if self.strategy and Path(self.folder) != default_folder(
             self.strategy, self.profile, self.parameters
         ).resolve():
-            words += ["--output", self.folder]
-        return shlex.join(words)
+            more = ["--output", self.folder]
+        return reproduce_command(self.strategy or self.notebook, self.profile if self.strategy else "",
+                                 self.parameters, *more)
 
     @property
     def file(self) -> Path:
@@ -123,12 +120,6 @@ class Job:
         of the last cell is lost."""
         if not self.file.exists() and self.partial.exists():
             os.replace(self.partial, self.file)
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
 def paper_job(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from layerlab.errors import LayerlabError, sentence
 from layerlab.notebooks import Job, notebook_job, notebook_parameters, paper_job
+from layerlab.parameters import from_yaml
 
 ALL = "all"
 
@@ -85,7 +86,7 @@ def read_plan(file: Path) -> Plan:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = from_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise LayerlabError(f"The plan {file} cannot be read ({error.strerror}); check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -15,10 +15,10 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 
@@ -27,6 +27,7 @@ from layerlab.errors import LayerlabError, LayerlabWarning
 from layerlab.files import write_atomically, write_json
 from layerlab.measure import versions_text
 from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
+from layerlab.parameters import reproduce_command
 from layerlab.scoreboard import completed, markdown_table, merged, scoreboard_markdown
 from layerlab.study import PARAMETERS, PARTS, RESULTS, read_results
 
@@ -224,7 +225,7 @@ def paper_page(folder: Path, paper: Paper) -> str:
         parameters = json.loads((profile / PARAMETERS).read_text())
         text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
         if some:
-            text.append(f"Command: `layerlab reproduce {paper.strategy} --profile {profile.name}`. Machine: "
+            text.append(f"Command: `{_command(paper, profile.name, parameters)}`. Machine: "
                         f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
         text.append("<details><summary>Parameters</summary>\n\n```json\n"
                     + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
@@ -233,6 +234,12 @@ def paper_page(folder: Path, paper: Paper) -> str:
         for file in sorted((profile / "figures").glob("*.png")):
             text.append(f"![{file.stem}]({file.relative_to(folder).as_posix()})")
     return "\n\n".join(text) + "\n"
+
+
+def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
+    usual = json.loads(json.dumps(paper.profile(profile).parameters))
+    changed = {name: value for name, value in parameters.items() if name in usual and value != usual[name]}
+    return reproduce_command(paper.strategy, profile, changed)
 
 
 def _markdown(frame: pd.DataFrame) -> str:

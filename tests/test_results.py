@@ -81,6 +81,15 @@ def test_a_page_of_tables_alone_says_where_they_were_made(fake, tmp_path):
     assert "Command: `layerlab reproduce fake --profile cpu`. Machine: " in page
 
 
+def test_a_page_gives_the_command_that_makes_it_with_what_was_changed(fake, tmp_path):
+    fake()
+    study = Study("fake", "cpu", epochs=7)
+    study.claim("gain", [2.0], seeds=[0])
+    study.finish()
+    page = publish([study.folder], tmp_path / "results")[0].read_text()
+    assert "Command: `layerlab reproduce fake --profile cpu -p epochs=7`." in page
+
+
 def test_a_notebook_shows_a_figure_as_it_was_kept(fake):
     fake()
     study = Study("fake", "cpu")

@@ -220,7 +220,8 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
         name = f"{arm}, {NAMES.get(label, label)}"
         known = published.loc[name] if name in published.index else {}
         row = {
-            "network": f"{arm}, {label}", "row, paper": NAMES.get(label, "") if len(known) else "", "top-1, paper": known.get("top-1", ""), "top-1 [%]": _spread(100 * part["top-1"]),
+            "network": f"{arm}, {label}", "row, paper": NAMES.get(label, "") if len(known) else "",
+            "top-1, paper": known.get("top-1", ""), "top-1 [%]": _spread(100 * part["top-1"]),
             "conventional, as many epochs [%]": _spread(100 * plain.get_group(stage)),
             "parameters, paper": known.get("parameters", ""), "parameters": f"{part['parameters'].mean():,.0f}",
             "channels left": f"{part['channels'].mean():.0%}", "convolutions": _spread(part["convolutions"]),
