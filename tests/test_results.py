@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from layerlab import LayerlabError, Study, strategies
 from layerlab.papers import load_paper
+from layerlab.plans import jobs_of, read_plan
 from layerlab.results import DIGESTS, SUMMARY, digests, paper_page, publish, scoreboard_page, with_papers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,11 @@ def test_the_committed_pages_say_what_the_committed_claims_say():
     for name in {folder.parent.name for folder in PUBLISHED}:
         folder = ROOT / "results" / name
         assert (folder / "README.md").read_text() == paper_page(folder, load_paper(name))
+
+
+def test_what_is_left_for_a_gpu_can_be_run(tmp_path):
+    # Names, profiles and parameters that a plugin no longer has are mistakes of the plan, and raised.
+    assert jobs_of(read_plan(ROOT / "results" / "gpu.yaml"), tmp_path)
 
 
 @pytest.fixture
