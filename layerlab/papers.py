@@ -121,13 +121,13 @@ class Paper(_Data):
 
     @property
     def short_authors(self) -> str:
-        """`First et al.`, by the family name; `? et al.` where the paper names nobody."""
-        *_, family = self.authors.partition(",")[0].split() or ["?"]
-        return f"{family} et al."
+        """`One`, `One and Two` or `One et al.`, by family names; `?` where the paper names nobody."""
+        families = [name.split()[-1] for name in self.authors.split(",") if name.strip()] or ["?"]
+        return " and ".join(families) if len(families) < 3 else f"{families[0]} et al."
 
     @property
     def citation(self) -> str:
-        """`Title (First et al., year)`."""
+        """`Title (authors, year)`."""
         return f"{self.title} ({self.short_authors}, {self.year})"
 
     @property

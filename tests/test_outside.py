@@ -170,7 +170,7 @@ def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line for line in result.output.splitlines()}
     for name, (_, reason) in BROKEN.items():
-        assert (reason or "A paper (Author et al., 2020)") in lines[name], lines[name]
+        assert (reason or "A paper (Author, 2020)") in lines[name], lines[name]
     assert "Layer Skip Learning" in lines["lars-skip"]
 
 
@@ -405,7 +405,7 @@ def test_a_new_plugin_installs_passes_its_tests_and_gives_a_verdict_as_it_stands
     assert "pip install -e fresh-idea" in made
     folder = clean.home / "fresh-idea"
     clean.install("-e", folder)
-    assert "A fresh idea (Author et al., 2026)" in clean.run("layerlab", "list")
+    assert "A fresh idea (Author and Author, 2026)" in clean.run("layerlab", "list")
     text = clean.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", folder=folder)
     assert re.search(r"^\d+ passed, 1 skipped", text.splitlines()[-1]), text
     text = clean.run("layerlab", "reproduce", "fresh-idea")

@@ -102,9 +102,10 @@ def test_where_it_was_measured_names_seeds_or_rounds():
 
 @pytest.mark.parametrize(
     ("authors", "short"),
-    [("Ada B. Author, C. Second", "Author et al."), ("A. Author", "Author et al."), ("", "? et al.")],
+    [("A. Author", "Author"), ("Ada B. Author, C. Second", "Author and Second"), ("A. Author, B, C", "Author et al."),
+     ("", "?")],
 )
-def test_a_paper_is_cited_by_its_first_author(authors, short):
+def test_a_paper_is_cited_by_its_authors(authors, short):
     paper = Paper(title="A paper", authors=authors, year=2020, venue="", summary="", formula="", notebook="", claims=[],
                   profiles={})
     assert paper.citation == f"A paper ({short}, 2020)"
