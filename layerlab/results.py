@@ -28,7 +28,7 @@ from layerlab.files import write_atomically, write_json
 from layerlab.measure import versions_text
 from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
 from layerlab.parameters import reproduce_command
-from layerlab.scoreboard import completed, markdown_table, merged, scoreboard_markdown
+from layerlab.scoreboard import completed, counts, markdown_table, merged, scoreboard_markdown
 from layerlab.study import PARAMETERS, PARTS, RESULTS, read_results
 
 DIGESTS = "digests.json"
@@ -169,18 +169,10 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
     return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
 
 
-def _counts(rows: Sequence[ClaimResult]) -> list[str]:
-    """How many rows have each verdict, and how many of these are open."""
-    found = [[row for row in rows if row.verdict == verdict] for verdict in get_args(Verdict)]
-    open_ones = [sum(row.undecided for row in each) for each in found]
-    return [f"{len(each) or ''}" + (f" ({count} undecided)" if count else "")
-            for each, count in zip(found, open_ones, strict=True)]
-
-
 def scoreboard_page(target: Path) -> str:
     """Every claim of every installed paper, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
-    lines = [[f"[{paper.strategy}](#{paper.strategy})", *_counts(rows)] for paper, rows in claims]
+    lines = [[f"[{paper.strategy}](#{paper.strategy})", *counts(rows).values()] for paper, rows in claims]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
@@ -210,7 +202,7 @@ def with_papers(readme: str, target: Path) -> str | None:
         text = f"{paper.short_authors}, *{paper.title}*, {paper.year}"
         page = target / name / "README.md"
         link = f"[claims and figures]({target.name}/{name}/README.md)" if page.exists() else "`quick` only"
-        lines.append([card, text, *_counts(rows), link])
+        lines.append([card, text, *counts(rows).values(), link])
     table = markdown_table(("plugin", "paper", *get_args(Verdict), ""), lines)
     return f"{before}{mark}\n{table}\n{end}{after}"
 

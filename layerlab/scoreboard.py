@@ -147,11 +147,20 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     return rows
 
 
+def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
+    """How many rows have each verdict, and how many of these are undecided; an empty text for none."""
+    found = {verdict: [row.undecided for row in rows if row.verdict == verdict] for verdict in get_args(Verdict)}
+    return {
+        verdict: f"{len(each) or ''}" + (f" ({sum(each)} undecided)" if any(each) else "")
+        for verdict, each in found.items()
+    }
+
+
 def tally(results: Sequence[ClaimResult]) -> pd.DataFrame:
-    """Claims by paper and verdict: how many there are of each."""
-    frame = pd.DataFrame({"paper": [row.paper for row in results], "verdict": [row.verdict for row in results]})
-    table = pd.crosstab(frame["paper"], frame["verdict"])
-    return table.reindex(columns=[verdict for verdict in get_args(Verdict) if verdict in table.columns])
+    """`counts` of each paper, a row a paper."""
+    papers = dict.fromkeys(row.paper for row in results)
+    table = {paper: counts([row for row in results if row.paper == paper]) for paper in papers}
+    return pd.DataFrame.from_dict(table, orient="index", columns=list(get_args(Verdict))).rename_axis("paper")
 
 
 RUNS = ("paper", "profile", "machine", "commit", "run")
