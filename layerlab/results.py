@@ -15,26 +15,21 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
-
-import pandas as pd
 
 from layerlab import tracking
 from layerlab.errors import LayerlabError, LayerlabWarning
 from layerlab.files import write_atomically, write_json
-from layerlab.measure import versions_text
-from layerlab.papers import ClaimResult, Paper, Verdict, load_paper, readable_papers
-from layerlab.parameters import reproduce_command
-from layerlab.scoreboard import completed, counts, markdown_table, merged, scoreboard_markdown
+from layerlab.pages import kept_profiles, paper_page, scoreboard_page, with_papers
+from layerlab.papers import ClaimResult, load_paper, readable_papers
+from layerlab.scoreboard import merged
 from layerlab.study import PARAMETERS, PARTS, RESULTS, read_results
 
 DIGESTS = "digests.json"
 # Of a run at this profile no more is said than that the notebook runs.
 UNPUBLISHED = "quick"
-SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
 
 
 def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
@@ -127,9 +122,6 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------- pages
-
-
 def _write_pages(target: Path) -> list[Path]:
     """Write each paper's page and rows, the page of all papers, and the table in the README beside `target`, from what
     is kept; gives the pages."""
@@ -141,7 +133,7 @@ def _write_pages(target: Path) -> list[Path]:
 
     for paper in readable_papers():
         folder = target / paper.strategy
-        if profiles := _profiles(folder, paper):
+        if profiles := kept_profiles(folder, paper):
             write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
             write(folder / "README.md", paper_page(folder, paper))
     write(target / "README.md", scoreboard_page(target))
@@ -149,98 +141,3 @@ def _write_pages(target: Path) -> list[Path]:
     if readme.exists() and (new := with_papers(readme.read_text(encoding="utf-8"), target)) is not None:
         write(readme, new)
     return written
-
-
-def _profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
-    """What is kept of a paper, by the folder of each profile, with the verdicts that the values have today."""
-    return {
-        file.parent: [paper.judged(row) for row in read_results(file.parent)]
-        for file in sorted(folder.glob(f"*/{RESULTS}"))
-    }
-
-
-def kept(target: Path, paper: Paper) -> list[ClaimResult]:
-    """A paper's claims in its order: what is kept of each, or a row that says `not run`.
-
-    Raises:
-        LayerlabError: what is kept cannot be read.
-    """
-    folder = target / paper.strategy
-    return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
-
-
-def scoreboard_page(target: Path) -> str:
-    """Every claim of every installed paper, in Markdown."""
-    claims = [(paper, kept(target, paper)) for paper in readable_papers()]
-    lines = [[f"[{paper.strategy}](#{paper.strategy})", *counts(rows).values()] for paper, rows in claims]
-    about = (
-        "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
-        "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
-        "the mean over seeds ± the half-width of its 95 % interval."
-    )
-    text = ["# Results", about, markdown_table(("paper", *get_args(Verdict)), lines)]
-    for paper, rows in claims:
-        text += [f"## {paper.strategy}", f"{paper.citation}."]
-        if (target / paper.strategy / "README.md").exists():
-            text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
-        text.append(scoreboard_markdown(rows).strip())
-    return "\n\n".join(text) + "\n"
-
-
-def with_papers(readme: str, target: Path) -> str | None:
-    """A README with the table of papers between its marks anew; None if it has none."""
-    before, mark, rest = readme.partition(SUMMARY[0])
-    _, end, after = rest.partition(SUMMARY[1])
-    if not (mark and end):
-        return None
-    lines = []
-    for paper in readable_papers():
-        name, rows = paper.strategy, kept(target, paper)
-        card = f"`{name}`"
-        if (target.resolve().parent / "plugins" / name / "README.md").exists():
-            card = f"[{card}](plugins/{name}/README.md)"
-        text = f"{paper.short_authors}, *{paper.title}*, {paper.year}"
-        page = target / name / "README.md"
-        link = f"[claims and figures]({target.name}/{name}/README.md)" if page.exists() else "`quick` only"
-        lines.append([card, text, *counts(rows).values(), link])
-    table = markdown_table(("plugin", "paper", *get_args(Verdict), ""), lines)
-    return f"{before}{mark}\n{table}\n{end}{after}"
-
-
-def paper_page(folder: Path, paper: Paper) -> str:
-    """A paper's claims, and the tables and figures of each profile that is kept in its folder, in Markdown."""
-    profiles = _profiles(folder, paper)
-    text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip(),
-            "## Claims", scoreboard_markdown(merged(chain.from_iterable(profiles.values()))).strip()]
-    for profile, rows in profiles.items():
-        some = next((row for row in rows if row.machine), None)
-        parameters = json.loads((profile / PARAMETERS).read_text())
-        text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
-        if some:
-            text.append(f"Command: `{_command(paper, profile.name, parameters)}`. Machine: "
-                        f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
-        text.append("<details><summary>Parameters</summary>\n\n```json\n"
-                    + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
-        for file in sorted(file for file in (profile / "tables").glob("*.csv") if file.read_text().strip()):
-            text.append(f"### Table: {file.stem}\n\n" + _markdown(pd.read_csv(file)))
-        for file in sorted((profile / "figures").glob("*.png")):
-            text.append(f"![{file.stem}]({file.relative_to(folder).as_posix()})")
-    return "\n\n".join(text) + "\n"
-
-
-def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
-    usual = json.loads(json.dumps(paper.profile(profile).parameters))
-    changed = {name: value for name, value in parameters.items() if name in usual and value != usual[name]}
-    return reproduce_command(paper.strategy, profile, changed)
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
-    frame = frame.loc[:, frame.notna().any()]
-
-    def cell(value: object) -> object:
-        if isinstance(value, float):
-            return "" if pd.isna(value) else f"{value:.4g}"
-        return value
-
-    return markdown_table(list(frame.columns), [map(cell, row) for row in frame.itertuples(index=False)])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
+from urllib.parse import unquote
 
+import nbformat
 import pandas as pd
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
 from layerlab import LayerlabError, Study, strategies
+from layerlab.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
 from layerlab.papers import load_paper
 from layerlab.plans import jobs_of, read_plan
-from layerlab.results import DIGESTS, SUMMARY, digests, paper_page, publish, scoreboard_page, with_papers
+from layerlab.results import DIGESTS, digests, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("results/*/*/claims.json"))
@@ -85,6 +89,42 @@ def test_a_page_of_tables_alone_says_where_they_were_made(fake, tmp_path):
     study.finish()
     page = publish([study.folder], tmp_path)[0].read_text()
     assert "Command: `layerlab reproduce fake --profile cpu`. Machine: " in page
+
+
+def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, tmp_path):
+    file = fake() / "fake_plugin" / "notebook.ipynb"
+    book = nbformat.read(file, 4)
+    book.cells += [
+        nbformat.v4.new_markdown_cell("## Curves\n\nThin lines are seeds."),
+        nbformat.v4.new_code_cell("for name in runs:\n    study.figure(f\"{name}, {size}\", curves(name))"),
+        nbformat.v4.new_markdown_cell("And in numbers:"),
+        nbformat.v4.new_code_cell("%time\nstudy.table('never seen', frame)"),
+        nbformat.v4.new_code_cell("display(study.table('a, ends', frame).round(2))"),
+        nbformat.v4.new_markdown_cell("## Costs\n\nSeconds."),
+        nbformat.v4.new_code_cell("study.table(f'{name}', frame)"),
+    ]
+    nbformat.write(book, file)
+    study = Study("fake", "cpu")
+    study.claim("gain", [2.0], seeds=[0])
+    study.figure("mine, 8", Figure())
+    study.table("a, ends", pd.DataFrame({"x": [1]}))
+    study.table("costs", pd.DataFrame({"x": range(LONG + 1)}))
+    study.figure("rest", Figure())
+    study.finish()
+    page = publish([study.folder], tmp_path / "results")[0].read_text()
+    order = ["### Curves\n\nThin lines are seeds.\n\n![mine, 8](cpu/figures/mine%2C%208.png)\n\n"
+             "And in numbers:\n\nTable [a, ends](cpu/tables/a%2C%20ends.csv):\n\n| x |\n| --- |\n| 1 |\n\n",
+             "### Costs\n\nSeconds.\n\nTable [costs](cpu/tables/costs.csv):\n\n<details><summary>21 rows</summary>",
+             "![rest](cpu/figures/rest.png)"]
+    assert [page.count(part) for part in order] == [1, 1, 1]
+    assert sorted(order, key=page.index) == order
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("results/*/README.md")), ids=lambda page: page.parent.name)
+def test_what_the_committed_pages_link_to_is_there(page):
+    addresses = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert addresses
+    assert [address for address in addresses if not (page.parent / unquote(address)).exists() or " " in address] == []
 
 
 def test_a_page_gives_the_command_that_makes_it_with_what_was_changed(fake, tmp_path):
