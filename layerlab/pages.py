@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -94,7 +95,7 @@ def paper_page(folder: Path, paper: Paper) -> str:
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
     text += ["## Claims", scoreboard_markdown(merged(chain.from_iterable(profiles.values()))).strip()]
-    sections = list(_sections(paper))
+    sections = _sections(paper)
     for profile, rows in profiles.items():
         some = next((row for row in rows if row.machine), None)
         parameters = json.loads((profile / PARAMETERS).read_text())
@@ -114,31 +115,38 @@ def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
     return reproduce_command(paper.strategy, profile, changed)
 
 
-# What a section of a notebook keeps: part of the folder, and a pattern of the name.
-_Kept = tuple[str, str]
+@dataclass
+class _Section:
+    """A part of a notebook: its heading and text; of all that the cells behind it keep, the part of the folder and a
+    pattern of the name; and what is said of that afterwards."""
+
+    heading: str = ""
+    text: str = ""
+    keeps: list[tuple[str, str]] = field(default_factory=list)
+    after: str = ""
 
 
-def _sections(paper: Paper) -> Iterator[tuple[str, str, list[_Kept]]]:
-    """(heading, text, what the cells behind it keep) of each text in a paper's notebook."""
+def _sections(paper: Paper) -> list[_Section]:
     try:
         cells = json.loads(paper.notebook_file.read_text(encoding="utf-8"))["cells"]
     except (LayerlabError, OSError, ValueError, KeyError):
-        return
-    heading, text = "", ""
-    found: list[_Kept] = []
+        return []
+    sections = [_Section()]
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
-            found += _keeps(source)
+            sections[-1].keeps += _keeps(source)
             continue
-        yield heading, text, found
-        text, found = source, []
-        if source.startswith("#"):
-            heading, _, text = source.partition("\n")
-    yield heading, text, found
+        last, found = sections[-1], re.search(r"(?m)^#+ .*$", source)
+        if found:
+            last.after = source[: found.start()].strip()
+            sections.append(_Section(found[0], source[found.end() :].strip()))
+        else:
+            sections.append(_Section(last.heading, source.strip()))
+    return sections
 
 
-def _keeps(source: str) -> Iterator[_Kept]:
+def _keeps(source: str) -> Iterator[tuple[str, str]]:
     """The tables and figures that a cell's code keeps; of a name that is put together, what stands still."""
     try:
         tree = ast.parse(source)
@@ -155,12 +163,12 @@ def _keeps(source: str) -> Iterator[_Kept]:
                             re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".+" for part in parts)
 
 
-def _shown(profile: Path, sections: Sequence[tuple[str, str, list[_Kept]]]) -> Iterator[str]:
+def _shown(profile: Path, sections: Sequence[_Section]) -> Iterator[str]:
     """The tables and figures of a profile's folder under the texts that belong to them."""
     files = [file for part in PARTS for file in sorted((profile / part).glob("*.*")) if file.stat().st_size > 1]
     # The more of a name stands still, the surer that it is meant.
     places = sorted(((-len(pattern.replace(".+", "")), number, part, pattern)
-                     for number, (_, _, kept) in enumerate(sections) for part, pattern in kept))
+                     for number, section in enumerate(sections) for part, pattern in section.keeps))
     placed: dict[int, list[Path]] = {}
     for file in files:
         number = next((number for _, number, part, pattern in places
@@ -168,14 +176,11 @@ def _shown(profile: Path, sections: Sequence[tuple[str, str, list[_Kept]]]) -> I
         placed.setdefault(number, []).append(file)
     last = ""
     for number in sorted(placed):
-        heading, text, _ = sections[number] if number < len(sections) else ("", "", [])
-        if heading and heading != last:
-            yield f"#{heading}"
-        last = heading
-        if text.strip():
-            yield text.strip()
-        for file in placed[number]:
-            yield _entry(file, quote(file.relative_to(profile.parent).as_posix()))
+        section = sections[number] if number < len(sections) else _Section()
+        heading = f"#{section.heading}" if section.heading not in ("", last) else ""
+        last = section.heading
+        entries = [_entry(file, quote(file.relative_to(profile.parent).as_posix())) for file in placed[number]]
+        yield from filter(None, [heading, section.text, *entries, section.after])
 
 
 def _entry(file: Path, address: str) -> str:

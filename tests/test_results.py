@@ -100,7 +100,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, tmp_path):
         nbformat.v4.new_markdown_cell("And in numbers:"),
         nbformat.v4.new_code_cell("%time\nstudy.table('never seen', frame)"),
         nbformat.v4.new_code_cell("display(study.table('a, ends', frame).round(2))"),
-        nbformat.v4.new_markdown_cell("## Costs\n\nSeconds."),
+        nbformat.v4.new_markdown_cell("So much for that.\n\n## Costs\n\nSeconds."),
         nbformat.v4.new_code_cell("study.table(f'{name}', frame)"),
     ]
     nbformat.write(book, file)
@@ -113,7 +113,8 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, tmp_path):
     study.finish()
     page = publish([study.folder], tmp_path / "results")[0].read_text()
     order = ["### Curves\n\nThin lines are seeds.\n\n![mine, 8](cpu/figures/mine%2C%208.png)\n\n"
-             "And in numbers:\n\nTable [a, ends](cpu/tables/a%2C%20ends.csv):\n\n| x |\n| --- |\n| 1 |\n\n",
+             "And in numbers:\n\nTable [a, ends](cpu/tables/a%2C%20ends.csv):\n\n| x |\n| --- |\n| 1 |\n\n"
+             "So much for that.\n\n",
              "### Costs\n\nSeconds.\n\nTable [costs](cpu/tables/costs.csv):\n\n<details><summary>21 rows</summary>",
              "![rest](cpu/figures/rest.png)"]
     assert [page.count(part) for part in order] == [1, 1, 1]
