@@ -99,7 +99,8 @@ def paper_page(folder: Path, paper: Paper) -> str:
     for profile, rows in profiles.items():
         some = next((row for row in rows if row.machine), None)
         parameters = json.loads((profile / PARAMETERS).read_text())
-        text += [f"## Profile `{profile.name}`", paper.profile(profile.name).description + "."]
+        about = paper.profile(profile.name).description
+        text += [f"## Profile `{profile.name}`", f"{about[:1].upper()}{about[1:]}."]
         if some:
             text.append(f"Command: `{_command(paper, profile.name, parameters)}`. Machine: "
                         f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
