@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
     from layerlab.strategy import LayerMap
@@ -383,9 +383,9 @@ def families(frame: pd.DataFrame, x: Mapping[str, str], y: str, family: str, lab
             axis.annotate(str(point), (lowest[column], lowest[y]), xytext=(0, -13), textcoords="offset points",
                           fontsize=8, ha="center")
         axis.set(xlabel=text, ylabel=ylabel, xscale="log")
-        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            which(EngFormatter(sep=""))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.margins(x=0.15, y=0.15)
     handles, labels = axes[0][0].get_legend_handles_labels()
