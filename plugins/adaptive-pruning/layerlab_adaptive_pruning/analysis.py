@@ -53,24 +53,25 @@ NAMES = {_left(share): name for share, name in PAPER.items()}
 MOST = _left(min(PAPER))
 
 
-def arms(shares: Sequence[float], stage_epochs: int, sparsity: Mapping[str, float], bridge: str) -> dict[str, Any]:
+def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, bridge: str) -> dict[str, Any]:
     """The three ways of training that are compared: the plain one, the paper's and its peer's.
 
     Args:
         shares: of the parameters that are left after each pruning, the same for both methods.
         stage_epochs: from one pruning to the next.
-        sparsity: λ of `OURS` and of `PEER`.
+        sparsity: λ, the same for both, which train alike until the first pruning: with a λ each, the one that happened
+            to find the better one would be ahead.
         bridge: as the strategy's setting.
     """
     shared: dict[str, Any] = {"targets": [{"parameters": share} for share in shares], "every": stage_epochs}
-    return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, sparsity=sparsity[OURS], **shared),
-            PEER: NetworkSlimming(sparsity=sparsity[PEER], **shared)}
+    return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, sparsity=sparsity, **shared),
+            PEER: NetworkSlimming(sparsity=sparsity, **shared)}
 
 
 def candidates(sparsities: Sequence[float], share: float, stage_epochs: int, bridge: str) -> dict[str, Any]:
     """Both methods with each λ, pruned once to a share of the parameters: what `sparsity_choice` chooses from."""
     return {f"{arm}, λ = {value:g}": strategy for value in sparsities
-            for arm, strategy in arms([share], stage_epochs, {OURS: value, PEER: value}, bridge).items()
+            for arm, strategy in arms([share], stage_epochs, value, bridge).items()
             if arm != BASELINE}
 
 
@@ -86,15 +87,15 @@ def held_out(data: Dataset, every: int = 5) -> Dataset:
     return replace(data, train=halves[0], test=halves[1], fingerprint=f"{data.fingerprint}-held-out-{every}")
 
 
-def sparsity_choice(comparison: Any) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Which λ each method takes: the one with which it is best after the pruning, on what was held out.
+def sparsity_choice(comparison: Any) -> tuple[pd.DataFrame, float]:
+    """Which λ to take: the one with which both methods together are best after the pruning, on what was held out.
 
     Args:
         comparison: the runs of `candidates` on `held_out` data.
 
     Returns:
         A row a method and λ: `method`, `λ`, `top-1 dense [%]` before the pruning and `top-1 pruned [%]` at the end
-        (means over seeds), `chosen`; and method → its λ, the smallest of equals.
+        (means over seeds), `chosen`; and the λ, the smallest of equals.
     """
     rows = []
     for arm in comparison.arms:
@@ -107,9 +108,9 @@ def sparsity_choice(comparison: Any) -> tuple[pd.DataFrame, dict[str, float]]:
             "top-1 pruned [%]": 100 * float(np.mean([run.final["test/top1"] for run in runs])),
         })
     table = pd.DataFrame(rows).sort_values(["method", "λ"], ignore_index=True)
-    best = table.groupby("method")["top-1 pruned [%]"].idxmax()
-    table["chosen"] = table.index.isin(best)
-    return table, {str(method): float(table.loc[place, "λ"]) for method, place in best.items()}
+    best = float(table.groupby("λ")["top-1 pruned [%]"].mean().idxmax())
+    table["chosen"] = table["λ"] == best
+    return table, best
 
 
 def restarts(stage_epochs: int) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
