@@ -79,7 +79,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     (package / "paper.toml").write_text(PAPER)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
-    monkeypatch.delitem(vars(layerlab), "strategies", raising=False)
+    layerlab.strategies.refresh()
     monkeypatch.delitem(sys.modules, "fake_plugin", raising=False)
 
     def write(*cells: str) -> Path:
@@ -94,4 +94,4 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         return site
 
     yield write
-    vars(layerlab).pop("strategies", None)
+    layerlab.strategies.refresh()

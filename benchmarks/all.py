@@ -17,8 +17,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from layerlab.errors import LayerlabError, unknown
-from layerlab.files import write_atomically
+from layerlab import LayerlabError
+from layerlab.base.errors import unknown
+from layerlab.base.files import write_atomically
 from layerlab.measure import commit, machine_name, versions, versions_text
 
 HERE = Path(__file__).resolve().parent

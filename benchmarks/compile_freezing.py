@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 
 from layerlab import Run, Strategy, build_model, prefixes
-from layerlab.data import noise
 from layerlab.measure import Turns, machine_name
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
+from layerlab.workload.dataset import noise
 
 
 class Alternate(Strategy):

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from layerlab import build_model
-from layerlab.data import Dataset, noise
+from layerlab import Dataset, build_model
 from layerlab.measure import Turns, machine_name, synchronise
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
+from layerlab.workload.dataset import noise
 
 WARMUP = 2
 

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from layerlab import build_model
-from layerlab.data import noise
 from layerlab.measure import machine_name
+from layerlab.workload.dataset import noise
 from layerlab_learn_and_drop import analysis
 
 

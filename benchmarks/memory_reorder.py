@@ -13,8 +13,8 @@ import argparse
 
 import torch
 
+from layerlab import load_paper
 from layerlab.measure import machine_name
-from layerlab.papers import load_paper
 from layerlab_memory_reorder import analysis
 
 

@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import layerlab
-from layerlab import Replaced, Run, Strategy, strategy
-from layerlab.strategy import Batches, Wire, check_composition
+from layerlab import Batches, Replaced, Run, Strategy, Wire
+from layerlab.contract import strategy
+from layerlab.contract.strategy import check_composition
 from layerlab.testing import CHECKS
 
 PAGE = Path(__file__).parent / "contract.md"

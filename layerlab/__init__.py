@@ -1,6 +1,6 @@
 """layerlab: a workbook in which anyone can check what papers on layer-wise efficient training claim.
 
-The public names. They are imported when first used, so that `import layerlab` costs nothing.
+The public names. Each is imported when it is first used, so that `import layerlab` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,63 +10,77 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Where each public name stands; a module that is public as a whole names itself.
 _PUBLIC = {
-    "LayerlabError": "layerlab.errors",
-    "LayerMap": "layerlab.strategy",
-    "Replaced": "layerlab.strategy",
-    "Run": "layerlab.strategy",
-    "Strategy": "layerlab.strategy",
-    "Dataset": "layerlab.data",
-    "load_dataset": "layerlab.data",
-    "build_model": "layerlab.models",
-    "forward_order": "layerlab.models",
-    "prefixes": "layerlab.models",
-    "compare": "layerlab.training",
-    "evaluate": "layerlab.training",
-    "fit": "layerlab.training",
-    "load_paper": "layerlab.papers",
-    "Study": "layerlab.study",
-    "load_model": "layerlab.saving",
-    "save_model": "layerlab.saving",
-    "track": "layerlab.tracking",
-    "measure": "",
-    "figures": "",
-    "explore": "",
+    "LayerlabError": "layerlab.base.errors",
+    "LayerlabWarning": "layerlab.base.errors",
+    "LayerMap": "layerlab.show.layer_map",
+    "Batches": "layerlab.contract.run",
+    "Replaced": "layerlab.contract.run",
+    "Run": "layerlab.contract.run",
+    "Wire": "layerlab.contract.run",
+    "Strategy": "layerlab.contract.strategy",
+    "load_paper": "layerlab.contract.paper",
+    "strategies": "layerlab.contract.registry",
+    "Dataset": "layerlab.workload.dataset",
+    "Split": "layerlab.workload.dataset",
+    "load_dataset": "layerlab.workload.loading",
+    "build_model": "layerlab.workload.builders",
+    "forward_order": "layerlab.workload.order",
+    "prefixes": "layerlab.workload.order",
+    "Comparison": "layerlab.training.results",
+    "FitResult": "layerlab.training.results",
+    "Observer": "layerlab.training.loop",
+    "compare": "layerlab.training.fit",
+    "evaluate": "layerlab.training.evaluation",
+    "fit": "layerlab.training.fit",
+    "load_model": "layerlab.training.model_file",
+    "save_model": "layerlab.training.model_file",
+    "Session": "layerlab.runs.session",
+    "Study": "layerlab.runs.session",
+    "track": "layerlab.runs.tracking",
+    "explore": "layerlab.reporting.explore",
+    "figures": "layerlab.show.figures",
+    "measure": "layerlab.measure",
+    "scoreboard": "layerlab.reporting.scoreboard",
 }
+_MODULES = ("explore", "figures", "measure", "scoreboard")
 
 if TYPE_CHECKING:
-    from layerlab import explore, figures, measure
-    from layerlab.data import Dataset, load_dataset
-    from layerlab.errors import LayerlabError
-    from layerlab.models import build_model, forward_order, prefixes
-    from layerlab.papers import load_paper
-    from layerlab.registry import Registry
-    from layerlab.saving import load_model, save_model
-    from layerlab.strategy import LayerMap, Replaced, Run, Strategy
-    from layerlab.study import Study
-    from layerlab.tracking import track
-    from layerlab.training import compare, evaluate, fit
-
-    strategies: Registry
+    from layerlab import measure
+    from layerlab.base.errors import LayerlabError, LayerlabWarning
+    from layerlab.contract.paper import load_paper
+    from layerlab.contract.registry import strategies
+    from layerlab.contract.run import Batches, Replaced, Run, Wire
+    from layerlab.contract.strategy import Strategy
+    from layerlab.reporting import explore, scoreboard
+    from layerlab.runs.session import Session, Study
+    from layerlab.runs.tracking import track
+    from layerlab.show import figures
+    from layerlab.show.layer_map import LayerMap
+    from layerlab.training.evaluation import evaluate
+    from layerlab.training.fit import compare, fit
+    from layerlab.training.loop import Observer
+    from layerlab.training.model_file import load_model, save_model
+    from layerlab.training.results import Comparison, FitResult
+    from layerlab.workload.builders import build_model
+    from layerlab.workload.dataset import Dataset, Split
+    from layerlab.workload.loading import load_dataset
+    from layerlab.workload.order import forward_order, prefixes
 
 __all__ = [
-    "Dataset", "LayerMap", "LayerlabError", "Replaced", "Run", "Strategy", "Study", "build_model", "compare",
-    "evaluate", "explore", "figures", "fit", "forward_order", "load_dataset", "load_model", "load_paper", "measure",
-    "prefixes", "save_model", "strategies", "track",
+    "Batches", "Comparison", "Dataset", "FitResult", "LayerMap", "LayerlabError", "LayerlabWarning", "Observer",
+    "Replaced", "Run", "Session", "Split", "Strategy", "Study", "Wire", "build_model", "compare", "evaluate",
+    "explore", "figures", "fit", "forward_order", "load_dataset", "load_model", "load_paper", "measure", "prefixes",
+    "save_model", "scoreboard", "strategies", "track",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "strategies":
-        from layerlab.registry import installed
-
-        value: Any = installed()
-    elif name in _PUBLIC:
-        module = _PUBLIC[name]
-        loaded = importlib.import_module(module or f"layerlab.{name}")
-        value = getattr(loaded, name) if module else loaded
-    else:
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'layerlab' has no attribute {name!r}")
+    module = importlib.import_module(_PUBLIC[name])
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, PrivateAttr
 from torch import Tensor, nn
 
 from layerlab import LayerlabError, Run, Strategy
-from layerlab.testing import mlp, plain_cnn
+from layerlab.testing.networks import mlp, plain_cnn
 
 
 def _convolutions(model: nn.Module) -> list[nn.Conv2d]:

@@ -19,12 +19,13 @@ from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
 from helpers import free_port, slow
 
-from layerlab import LayerlabError, Study, tracking
-from layerlab.batch import preview, run_batch
-from layerlab.cli import main
-from layerlab.files import stamp
-from layerlab.notebooks import Job, notebook_job, paper_job
-from layerlab.plans import Plan, jobs_of, read_plan
+from layerlab import LayerlabError, Study
+from layerlab.base.files import stamp
+from layerlab.cli.main import main
+from layerlab.runs import tracking
+from layerlab.runs.batch.local import preview, run_batch
+from layerlab.runs.batch.plans import Plan, jobs_of, read_plan
+from layerlab.runs.jobs import Job, notebook_job, paper_job
 
 COUNT = "open(log, 'a').write(name + '\\n')"
 
@@ -86,9 +87,13 @@ def _processes(home: Path) -> dict[int, str]:
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and f"LAYERLAB_HOME={home}\0" in (entry / "environ").read_text(errors="replace"):
                 words = (entry / "cmdline").read_text().replace("\0", " ")
-                if "ipykernel" in words or "layerlab.runner" in words:
+                if "ipykernel" in words or "layerlab.runs.batch.notebook_process" in words:
                     found[int(entry.name)] = words
     return found
+
+
+def _runners(home: Path) -> list[int]:
+    return [number for number, words in _processes(home).items() if "layerlab.runs.batch.notebook_process" in words]
 
 
 def _wait(what: Callable[[], object], seconds: float = 60) -> object:
@@ -322,10 +327,9 @@ def test_stopped_while_waiting_for_another_batch_it_leaves_that_ones_runs_alone(
         return [run.info.status for run in tracking.client().search_runs([tracking.experiment_id("fake")])]
 
     _wait(lambda: "RUNNING" in statuses())
-    (runner,) = [number for number, words in _processes(tmp_path / "home").items() if "layerlab.runner" in words]
+    (runner,) = _runners(tmp_path / "home")
     second = command("reproduce", "fake")
-    waiting = _wait(lambda: [number for number, words in _processes(tmp_path / "home").items()
-                             if "layerlab.runner" in words and number != runner])
+    waiting = _wait(lambda: [number for number in _runners(tmp_path / "home") if number != runner])
     time.sleep(1)
     os.kill(second.pid, signal.SIGINT)
     second.communicate(timeout=30)
@@ -487,12 +491,13 @@ def test_importing_papermill_stays_light():
 
 
 def test_starting_notebooks_needs_no_torch():
-    script = "import layerlab.batch, layerlab.plans, sys; print([m for m in ('torch', 'mlflow') if m in sys.modules])"
+    script = ("import layerlab.runs.batch.local, layerlab.runs.batch.plans, sys; "
+              "print([m for m in ('torch', 'mlflow') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_what_a_batch_would_do_is_known_without_pandas():
-    script = ("import sys; from layerlab.cli import main; main(['reproduce', '--dry-run'], standalone_mode=False); "
+    script = ("import sys; from layerlab.cli.main import main; main(['reproduce', '--dry-run'], standalone_mode=False); "
               "print([m for m in ('torch', 'mlflow', 'pandas') if m in sys.modules])")
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
     assert len(told) > 1

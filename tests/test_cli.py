@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import slow
 
-from layerlab.cli import main
+from layerlab.cli.main import main
 
 
 def _call(*arguments: str, status: int = 0) -> str:

@@ -17,7 +17,7 @@ from helpers import slow
 from PIL import Image
 
 from layerlab import LayerlabError, load_dataset
-from layerlab.data import available
+from layerlab.workload.loading import available
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -244,7 +244,7 @@ def test_a_corrupt_image_in_a_folder_is_named(mine, suffix, memory_budget):
 
 def test_the_cache_is_used_and_follows_the_content(root, pixels, monkeypatch):
     first = load_dataset("cifar10", root=root, image_size=8, device="cpu")
-    monkeypatch.setattr("layerlab.data._decode", None)  # decoding again would fail
+    monkeypatch.setattr("layerlab.workload.sources.decode_image", None)  # decoding again would fail
     again = load_dataset("cifar10", root=root, image_size=8, device="cpu")
     assert torch.equal(first.train.images, again.train.images)
     monkeypatch.undo()

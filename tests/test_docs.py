@@ -13,7 +13,7 @@ from helpers import slow
 
 import layerlab
 from layerlab import Run, Strategy
-from layerlab.cli import main
+from layerlab.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerlab import LayerlabError
-from layerlab.errors import first_line, reason
+from layerlab.base.errors import first_line, reason
 
 
 @pytest.mark.parametrize(

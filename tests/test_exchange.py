@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 from helpers import Freezer
 
-from layerlab import LayerlabError, Study, fit, track, tracking
-from layerlab.cli import main
-from layerlab.exchange import import_file
-from layerlab.scoreboard import collect
-from layerlab.training import Fit
+from layerlab import LayerlabError, Study, fit, track
+from layerlab.base.provenance import machine_name
+from layerlab.cli.main import main
+from layerlab.reporting.scoreboard import collect
+from layerlab.runs import tracking
+from layerlab.runs.tracking.import_runs import import_file
+from layerlab.training.loop import Fit
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_the_scoreboard_shows_it_in_every_form(elsewhere, tmp_path):
     for form in ("text", "markdown", "html"):
         result = call(main, ["scoreboard", "fake", "--format", form])
         assert result.exit_code == 0, result.output
-        for part in ("a gain", "3 ± 1", "2 seeds", "differs", "quick", tracking.machine_name().split(",")[0],
+        for part in ("a gain", "3 ± 1", "2 seeds", "differs", "quick", machine_name().split(",")[0],
                      "http://127.0.0.1:5000/#/experiments/"):
             assert part in " ".join(result.output.split()), (form, part)
     page = tmp_path / "page.html"

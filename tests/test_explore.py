@@ -15,10 +15,22 @@ import torch
 from helpers import Freezer, same_weights
 from torch import nn
 
-from layerlab import LayerlabError, Strategy, compare, evaluate, explore, fit, load_model, save_model, strategies
-from layerlab.models import network_builder
-from layerlab.tracking import client, experiment_id
-from layerlab.training import Comparison, FitResult, Settings
+from layerlab import (
+    Comparison,
+    FitResult,
+    LayerlabError,
+    Strategy,
+    compare,
+    evaluate,
+    explore,
+    fit,
+    load_model,
+    save_model,
+    strategies,
+)
+from layerlab.runs.tracking.store import client, experiment_id
+from layerlab.training.settings import Settings
+from layerlab.workload.builders import network_builder
 
 QUICK = dict(epochs=2, batch_size=256, progress=False)
 
@@ -100,7 +112,7 @@ def third_party(fake, monkeypatch):
     (site / "fake_plugin" / "__init__.py").write_text("import no_such_library")
     import layerlab
 
-    monkeypatch.delitem(vars(layerlab), "strategies", raising=False)
+    layerlab.strategies.refresh()
 
 
 def test_all_installed_strategies_are_arms_and_a_broken_one_has_its_reason(third_party):

@@ -14,8 +14,9 @@ from helpers import slow
 from PIL import Image
 
 from layerlab import LayerlabError, load_model, strategies
-from layerlab.notebooks import execute, notebook_job
-from layerlab.tracking import client, experiment_id
+from layerlab.runs.execution import execute
+from layerlab.runs.jobs import notebook_job
+from layerlab.runs.tracking.store import client, experiment_id
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

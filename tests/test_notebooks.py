@@ -10,10 +10,12 @@ import pytest
 from fake_paper import FINISH, OPEN, TRAIN
 from helpers import slow
 
-from layerlab import LayerlabError, tracking
-from layerlab.notebooks import execute, paper_job
-from layerlab.papers import ClaimResult
-from layerlab.study import read_results
+from layerlab import LayerlabError
+from layerlab.contract.claims import ClaimResult
+from layerlab.runs import tracking
+from layerlab.runs.execution import execute
+from layerlab.runs.jobs import paper_job
+from layerlab.runs.record import read_results
 
 
 def _files(folder: Path) -> set[str]:

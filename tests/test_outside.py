@@ -23,14 +23,14 @@ from fake_paper import PAPER
 from helpers import same_weights, slow
 
 import layerlab
-from layerlab import LayerlabError, fit, tracking
-from layerlab.batch import preview
-from layerlab.cli import main
-from layerlab.papers import load_paper
-from layerlab.plans import Plan, jobs_of
-from layerlab.registry import installed
-from layerlab.scoreboard import collect
-from layerlab.training import Fit
+from layerlab import LayerlabError, fit, load_paper
+from layerlab.cli.main import main
+from layerlab.contract.registry import Registry
+from layerlab.reporting.scoreboard import collect
+from layerlab.runs import tracking
+from layerlab.runs.batch.local import preview
+from layerlab.runs.batch.plans import Plan, jobs_of
+from layerlab.training.loop import Fit
 
 ROOT = Path(__file__).resolve().parents[1]
 FREEZEOUT = Path(__file__).parent / "outside" / "freezeout"
@@ -53,7 +53,7 @@ def freezeout_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _forget(*packages: str) -> None:
-    vars(layerlab).pop("strategies", None)
+    layerlab.strategies.refresh()
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
 
@@ -76,19 +76,19 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_plugin_that_lies_in_no_folder_of_the_project_is_found_and_trains(site, freezeout_wheel, digits, residual):
     zipfile.ZipFile(freezeout_wheel).extractall(site)
-    plugin = installed()["freezeout"]
+    plugin = Registry()["freezeout"]
     assert (plugin.distribution, plugin.version) == ("freezeout", "1.0.0")
     paper = load_paper("freezeout")
     assert paper.notebook_file.is_relative_to(site)
     assert {claim.id for claim in paper.claims} >= {"densenet-saving", "resnet-saving", "vgg-improvement"}
     assert "t_0 = 0.8" in CliRunner().invoke(main, ["describe", "freezeout"]).output
-    result = fit(residual, digits, installed()("freezeout", t_0=0.7), epochs=4, batch_size=256, progress=False)
+    result = fit(residual, digits, Registry()("freezeout", t_0=0.7), epochs=4, batch_size=256, progress=False)
     assert [row["freezeout/frozen_layers"] for row in result.history] == [0, 1, 2, 2]
 
 
 def test_it_goes_on_after_an_interruption_with_the_same_weights(site, freezeout_wheel, digits, residual, tmp_path):
     zipfile.ZipFile(freezeout_wheel).extractall(site)
-    strategy = installed()("freezeout", t_0=0.7)
+    strategy = Registry()("freezeout", t_0=0.7)
     options = dict(epochs=4, batch_size=256, lr=0.05)
     whole = fit(residual, digits, strategy, progress=False, **options)
     for stop in (1, 2, 3):
@@ -107,11 +107,11 @@ class Mine(Strategy):
 # Changes whatever others would need, in the process that imports it.
 MEDDLING = """
 import importlib
-import layerlab.papers, layerlab.registry, layerlab.strategy
+from layerlab.contract import paper, registry, run
 def spoil(*_, **__):
     raise RuntimeError("spoilt by meddler")
-layerlab.papers.load_paper = layerlab.papers.read_paper = layerlab.registry.Registry.__getitem__ = spoil
-importlib.import_module = layerlab.strategy.Run.freeze = spoil
+paper.load_paper = paper.read_paper = registry.Registry.__getitem__ = spoil
+importlib.import_module = run.Run.freeze = spoil
 """
 
 
@@ -176,11 +176,11 @@ def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
 
 @slow
 def test_an_import_that_does_not_end_is_given_up(site):
-    from layerlab.imports import import_errors
+    from layerlab.contract.plugin_probe import import_errors
 
     _install(site, "endless", source="import time; time.sleep(600)")
     _install(site, "fine")
-    found = installed()
+    found = Registry()
     assert import_errors([found["endless"], found["fine"]], limit=1.5) == ["it did not import within 1.5 s", ""]
 
 
@@ -230,7 +230,8 @@ def test_what_is_plugged_into_papermill_and_broken_stops_nobody(site):
 GARBAGE = """
 import json, os
 from pathlib import Path
-from layerlab import Study, tracking
+from layerlab import Study
+from layerlab.runs import tracking
 study = Study("{name}", profile)
 good = study.claim("gain", [3.0]).model_dump()
 study.finish()

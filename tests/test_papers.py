@@ -7,8 +7,11 @@ import math
 import pytest
 
 from layerlab import LayerlabError
-from layerlab.papers import Claim, ClaimResult, Paper, judge, read_paper
-from layerlab.scoreboard import scoreboard, scoreboard_markdown, scoreboard_styled, scoreboard_text
+from layerlab.contract.claims import Claim, ClaimResult
+from layerlab.contract.paper import Paper, read_paper
+from layerlab.contract.rows import scoreboard
+from layerlab.contract.verdicts import judge
+from layerlab.reporting.scoreboard import scoreboard_markdown, scoreboard_styled, scoreboard_text
 
 CLAIM = Claim(id="gain", statement="a gain", value=3.0, unit="points", where="Table I", neutral=0.0, tolerance=0.5,
               conditions={"dataset": "imagenet", "epochs": 20})

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from layerlab.parameters import from_yaml, reproduce_command, to_yaml
+from layerlab.base.text import from_yaml, reproduce_command, to_yaml
 
 
 @pytest.mark.parametrize(("text", "value"), [

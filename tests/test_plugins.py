@@ -7,8 +7,7 @@ import json
 import pytest
 from helpers import run_check
 
-from layerlab import strategies
-from layerlab.papers import load_paper
+from layerlab import load_paper, strategies
 from layerlab.testing import parametrize_with_checks
 
 NAMES = [plugin.name for plugin in strategies.every()]

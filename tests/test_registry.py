@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from layerlab import LayerlabError
-from layerlab.registry import installed
+from layerlab.contract.registry import Registry
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ GOOD = """
 
 def test_a_plugin_of_another_distribution_is_found(install):
     install("their-plugin", GOOD.format(name="mine"), "[layerlab.strategies]\nmine = their_plugin:Mine\n")
-    found = installed()
+    found = Registry()
     assert found["mine"].distribution == "their-plugin"
     assert found["mine"].version == "1.2"
     assert found("mine", strength=0.25).strength == 0.25
@@ -45,15 +45,15 @@ def test_a_plugin_of_another_distribution_is_found(install):
 def test_an_unknown_name_lists_what_is_installed_and_the_nearest_spelling(install):
     install("their-plugin", GOOD.format(name="mine"), "[layerlab.strategies]\nmine = their_plugin:Mine\n")
     with pytest.raises(LayerlabError, match=r"Unknown strategy 'lars-skp'. Did you mean 'lars-skip'\?.*mine"):
-        installed()["lars-skp"]
+        Registry()["lars-skp"]
 
 
 def test_two_distributions_with_one_name_are_both_named(install):
     install("first-one", GOOD.format(name="twin"), "[layerlab.strategies]\ntwin = first_one:Mine\n")
     install("second-one", GOOD.format(name="twin"), "[layerlab.strategies]\ntwin = second_one:Mine\n")
     with pytest.raises(LayerlabError, match=r"'twin': '(first|second)-one' and '(first|second)-one'"):
-        installed()["twin"]
-    assert "lars-skip" in installed()
+        Registry()["twin"]
+    assert "lars-skip" in Registry()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_broken_plugin_is_reported_with_its_reason_and_the_rest_works(install,
 
     monkeypatch.delitem(sys.modules, "broken_one", raising=False)
     install("broken-one", source, "[layerlab.strategies]\nbroken = broken_one:Mine\n")
-    found = installed()
+    found = Registry()
     assert reason in found["broken"].broken
     with pytest.raises(LayerlabError, match="broken-one"):
         found("broken")
@@ -82,5 +82,5 @@ def test_a_broken_plugin_is_reported_with_its_reason_and_the_rest_works(install,
 def test_a_malformed_file_of_an_unrelated_package_is_named_and_survived(install, text):
     install("unrelated-package", "", text)
     with pytest.warns(UserWarning, match="unrelated-package"):
-        found = installed()
-    assert found["lars-skip"].load().name == "lars-skip"
+        found = Registry()["lars-skip"]
+    assert found.load().name == "lars-skip"

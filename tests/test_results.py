@@ -14,11 +14,10 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 
-from layerlab import LayerlabError, Study, strategies
-from layerlab.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
-from layerlab.papers import load_paper
-from layerlab.plans import jobs_of, read_plan
-from layerlab.results import DIGESTS, digests, publish
+from layerlab import LayerlabError, Study, load_paper, strategies
+from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
+from layerlab.reporting.publish import DIGESTS, digests, publish
+from layerlab.runs.batch.plans import jobs_of, read_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("results/*/*/claims.json"))

@@ -15,7 +15,7 @@ import torch
 from helpers import Freezer, same_weights, slow
 
 from layerlab import LayerlabError, fit, load_dataset
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
 
 SCRIPT = """
 import sys, torch

@@ -12,11 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 import layerlab
-from layerlab import LayerlabError, fit, load_dataset
-from layerlab.cli import main
-from layerlab.papers import load_paper
-from layerlab.registry import installed
-from layerlab.scaffold import TEMPLATE, new_plugin
+from layerlab import LayerlabError, fit, load_dataset, load_paper
+from layerlab.cli.main import main
+from layerlab.cli.scaffold import TEMPLATE, new_plugin
+from layerlab.contract.registry import Registry
 from layerlab.testing import CHECKS
 
 
@@ -96,9 +95,9 @@ def plugin(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text("\n".join(["[layerlab.strategies]", *lines]))
     for folder in (tmp_path, made):
         monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(vars(layerlab), "strategies", raising=False)
+    layerlab.strategies.refresh()
     yield made
-    vars(layerlab).pop("strategies", None)
+    layerlab.strategies.refresh()
     for name in [name for name in sys.modules if name.startswith("layerlab_fresh_idea")]:
         del sys.modules[name]
 
@@ -117,12 +116,12 @@ def test_it_works_as_it_stands(plugin):
     assert all({line.split(" = ")[0] for line in lines} == {"profile", "output", *each} for each in parameters)
     # All checks, composition with every installed strategy among them, are in the slow test of a clean environment.
     for name in ("settings_round_trip", "hook_calls", "resumes"):
-        CHECKS[name](installed()("fresh-idea"))
+        CHECKS[name](Registry()("fresh-idea"))
 
 
 def test_its_example_saves_what_it_says(plugin, residual):
     data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
-    strategy = installed()("fresh-idea", share=0.5, every=3)
+    strategy = Registry()("fresh-idea", share=0.5, every=3)
     result = fit(residual, data, strategy, epochs=3, batch_size=64, progress=False)
     assert [row["fresh-idea/rests"] for row in result.history] == [0, 0, 1]
     costs = [row["cost/backward_flops"] for row in result.history]

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from layerlab import LayerlabError, LayerMap, Replaced, Run, Strategy, fit
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
 
 
 class Recorder(Strategy):

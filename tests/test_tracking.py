@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from helpers import Freezer, free_port, serving, slow
 
-from layerlab import LayerlabError, fit, track, tracking
-from layerlab.papers import ClaimResult
-from layerlab.tracking import claim_metrics
-from layerlab.training import Fit
+from layerlab import LayerlabError, fit, track
+from layerlab.contract.claims import ClaimResult
+from layerlab.runs import tracking
+from layerlab.runs.tracking.store import claim_metrics
+from layerlab.training.loop import Fit
 
 OPTIONS = dict(epochs=3, batch_size=256)
 
@@ -96,7 +97,7 @@ def test_a_database_that_cannot_be_written_is_named(monkeypatch):
 
 WRITER = """
 import os, signal, sys
-from layerlab import tracking
+from layerlab.runs import tracking
 from mlflow.entities import Metric
 number, runs, steps, kill_at = map(int, sys.argv[1:])
 written = 0
@@ -188,11 +189,11 @@ def test_each_of_several_networks_has_its_claim_s_metric():
 
 def test_a_run_whose_process_is_gone_does_not_run_for_ever():
     tracking.start_run("test", "b", "b", {})
-    script = "import os; from layerlab import tracking; tracking.start_run('test', 'a', 'a', {}); os._exit(1)"
+    script = "import os; from layerlab.runs import tracking; tracking.start_run('test', 'a', 'a', {}); os._exit(1)"
     subprocess.run([sys.executable, "-c", script])
     assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "RUNNING", "b": "RUNNING"}
     # The next process that tracks anything finds this one alive and that one gone.
-    subprocess.run([sys.executable, "-c", "from layerlab import tracking; tracking.client()"], check=True)
+    subprocess.run([sys.executable, "-c", "from layerlab.runs import tracking; tracking.client()"], check=True)
     assert {run.info.run_name: run.info.status for run in _runs()} == {"a": "KILLED", "b": "RUNNING"}
 
 
@@ -200,7 +201,7 @@ def test_a_run_s_artifacts_can_be_added_to_without_mlflow():
     run = tracking.start_run("test", "mine", "attempt", {})
     folder = tracking.artifact_folder(run)
     tracking.log_file(run, b"first", "notes/mine.txt")
-    script = ("import sys; from layerlab import tracking; "
+    script = ("import sys; from layerlab.runs import tracking; "
               f"tracking.log_file('', b'second', 'notes/mine.txt', {folder!r}); print('mlflow' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 from helpers import Freezer, chromium, free_port, serving
 
-from layerlab import Study, tracking
+from layerlab import Study
+from layerlab.runs import tracking
 
 # `LAYERLAB_SHOTS=docs` keeps the pictures that the docs show.
 SHOTS = os.environ.get("LAYERLAB_SHOTS")

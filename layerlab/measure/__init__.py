@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded when first asked for, so that what only starts notebooks does not import torch.
 _PUBLIC = {
-    "Energy": "clock",
-    "Turns": "clock",
-    "synchronise": "clock",
-    "time_by_turns": "clock",
-    "Meter": "cost",
-    "StepCost": "cost",
-    "mean_interval": "interval",
-    "layer_costs": "layers",
-    "commit": "machine",
-    "machine_name": "machine",
-    "versions": "machine",
-    "versions_text": "machine",
+    "Energy": "measure.clock",
+    "Turns": "measure.clock",
+    "synchronise": "measure.clock",
+    "time_by_turns": "measure.clock",
+    "Meter": "measure.cost",
+    "StepCost": "measure.cost",
+    "mean_interval": "show.interval",
+    "layer_costs": "measure.layers",
+    "commit": "base.provenance",
+    "machine_name": "base.provenance",
+    "versions": "base.provenance",
+    "versions_text": "base.provenance",
 }
 
 if TYPE_CHECKING:
+    from layerlab.base.provenance import commit, machine_name, versions, versions_text
     from layerlab.measure.clock import Energy, Turns, synchronise, time_by_turns
     from layerlab.measure.cost import Meter, StepCost
-    from layerlab.measure.interval import mean_interval
     from layerlab.measure.layers import layer_costs
-    from layerlab.measure.machine import commit, machine_name, versions, versions_text
+    from layerlab.show.interval import mean_interval
 
 __all__ = [
     "Energy",
@@ -47,6 +47,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'layerlab.measure' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"layerlab.measure.{_PUBLIC[name]}"), name)
+    value = getattr(importlib.import_module(f"layerlab.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value

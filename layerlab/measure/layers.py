@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from layerlab.models import forward_order
+from layerlab.workload.order import forward_order
 
 
 def layer_costs(model: nn.Module, input_shape: tuple[int, int, int], batch_size: int = 1) -> pd.DataFrame:

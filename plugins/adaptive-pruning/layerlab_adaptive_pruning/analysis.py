@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlab import Dataset, build_model, measure
-from layerlab.figures import canvas
+from layerlab.show.figures import canvas
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
 from layerlab_adaptive_pruning.structure import rebuild, structure
 from layerlab_adaptive_pruning.surgery import remove_channels

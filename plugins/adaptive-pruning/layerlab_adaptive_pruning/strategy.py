@@ -20,8 +20,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError, LayerMap, Replaced, Run, Strategy, measure
-from layerlab.errors import LayerlabWarning
+from layerlab import LayerlabError, LayerlabWarning, LayerMap, Replaced, Run, Strategy, measure
 from layerlab_adaptive_pruning.structure import rebuild, structure, trace
 from layerlab_adaptive_pruning.surgery import below, merge_thin_layers, recorded, remove_channels, scales
 

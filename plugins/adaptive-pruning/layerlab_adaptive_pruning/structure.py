@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError
-from layerlab.errors import first_line
+from layerlab.base.errors import first_line
 
 _FORMAT = "layerlab-pruned-1"
 _IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Run, Strategy, build_model, evaluate, fit, load_dataset
-from layerlab.errors import LayerlabWarning
-from layerlab.training import Fit
+from layerlab import LayerlabError, LayerlabWarning, Run, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab.training.loop import Fit
 from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, rebuild, structure
 from layerlab_adaptive_pruning.strategy import OutOfReach, count, search
 

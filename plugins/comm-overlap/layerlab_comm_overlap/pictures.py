@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from layerlab.figures import canvas
+from layerlab.show.figures import canvas
 
 
 def bars(frame: pd.DataFrame) -> Figure:

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from layerlab import LayerlabError, Run, Strategy
-from layerlab.checkpoint import random_state, set_random_state
-from layerlab.data import Split
+from layerlab import LayerlabError, Run, Split, Strategy
+from layerlab.base.devices import random_state, set_random_state
 from layerlab_comm_overlap.engine import Engine
 from layerlab_comm_overlap.transport import Link, Transport
 

@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from layerlab import LayerlabError
-from layerlab.errors import first_line
-from layerlab.strategy import Wire
+from layerlab import LayerlabError, Wire
+from layerlab.base.errors import first_line
 
 
 class PeerLost(LayerlabError):

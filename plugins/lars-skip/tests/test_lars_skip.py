@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layerlab import LayerlabError, Run, build_model, fit, load_dataset, measure
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
 from layerlab_lars_skip import LarsSkip, analysis
 from layerlab_lars_skip.strategy import lars_variable
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from layerlab import Dataset, build_model, load_dataset, measure
-from layerlab.data import Augment
-from layerlab.models import MODELS
+from layerlab.workload.dataset import Augment
+from layerlab.workload.zoo import MODELS
 from layerlab_learn_and_drop.cutting import Plan, make_plan, split
 from layerlab_learn_and_drop.features import Making, Storage
 from layerlab_learn_and_drop.strategy import NAME, LearnAndDrop

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlab import LayerlabError
-from layerlab.errors import first_line
-from layerlab.models import NORMALISATION
+from layerlab.base.errors import first_line
+from layerlab.workload.order import NORMALISATION
 
 
 @dataclass(frozen=True)

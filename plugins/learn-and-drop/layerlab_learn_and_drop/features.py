@@ -17,10 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerlab import LayerlabError
-from layerlab.data import pass_order
-from layerlab.files import write_json
-from layerlab.strategy import Batches
+from layerlab import Batches, LayerlabError
+from layerlab.base.files import write_json
+from layerlab.workload.dataset import pass_order
 from layerlab_learn_and_drop.cutting import features_of, mode
 
 Storage = Literal["compute", "bfloat16", "int8"]
@@ -83,7 +82,7 @@ def decode(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class Features:
-    """The stored features of a training set, as `fit` reads batches: `layerlab.strategy.Batches`.
+    """The stored features of a training set, as `fit` reads batches: `layerlab.Batches`.
 
     Args:
         parts: what is stored of a row, the int64 label last.
@@ -150,7 +149,7 @@ class Features:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Iterator[tuple[Tensor | tuple[Tensor, ...], Tensor]]:
-        """The current pass, as `layerlab.data.Split.batches`: shuffled without the uneven rest, or in order.
+        """The current pass, as `layerlab.Split.batches`: shuffled without the uneven rest, or in order.
 
         The tensors have the types that the prefix gave them, whatever `dtype` says of images.
         """

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from layerlab.figures import canvas
+from layerlab.show.figures import canvas
 
 
 def cuts(tables: Mapping[str, pd.DataFrame]) -> Figure:

@@ -20,10 +20,9 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, LayerMap, Run, Strategy
-from layerlab.data import free_memory
+from layerlab import Batches, LayerlabError, LayerMap, Run, Strategy
+from layerlab.base.devices import free_memory
 from layerlab.measure import synchronise, time_by_turns
-from layerlab.strategy import Batches
 from layerlab_learn_and_drop.cutting import Cut, Plan, make_plan, split
 from layerlab_learn_and_drop.features import Features, Making, NoRoom, Storage
 

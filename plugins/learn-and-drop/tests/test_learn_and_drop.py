@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from layerlab import LayerlabError, Run, Strategy, build_model, compare, fit, load_dataset, measure
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
 from layerlab_lars_skip import LarsSkip
 from layerlab_learn_and_drop import LearnAndDrop
 from layerlab_learn_and_drop.cutting import features_of, make_plan, split

@@ -16,11 +16,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from layerlab import Run, Strategy, measure
-from layerlab.data import noise
-from layerlab.figures import canvas
+from layerlab import Comparison, FitResult, Run, Strategy, measure
 from layerlab.measure import Turns
-from layerlab.training import Comparison, Fit, FitResult, total
+from layerlab.show.figures import canvas
+from layerlab.training.loop import Fit
+from layerlab.training.results import total
+from layerlab.workload.dataset import noise
 from layerlab_low_bit.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.store import Kind, Store
 from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit

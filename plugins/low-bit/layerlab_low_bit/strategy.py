@@ -231,7 +231,7 @@ EXPONENT_BYTES = 1
 
 
 class GradientWire:
-    """Gradients as they travel: see `layerlab.strategy.Wire`.
+    """Gradients as they travel: see `layerlab.Wire`.
 
     The formats come from gradients after the exchange, which all workers share, so that all send the same exponent.
 

@@ -12,9 +12,8 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerlab import LayerlabError, Run, Strategy, build_model, evaluate, fit, load_dataset
-from layerlab.data import Dataset, Split
-from layerlab.training import Fit
+from layerlab import Dataset, LayerlabError, Run, Split, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab.training.loop import Fit
 from layerlab_low_bit import LowBit, analysis
 from layerlab_low_bit.arithmetic import Arithmetic
 from layerlab_low_bit.store import Store

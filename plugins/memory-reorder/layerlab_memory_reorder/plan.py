@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError
-from layerlab.errors import first_line
+from layerlab.base.errors import first_line
 
 Order = Literal["larger-first", "weight-first"]
 WeightGradients = Literal["kept", "shared", "slabs"]

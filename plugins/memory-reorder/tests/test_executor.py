@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerlab import LayerlabError, Run, Strategy, fit, forward_order, load_dataset
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
 from layerlab_memory_reorder import MemoryReorder, executor
 from layerlab_memory_reorder.executor import Takeover
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from layerlab import LayerlabError, Run, build_model, compare, evaluate, fit, load_dataset, strategies
-from layerlab.training import Fit
+from layerlab.training.loop import Fit
 from layerlab_network_with_subnetworks import (
     NetworkWithSubnetworks,
     analysis,

@@ -1,0 +1,1 @@
+"""Files, errors, names, devices and provenance: what every other room stands on."""

@@ -1,0 +1,48 @@
+"""Devices: which one to use, its random state and the free memory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from layerlab.base.errors import LayerlabError, first_line
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The global random states that a run on `device` draws from: the CPU's, and on a GPU its own."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    """Go back to what `random_state` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` → a CUDA device if there is one, else the CPU.
+
+    Raises:
+        LayerlabError: a device that this machine does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise LayerlabError(
+            f"Device {str(device)!r} is not available here ({first_line(error)}); use 'auto' or 'cpu'."
+        ) from None
+    return place
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on the device; on the CPU in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

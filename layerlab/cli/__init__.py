@@ -1,0 +1,1 @@
+"""The command line, and the plugin that `layerlab new` copies."""

@@ -1,0 +1,5 @@
+"""`python -m layerlab.cli` is the command `layerlab`."""
+
+from layerlab.cli.main import main
+
+main()

@@ -1,0 +1,231 @@
+"""A paper's tables and claims as data, and what a measurement says of a claim."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tomllib
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
+from layerlab.base.names import NAME
+from layerlab.contract.claims import Claim, ClaimResult, Data
+from layerlab.contract.registry import Plugin
+from layerlab.contract.verdicts import judge
+from layerlab.show.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def paper_table(paper: Paper) -> Table:
+    """One row a claim, under the paper's title and summary."""
+    rows = [(claim.id, claim.statement, f"{claim.value:g} {claim.unit}", claim.where) for claim in paper.claims]
+    return Table(("claim", "statement", "published", "where"), rows,
+                 f"{paper.authors}: {paper.title}. {paper.venue}, {paper.year}.",
+                 [" ".join(paper.summary.split()), f"Profiles: {', '.join(paper.profiles)}."])
+
+
+class PublishedTable(Data):
+    """A table of the paper, cell by cell.
+
+    Attributes:
+        id: as the paper numbers it.
+        title: the caption.
+        columns: headings.
+        rows: cells, numbers or texts.
+    """
+
+    id: str
+    title: str
+    columns: list[str]
+    rows: list[list[float | int | str]]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """As a table, indexed by the first column."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=self.columns).set_index(self.columns[0])
+
+
+class Profile(Data):
+    """A set of values for the notebook's parameters.
+
+    Attributes:
+        description: what it runs on and how long it takes.
+        parameters: name → value.
+        cores: threads that a run should have; `all` keeps the machine to itself, for runs that are long or that time
+            what they do.
+        memory_gb: host memory that a run may take, in 10⁹ bytes.
+    """
+
+    description: str
+    parameters: dict[str, Any]
+    cores: PositiveInt | Literal["all"] = 1
+    memory_gb: PositiveFloat = 2.0
+
+
+class Paper(Data):
+    """What a plugin's `paper.toml` says.
+
+    Attributes:
+        title, authors, year, venue, link: bibliographic.
+        summary: the paper in three sentences.
+        formula: its central equation, in LaTeX.
+        notebook: file name, beside `paper.toml`.
+        tables, claims, profiles: see their classes.
+    """
+
+    title: str
+    authors: str
+    year: int
+    venue: str
+    link: str = ""
+    summary: str
+    formula: str
+    notebook: str
+    tables: list[PublishedTable] = Field(default_factory=list)
+    claims: list[Claim]
+    profiles: dict[str, Profile]
+    strategy: str = ""
+    folder: Path = Path()
+
+    @property
+    def short_authors(self) -> str:
+        """`One`, `One and Two` or `One et al.`, by family names; `?` where the paper names nobody."""
+        families = [name.split()[-1] for name in self.authors.split(",") if name.strip()] or ["?"]
+        return " and ".join(families) if len(families) < 3 else f"{families[0]} et al."
+
+    @property
+    def citation(self) -> str:
+        """`Title (authors, year)`."""
+        return f"{self.title} ({self.short_authors}, {self.year})"
+
+    @property
+    def notebook_file(self) -> Path:
+        """The notebook that reproduces the paper.
+
+        Raises:
+            LayerlabError: it is not there.
+        """
+        file = (self.folder / self.notebook).resolve()
+        if not file.is_file():
+            raise LayerlabError(f"The notebook {self.folder / self.notebook} of {self.strategy!r} is missing; "
+                                "install its plugin anew.")
+        return file
+
+    def __str__(self) -> str:
+        return paper_table(self).text()
+
+    def _repr_html_(self) -> str:
+        return paper_table(self)._repr_html_()
+
+    def judged(self, result: ClaimResult) -> ClaimResult:
+        """A row with the verdict that `judge` gives it today, whatever version wrote it; a claim that the paper no
+        longer has keeps its own."""
+        claim = next((claim for claim in self.claims if claim.id == result.claim), None)
+        if claim is None:
+            return result
+        values = [math.nan if value is None else value for value in result.values]
+        verdict, reason = judge(claim, values, result.conditions, bool(result.seeds))
+        return result.model_copy(update={"verdict": verdict, "reason": reason})
+
+    def table(self, id: str) -> PublishedTable:
+        """The table that the paper numbers so.
+
+        Raises:
+            LayerlabError: there is none.
+        """
+        found = {table.id: table for table in self.tables}
+        if id not in found:
+            raise unknown("table", id, found)
+        return found[id]
+
+    def claim(self, id: str) -> Claim:
+        """The claim of that id.
+
+        Raises:
+            LayerlabError: there is none.
+        """
+        found = {claim.id: claim for claim in self.claims}
+        if id not in found:
+            raise unknown("claim", id, found)
+        return found[id]
+
+    def not_run(self, claim: Claim, profile: str) -> ClaimResult:
+        """The row of a claim that nothing was measured of."""
+        return ClaimResult(
+            paper=self.strategy, claim=claim.id, statement=claim.statement, where=claim.where, unit=claim.unit,
+            paper_value=claim.value, profile=profile,
+        )
+
+    def profile(self, name: str) -> Profile:
+        """The run profile of that name.
+
+        Raises:
+            LayerlabError: there is none.
+        """
+        if name not in self.profiles:
+            raise unknown("profile", name, self.profiles)
+        return self.profiles[name]
+
+
+def read_paper(file: Path, strategy: str) -> Paper:
+    """Read a `paper.toml`.
+
+    Raises:
+        LayerlabError: missing, no TOML, or not of `Paper`'s form.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return Paper(**content, strategy=strategy, folder=file.parent)
+    except FileNotFoundError:
+        raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
+        raise LayerlabError(f"{file} cannot be read: {error}.") from None
+    except ValidationError as error:
+        raise LayerlabError(sentence(error, str(file))) from None
+
+
+def load_paper(strategy: str | Plugin) -> Paper:
+    """The paper of an installed strategy: `paper.toml` in the package that its entry point names.
+
+    The package is not imported: whoever only starts its notebook does without torch.
+
+    Raises:
+        LayerlabError: no such strategy, or no readable paper.
+    """
+    if isinstance(strategy, str):
+        from layerlab.contract.registry import strategies
+
+        strategy = strategies[strategy]
+    if not NAME.fullmatch(strategy.name):
+        raise LayerlabError(f"Plugin {strategy.name!r} of distribution {strategy.distribution!r} has a name that no "
+                            f"strategy may have; uninstall {strategy.distribution}.")
+    package = strategy.target.partition(":")[0].partition(".")[0]
+    try:
+        found = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):  # what is half there
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise LayerlabError(f"Strategy {strategy.name!r} points to {strategy.target}, and there is no package "
+                            f"{package!r}; install {strategy.distribution} anew.")
+    return read_paper(Path(found.submodule_search_locations[0]) / "paper.toml", strategy.name)
+
+
+def readable_papers() -> list[Paper]:
+    """The papers of all installed strategies; for one that cannot be read there is a warning instead."""
+    from layerlab.contract.registry import strategies
+
+    papers = []
+    for name in strategies:
+        try:
+            papers.append(load_paper(name))
+        except LayerlabError as error:
+            warnings.warn(f"{name} is left out: {error}", LayerlabWarning, stacklevel=3)
+    return papers

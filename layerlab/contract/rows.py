@@ -1,0 +1,81 @@
+"""Rows of the scoreboard: merged, completed, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+import pandas as pd
+
+from layerlab.contract.claims import ClaimResult, Verdict
+from layerlab.contract.paper import Paper
+
+SCOREBOARD = ("claim", "where", "paper", "measured", "run", "verdict")
+
+
+def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
+    """The rows as a table of texts, with the columns of `SCOREBOARD`; claims of several papers begin with its name."""
+    several = len({result.paper for result in results}) > 1
+    rows = [
+        {
+            "claim": f"{result.paper}: {result.statement}" if several else result.statement,
+            "where": result.where,
+            "paper": f"{result.paper_value:g} {result.unit}",
+            "measured": result.measured_text,
+            "run": result.setting_text,
+            "verdict": result.verdict + (f" ({result.reason})" if result.reason else ""),
+        }
+        for result in results
+    ]
+    return pd.DataFrame(rows, columns=list(SCOREBOARD))
+
+
+def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
+    """The results of several runs of a paper in one list, in the claims' order.
+
+    A claim that one run measured is not listed as `not run` for another, and one that follows from shapes alone is
+    listed once.
+    """
+    rows = list(results)
+    measured = {row.claim for row in rows if row.verdict != "not run"}
+    kept: dict[tuple[object, ...], ClaimResult] = {}
+    for row in rows:
+        if row.verdict == "not run" and row.claim in measured:
+            continue
+        where: tuple[object, ...] = ()
+        if row.seeds:
+            where = (row.profile, row.conditions.get("dataset"), row.conditions.get("network"))
+        kept.setdefault((row.claim, *where), row)
+    claims = list(dict.fromkeys(row.claim for row in rows))
+    return sorted(kept.values(), key=lambda row: claims.index(row.claim))
+
+
+def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]:
+    """Every claim of a paper in its order: what runs measured of it, or a row that says `not run`.
+
+    A result of a claim that the plugin has dropped since, which is no claim of the paper any more, is left out.
+
+    Args:
+        results: of runs of this paper, any number of each claim.
+    """
+    order = [claim.id for claim in paper.claims]
+    known = [result for result in results if result.claim in order]
+    found = {result.claim for result in known}
+    absent = [paper.not_run(claim, "") for claim in paper.claims if claim.id not in found]
+    return sorted(merged(known + absent), key=lambda row: order.index(row.claim))
+
+
+def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
+    """How many rows have each verdict, and how many of these are undecided; an empty text for none."""
+    found = {verdict: [row.undecided for row in rows if row.verdict == verdict] for verdict in get_args(Verdict)}
+    return {
+        verdict: f"{len(each) or ''}" + (f" ({sum(each)} undecided)" if any(each) else "")
+        for verdict, each in found.items()
+    }
+
+
+def tally(results: Sequence[ClaimResult]) -> pd.DataFrame:
+    """`counts` of each paper, a row a paper."""
+    papers = dict.fromkeys(row.paper for row in results)
+    table = {paper: counts([row for row in results if row.paper == paper]) for paper in papers}
+    return pd.DataFrame.from_dict(table, orient="index", columns=list(get_args(Verdict))).rename_axis("paper")

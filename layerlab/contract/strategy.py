@@ -1,0 +1,186 @@
+"""The contract: what a training strategy is, which hooks it has, and the `Run` that it shares with `fit`.
+
+A strategy is a pydantic model. Its fields are its settings; its hooks carry the names known from Lightning. A hook
+that a strategy does not define is never called, so it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from layerlab.base.errors import LayerlabError, sentence
+from layerlab.show.table import Table
+
+if TYPE_CHECKING:
+    from layerlab.contract.run import Run
+    from layerlab.show.layer_map import LayerMap
+
+
+def strategy_table(strategy: Strategy) -> Table:
+    """One row a setting: its value, and what it does."""
+    rows = [(name, str(getattr(strategy, name)), " ".join((field.description or "").split()))
+            for name, field in type(strategy).model_fields.items()]
+    return Table(("setting", "value", "what it does"), rows, strategy.name, () if rows else ("It has no settings.",))
+
+
+class Strategy(BaseModel):
+    """A method that changes how a network is trained. Subclass it; the fields are the settings.
+
+    `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's.
+    `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
+    which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
+    (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
+    the layers have to stay what they are. `expected_failed_checks` maps the checks of
+    `layerlab.testing` that it is known to fail to the reason.
+
+    State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
+    one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
+    tensors, numbers, strings, lists and dicts (checkpoints are read with `weights_only=True`).
+
+    Raises:
+        LayerlabError: a setting that does not exist or does not validate, in one sentence.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    name: ClassVar[str] = ""
+    replaces_network: ClassVar[bool] = False
+    changes_structure: ClassVar[bool] = False
+    follows_layers: ClassVar[bool] = False
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise LayerlabError(sentence(error, type(self).name or type(self).__name__)) from None
+
+    def on_fit_start(self, run: Run) -> None:
+        """Once, before the first epoch and again after an interruption: adapt the model, the data, the optimizer."""
+
+    def on_load_checkpoint(self, run: Run) -> None:
+        """After an interruption, with `load_state_dict` done and before the weights are loaded.
+
+        A strategy that had changed the network's structure, the data or the optimizer makes the same change again.
+        """
+
+    def on_epoch_start(self, run: Run) -> None:
+        """Before each epoch; the network is in training mode."""
+
+    def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
+        """Replace the whole step (forward, `run.backward`, update). At most one strategy of a run defines it.
+
+        Args:
+            x: images, (batch, channels, height, width), normalised and augmented.
+            y: labels, (batch,), int64.
+
+        Returns:
+            The batch's mean loss, a scalar; `fit` detaches it.
+        """
+        raise TypeError(f"{type(self).__name__} does not replace the training step")
+
+    def on_after_backward(self, run: Run) -> None:
+        """After each backward: the gradients are there, the optimizer has not stepped."""
+
+    def on_epoch_end(self, run: Run) -> None:
+        """After each epoch's last step, before the evaluation."""
+
+    def on_validation_end(self, run: Run) -> None:
+        """After each epoch's evaluation, outside the epoch's seconds: for what a strategy evaluates and logs itself."""
+
+    def on_fit_end(self, run: Run) -> None:
+        """Once at the end: leave `run.model` as the network that a user deploys."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on after an interruption at the end of an epoch."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def rebuild(self, network: nn.Module) -> nn.Module:
+        """Give a new network the structure in which this strategy left the one that it trained.
+
+        Called after `load_state_dict` on an object that has seen no fit; the weights are loaded afterwards. A strategy
+        that leaves the structure as it was has no need of it.
+
+        Args:
+            network: as its builder made it; may be taken over.
+        """
+        return network
+
+    def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
+        """What to show of a finished fit as layer × epoch maps, by title; none by default.
+
+        Args:
+            history: the fit's, `FitResult.history`: one row an epoch with everything that was logged.
+        """
+        return {}
+
+    @classmethod
+    def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module | None:
+        """A new small network that this strategy can train, for whatever runs over all strategies, tests say.
+
+        A strategy that takes any network leaves this as it is; one that needs a network of a certain form gives one.
+
+        Args:
+            shape: (channels, height, width) of the images.
+            classes: logits that the network gives.
+
+        Returns:
+            The network, or None for any.
+        """
+        return None
+
+    def _repr_html_(self) -> str:
+        return strategy_table(self)._repr_html_()
+
+    @classmethod
+    def defines(cls, hook: str) -> bool:
+        """Whether this strategy has a hook of its own."""
+        return getattr(cls, hook) is not getattr(Strategy, hook)
+
+
+def check_composition(strategies: Iterable[Strategy]) -> None:
+    """Refuse strategies that cannot run together.
+
+    Raises:
+        LayerlabError: two of them replace the training step, or the network that trains, or one does the one and
+            another the other; one changes the structure while another follows its layers; or one is given twice.
+    """
+    strategies = list(strategies)
+    for strategy in strategies:
+        if not isinstance(strategy, Strategy):
+            raise LayerlabError(f"{strategy!r} is no strategy: pass objects of layerlab.Strategy, such as "
+                                "layerlab.strategies(NAME) makes.")
+    names = [strategy.name for strategy in strategies]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise LayerlabError(f"Strategy {twice[0]!r} is given twice in one fit; give it once.")
+    stepping = [strategy.name for strategy in strategies if strategy.defines("training_step")]
+    if len(stepping) > 1:
+        raise LayerlabError(
+            f"Strategies {stepping[0]!r} and {stepping[1]!r} cannot run together: both replace the training step "
+            "(hook training_step); use one of them at a time."
+        )
+    replacing = [strategy.name for strategy in strategies if strategy.replaces_network]
+    if len(replacing) > 1:
+        raise LayerlabError(
+            f"Strategies {replacing[0]!r} and {replacing[1]!r} cannot run together: both replace the network that "
+            "trains; use one of them at a time."
+        )
+    changing = [strategy.name for strategy in strategies if strategy.changes_structure]
+    following = [strategy.name for strategy in strategies if strategy.follows_layers]
+    if changing and following:
+        raise LayerlabError(
+            f"Strategies {changing[0]!r} and {following[0]!r} cannot run together: the one removes layers, "
+            "the other follows each layer from epoch to epoch; use one of them at a time."
+        )
+    if replacing and stepping:
+        raise LayerlabError(
+            f"Strategies {replacing[0]!r} and {stepping[0]!r} cannot run together: the one replaces the network that "
+            "trains and its data between epochs, the other the training step; use one of them at a time."
+        )

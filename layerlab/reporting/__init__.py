@@ -1,0 +1,1 @@
+"""What is read afterwards: scoreboard, pages, published results, exploring and advice."""

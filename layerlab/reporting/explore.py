@@ -1,0 +1,168 @@
+"""Strategies on one's own network and images: which arms there are, what they gain and cost, which one to use."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from layerlab.base.errors import LayerlabError, reason
+from layerlab.contract.strategy import Strategy, check_composition
+from layerlab.reporting.advice import COSTS as COSTS
+from layerlab.reporting.advice import advise as advise
+from layerlab.reporting.advice import against as against
+from layerlab.reporting.advice import against_table as against_table
+from layerlab.reporting.advice import pareto_front as pareto_front
+from layerlab.runs.record import default_folder
+from layerlab.runs.session import Session
+from layerlab.training.paired import BASELINE as BASELINE
+from layerlab.training.results import Comparison
+from layerlab.workload.builders import network_builder, own_network
+from layerlab.workload.dataset import Augment, Dataset
+from layerlab.workload.loading import load_dataset
+from layerlab.workload.zoo import MODELS
+
+ALL = "all"
+
+
+def load_images(
+    data: str, network: str, *, image_size: int | None = None, channels: int | None = None, limit: int | None = None,
+    augment: Augment = "none", padding: int = 2, **options: Any,
+) -> Dataset:
+    """`load_dataset` with the channels that a network takes, where that is known: 3 for torchvision's.
+
+    Args:
+        data, image_size, channels, limit, options: as `load_dataset`.
+        network: as `build_network` takes it.
+        augment, padding: as `Dataset.augmented`.
+    """
+    if channels is None and ":" not in network and network not in MODELS:
+        channels = 3
+    loaded = load_dataset(data, image_size=image_size, channels=channels, limit=limit, **options)
+    return loaded.augmented(augment, padding)
+
+
+def build_network(network: str, data: Dataset, options: Mapping[str, Any] | None = None) -> Callable[[], nn.Module]:
+    """`layerlab.workload.builders.network_builder` for a dataset."""
+    return network_builder(network, data.classes, data.shape, **(options or {}))
+
+
+class Arms(NamedTuple):
+    """What is to be compared with the baseline.
+
+    Attributes:
+        chosen: name → strategies.
+        refused: name → why it cannot be made at all.
+    """
+
+    chosen: dict[str, tuple[Strategy, ...]]
+    refused: dict[str, str]
+
+
+def make_arms(
+    names: str | Sequence[str] = ALL,
+    combinations: Sequence[str] | Mapping[str, Mapping[str, Mapping[str, Any]]] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Arms:
+    """An arm for each strategy, and for each combination of several.
+
+    Args:
+        names: installed strategies, or `all`: whoever wrote them, and those that cannot be used are listed as such.
+        combinations: as `one-method + another`; or with settings of their own, name → strategy → settings.
+        settings: strategy → settings, wherever it is used without others.
+
+    Raises:
+        LayerlabError: what was written is wrong: a strategy that is not installed, settings that it does not have.
+    """
+    from layerlab.contract.registry import strategies
+
+    settings = settings or {}
+    for name in settings:
+        strategies[name].load()
+    arms = Arms({}, {})
+    if names == ALL:
+        for name in strategies:
+            try:
+                arms.chosen[name] = (strategies(name, **settings.get(name, {})),)
+            # A third party's strategy may fail in any way; with settings that were written for it, they are to blame.
+            except (Exception, SystemExit) as error:
+                if name in settings:
+                    raise
+                arms.refused[name] = reason(error)
+    else:
+        for name in [names] if isinstance(names, str) else names:
+            arms.chosen[name] = (strategies(name, **settings.get(name, {})),)
+    for label, parts in _combined(combinations):
+        made = tuple(strategies(name, **(settings.get(name, {}) if own is None else own)) for name, own in parts)
+        if label in (BASELINE, *arms.chosen, *arms.refused):
+            raise LayerlabError(f"Two arms are called {label!r}; give one of them another name.")
+        try:
+            check_composition(made)
+        except LayerlabError as error:
+            arms.refused[label] = str(error)
+        else:
+            arms.chosen[label] = made
+    return arms
+
+
+def _combined(
+    combinations: Sequence[str] | Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> Iterable[tuple[str, list[tuple[str, Mapping[str, Any] | None]]]]:
+    """(label, [(strategy, its own settings or None), …]) of each combination."""
+    if isinstance(combinations, Mapping):
+        for label, parts in combinations.items():
+            if not isinstance(parts, Mapping) or not parts:
+                raise LayerlabError(f"Combination {label!r} lists no strategies; write "
+                                    f"{{{label!r}: {{'one-method': {{'share': 0.5}}, 'another': {{}}}}}}.")
+            yield label, [(name, own or {}) for name, own in parts.items()]
+        return
+    for text in [combinations] if isinstance(combinations, str) else combinations:
+        names = [part.strip() for part in str(text).split("+")]
+        if len(names) < 2 or not all(names):
+            raise LayerlabError(f"Combination {text!r} is none; join two strategies or more by +, such as "
+                                "'one-method + another'.")
+        yield " + ".join(names), [(name, None) for name in names]
+
+
+def open_session(
+    experiment: str, data: Dataset, network: str, output: str | Path | None = None, **parameters: Any
+) -> Session:
+    """A notebook's session: the same parameters, data and network of one's own go on where they were interrupted.
+
+    Args:
+        experiment: MLflow's, and the folder below `runs`.
+        output: its folder. Default: `runs/<experiment>/<data>-<network>-<digest of the parameters>`.
+        parameters: of the notebook.
+    """
+    values = {"data": data.name, "network": network, **parameters}
+    title = f"{Path(data.name).name} · {network}"
+    folder = output or default_folder(experiment, re.sub(r"[^\w.-]+", "-", title), values)
+    # Another content of the same folder of images, or an edited network, begins anew rather than going on.
+    values["content"] = data.fingerprint
+    if ":" in network:
+        file = own_network(network)[1]
+        values["code"] = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest() if file else ""
+    tags = {"network": network, "dataset": data.name}
+    return Session(experiment, f"{experiment} · {title}", Path(folder), values, tags)
+
+
+def survey(
+    session: Session, network: Callable[[], nn.Module], data: Dataset, arms: Arms, **settings: Any
+) -> Comparison:
+    """Train the baseline and every arm under the same seeds, by turns; who refuses or fails is left out with a reason.
+
+    Args:
+        session: keeps the checkpoints and logs the runs.
+        settings: as `compare`.
+
+    Raises:
+        LayerlabError: what fails without any strategy.
+    """
+    every = {BASELINE: (), **arms.chosen}
+    runs = session.compare(session.experiment, network, data, every, keep_going=tuple(arms.chosen), **settings)
+    runs.failures |= arms.refused
+    return runs

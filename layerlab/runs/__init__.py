@@ -1,0 +1,1 @@
+"""What makes and keeps `runs/`: sessions, jobs and the execution of notebooks."""

@@ -1,0 +1,1 @@
+"""Many notebooks: plans, this machine, a Dask cluster."""

@@ -1,0 +1,102 @@
+"""The same jobs on a Dask cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from layerlab.base.errors import LayerlabError
+from layerlab.runs.batch.one_job import Outcome, Stop, run_job
+from layerlab.runs.jobs import Job
+from layerlab.show.progress import Board
+
+
+def on_cluster(
+    jobs: Sequence[Job], address: str, environment: Mapping[str, str], limits: Mapping[str, Any], stop: Stop,
+    board: Board,
+) -> list[Outcome]:
+    """Run jobs as tasks of a Dask cluster; a worker that has the resource `GPU` runs one job a GPU."""
+    try:
+        from distributed import Client, Event, as_completed
+    except ImportError:
+        raise LayerlabError(
+            "A cluster needs dask.distributed; install it with pip install 'layerlab[cluster]'."
+        ) from None
+
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise LayerlabError(f"There is no Dask scheduler at {address} ({error}); start one with `dask scheduler`, or "
+                            "leave out --scheduler to run here.") from None
+    name = f"layerlab-{environment['LAYERLAB_BATCH']}"
+    labels = {job.label for job in jobs}
+
+    def tell(entry: Any) -> None:
+        label, event = entry[1]["label"], entry[1]["event"]
+        if label in labels:
+            if event == "start":
+                board.start(label)
+            else:
+                board.event(label, event)
+
+    with client:
+        halt = Event(f"{name}-stop", client=client)
+        client.subscribe_topic(name, tell)
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        resources = {"GPU": 1} if any(worker.get("resources", {}).get("GPU") for worker in workers) else None
+        if not workers:
+            board.line(f"The scheduler at {address} has no workers yet; the jobs wait for some.")
+        # dask knows a task by its key; one of this batch's own, so that it does not hand out an old result.
+        futures = {
+            client.submit(_on_worker, job, dict(environment), dict(limits), name, key=f"{name}-{number}",
+                          resources=resources, pure=False): number
+            for number, job in enumerate(jobs)
+        }
+        outcomes: dict[int, Outcome] = {}
+
+        def collect() -> None:
+            for future in as_completed(futures):
+                number = futures[future]
+                try:
+                    outcomes[number] = future.result()
+                except Exception as error:  # whatever dask makes of a worker that died again and again
+                    outcomes[number] = Outcome("failed", f"The notebook of {jobs[number].name!r} was lost: {error}.")
+                board.end(jobs[number].label, outcomes[number].status)
+
+        # In a thread, since the main one would not see signals while it waits for dask.
+        collector = threading.Thread(target=collect, daemon=True)
+        collector.start()
+        told = False
+        while collector.is_alive() and not stop.now.is_set():
+            collector.join(0.2)
+            if stop.asked.is_set() and not told:
+                halt.set()
+                told = True
+        client.unsubscribe_topic(name)
+        return [outcomes.get(number, Outcome("stopped")) for number in range(len(jobs))]
+
+
+def _on_worker(job: Job, environment: dict[str, str], limits: dict[str, Any], name: str) -> Outcome:
+    """The task: `run_job` on a Dask worker, with the share of its machine's threads that the worker gives a task."""
+    from distributed import Event, get_worker
+
+    worker = get_worker()
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // worker.state.nthreads))
+    stop, halt, over = Stop(), Event(f"{name}-stop"), threading.Event()
+
+    def look() -> None:
+        while not over.wait(1.0):
+            with contextlib.suppress(Exception):  # the scheduler may be gone; the notebook goes on
+                if halt.is_set():
+                    stop.asked.set()
+
+    threading.Thread(target=look, daemon=True).start()
+    worker.log_event(name, {"label": job.label, "event": "start"})
+    try:
+        return run_job(job, environment, lambda event: worker.log_event(name, {"label": job.label, "event": event}),
+                       stop, **limits)
+    finally:
+        over.set()

@@ -1,0 +1,162 @@
+"""Many notebooks: on this machine as many at once as it carries, or on a Dask cluster; nothing finished is run again.
+
+Each notebook runs in its own process (`layerlab.runs.batch.notebook_process`), so a kernel or a runner that dies takes
+nothing else along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from layerlab.runs import tracking
+from layerlab.runs.batch.cluster import on_cluster
+from layerlab.runs.batch.machine import Machine
+from layerlab.runs.batch.one_job import Outcome, Stop, run_job
+from layerlab.runs.jobs import Job
+from layerlab.runs.record import read_record, workbook_folder
+from layerlab.show.progress import Board, clock
+
+
+def preview(jobs: Sequence[Job], since: float = 0.0) -> list[tuple[Job, str, str]]:
+    """What a batch would do: (job, `done before`, `goes on`, `runs` or `refused`, how long it took last time or why
+    it is refused) each."""
+    rows = []
+    for job in jobs:
+        if job.problem:
+            rows.append((job, "refused", job.problem))
+            continue
+        record = read_record(Path(job.folder))
+        status = "runs"
+        if job.is_done(since):
+            status = "done before"
+        elif record and not record.get("finished") and record.get("key") == job.key and not since:
+            status = "goes on"
+        rows.append((job, status, clock(job.last_seconds) if job.last_seconds else "never run"))
+    return rows
+
+
+def run_batch(
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    time_limit: float | None = None,
+    retries: int = 2,
+    rerun: bool = False,
+    scheduler: str = "",
+    board: Board | None = None,
+) -> list[Outcome]:
+    """Run jobs, each unless it is done.
+
+    The first SIGINT or SIGTERM ends kernels and closes their runs, and what was interrupted goes on next time; a
+    second one ends everything at once.
+
+    Args:
+        jobs: see `layerlab.runs.batch.plans.jobs_of`.
+        workers: notebooks at once on this machine; default: as many as cores, memory and GPUs carry.
+        time_limit: seconds a notebook may take.
+        retries: how often a notebook whose kernel or runner died is taken up again.
+        rerun: also what is done.
+        scheduler: address of a Dask scheduler whose workers see the same folders; empty: this machine.
+        board: where progress is drawn.
+
+    Returns:
+        One outcome a job, in their order.
+
+    Raises:
+        LayerlabError: the scheduler cannot be reached.
+    """
+    sound = [job for job in jobs if not job.problem]
+    board = board or Board(total=len(sound))
+    environment = {
+        "LAYERLAB_BATCH": os.environ.get("LAYERLAB_BATCH", uuid.uuid4().hex),
+        "LAYERLAB_HOME": str(workbook_folder()),
+        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
+    }
+    limits = {"time_limit": time_limit, "retries": retries, "since": time.time() if rerun else 0.0}
+    try:
+        with _stoppable(board) as stop:
+            if scheduler:
+                outcomes = iter(on_cluster(sound, scheduler, environment, limits, stop, board))
+            else:
+                outcomes = iter(_on_this_machine(sound, workers, environment, limits, stop, board))
+    finally:
+        board.close()
+    return [Outcome("refused", job.problem) if job.problem else next(outcomes) for job in jobs]
+
+
+@contextlib.contextmanager
+def _stoppable(board: Board) -> Iterator[Stop]:
+    """SIGINT, SIGTERM and SIGHUP set the flags while the block runs."""
+    stop = Stop()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.asked.is_set():
+            stop.now.set()
+            return
+        stop.asked.set()
+        board.line("Stopping: what was interrupted goes on next time; once more ends everything at once.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_this_machine(
+    jobs: Sequence[Job], workers: int | None, environment: Mapping[str, str], limits: Mapping[str, Any], stop: Stop,
+    board: Board,
+) -> list[Outcome]:
+    machine = Machine(workers or 1)
+    at_once = min(workers or machine.all_cores, len(jobs))
+    share = max(1, machine.all_cores // max(1, at_once))
+    # Those that need the machine to themselves last, the longest of the others first.
+    waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].cores == "all", -(jobs[i].last_seconds or 1e9)))
+    # Asked here as well as in run_job, so that what is done does not wait for room.
+    outcomes = {number: Outcome("done before") for number in waiting if jobs[number].is_done(limits["since"])}
+    waiting = [number for number in waiting if number not in outcomes]
+    for number in outcomes:
+        jobs[number].settle()
+        board.step()
+    running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
+    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+        while waiting or running:
+            for number in list(waiting):
+                if stop.asked.is_set():
+                    waiting.remove(number)
+                    outcomes[number] = Outcome("stopped")
+                    board.step()
+                    continue
+                job = jobs[number]
+                room = machine.take(job, share) if len(running) < at_once else None
+                if room is None:
+                    continue
+                waiting.remove(number)
+                board.start(job.label, job.last_seconds)
+                future = pool.submit(
+                    run_job, job, {**environment, **room[0]},
+                    partial(board.event, job.label), stop, **limits,
+                )
+                running[future] = (number, room[1])
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number, give_back = running.pop(future)
+                give_back()
+                outcomes[number] = future.result()
+                board.end(jobs[number].label, outcomes[number].status)
+    return [outcomes[number] for number in range(len(jobs))]

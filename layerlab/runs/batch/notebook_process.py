@@ -1,0 +1,79 @@
+"""One notebook in its own process: `layerlab.runs.batch` starts `python -m layerlab.runs.batch.notebook_process`.
+
+The job comes as one JSON line on standard input; the outcome goes as one JSON line to standard output. Standard input
+stays open as long as whoever started this lives: its end, or a line with a reason, ends the kernel and this process,
+so that no kernel outlives a batch that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from layerlab.base.errors import LayerlabError, reason
+from layerlab.runs.execution import DeadKernel, NotebookFailed, close_runs, execute, fail
+from layerlab.runs.jobs import Job
+from layerlab.show.progress import VARIABLE
+
+STOP = "stop"
+TIME = "time"
+
+
+def main() -> None:
+    """Run the job, and say how it ended: finished, failed, refused (bad input), dead (the kernel), or stopped."""
+    spec = json.loads(sys.stdin.readline())
+    job = Job(**spec["job"])
+    reasons: list[str] = []
+    threading.Thread(target=_watch, args=(reasons,), daemon=True).start()
+    status, message = "finished", ""
+    try:
+        execute(job, wait=True, since=spec["since"])
+    except DeadKernel as error:
+        status, message = "dead", str(error)
+    except NotebookFailed as error:
+        status, message = "failed", str(error)
+    except LayerlabError as error:
+        status, message = "refused", str(error)
+    except KeyboardInterrupt:
+        status = "stopped"
+    except Exception as error:  # a full disk in the middle of papermill, for one
+        status, message = "failed", str(fail(job, f"could not be run ({reason(error)})"))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if reasons and status != "finished":
+        # The kernel was ended from here, whatever that looked like to papermill.
+        status, message = "stopped", ""
+        if reasons[0] == TIME:
+            status, message = "failed", str(fail(job, "ran out of its time"))
+        else:
+            close_runs(job, "KILLED")
+    sys.stdout.write(json.dumps({"status": status, "message": message}) + "\n")
+    sys.stdout.flush()
+
+
+def kernel_of(events: Path) -> int | None:
+    """The process number of the kernel that the events of a notebook name last."""
+    number = None
+    with contextlib.suppress(OSError):
+        for line in events.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                number = json.loads(line).get("kernel", number)
+    return number
+
+
+def _watch(reasons: list[str]) -> None:
+    """Wait for a reason to stop; then the kernel goes first, so that nothing waits for a cell that hangs."""
+    reasons.append(sys.stdin.readline().strip() or STOP)
+    kernel = kernel_of(Path(os.environ[VARIABLE]))
+    if kernel:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(kernel, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One notebook in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from layerlab.base.errors import LayerlabError
+from layerlab.runs.batch.notebook_process import STOP, TIME, kernel_of
+from layerlab.runs.execution import fail
+from layerlab.runs.jobs import Job
+from layerlab.show.progress import VARIABLE, followed
+
+Tell = Callable[[dict[str, Any]], None]
+Status = Literal["finished", "done before", "failed", "refused", "stopped"]
+GRACE = 15.0  # seconds that a runner has for ending its kernel and closing its runs
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        status: `finished`; `done before`, when there was nothing to do; `failed`; `refused` for bad input that only
+            the notebook could see, a folder that cannot be written, or a job that came with a problem; `stopped` by a
+            person.
+        message: one sentence, for a failure.
+    """
+
+    status: Status
+    message: str = ""
+
+
+class Stop:
+    """Whether to stop: `asked` ends cleanly, `now` kills."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.now = threading.Event()
+
+
+def run_job(
+    job: Job,
+    environment: Mapping[str, str],
+    tell: Tell,
+    stop: Stop,
+    *,
+    time_limit: float | None = None,
+    retries: int = 2,
+    since: float = 0.0,
+) -> Outcome:
+    """Run one job in a process of its own, and again if that or its kernel dies.
+
+    Args:
+        environment: variables for the notebook's kernel.
+        tell: takes the notebook's progress.
+        stop: looked at a few times a second.
+        time_limit: seconds.
+        retries: for a dead kernel or runner; an error in a cell is not tried again.
+        since: what was finished before that time does not count as done, in seconds since 1970.
+    """
+    for _ in range(retries + 1):
+        if stop.asked.is_set():
+            return Outcome("stopped")
+        # Looked up each time: a runner may have died after its notebook's last word, and dask gives a dead worker's
+        # jobs to another one although they were finished.
+        if job.is_done(since):
+            job.settle()
+            return Outcome("done before")
+        status, message = _once(job, environment, tell, stop, time_limit, since)
+        if status == "finished":
+            return Outcome("finished")
+        if status != "dead":
+            return Outcome(status, message)
+        if stop.asked.is_set():
+            return Outcome("stopped")
+        tell({"again": message})
+    try:
+        return Outcome("failed", str(fail(job, f"died {retries + 1} times; the last time: {message.rstrip('.')}")))
+    except LayerlabError as error:
+        return Outcome("failed", str(error))
+
+
+def _once(
+    job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, since: float
+) -> tuple[Status | Literal["dead"], str]:
+    with tempfile.TemporaryDirectory(prefix="layerlab-") as temporary:
+        events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
+        events.touch()
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "layerlab.runs.batch.notebook_process"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, **environment, VARIABLE: str(events)},
+                # A terminal's Ctrl-C is for the batch, which passes it on in its own way.
+                start_new_session=True,
+            )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told = _tell_process(process, json.dumps({"job": asdict(job), "since": since}, default=str))
+        deadline = time.monotonic() + time_limit if time_limit else float("inf")
+        end = float("inf")
+        with followed(events, tell):
+            while told and process.poll() is None:
+                now = time.monotonic()
+                if end == float("inf") and (stop.asked.is_set() or now > deadline):
+                    _tell_process(process, STOP if stop.asked.is_set() else TIME)
+                    end = now + GRACE
+                if now > end or stop.now.is_set():
+                    _kill(process, events)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+        process.wait()
+        answer = process.stdout.read().strip().rpartition("\n")[2]
+        process.stdin.close()
+        process.stdout.close()
+        if answer:
+            outcome = json.loads(answer)
+            return outcome["status"], outcome["message"]
+        _kill(process, events)
+        if stop.asked.is_set():
+            return "stopped", ""
+        if end < float("inf"):
+            return "failed", str(fail(job, "ran out of its time and had to be killed"))
+        return "dead", _last_words(process.returncode, log)
+
+
+def _tell_process(process: subprocess.Popen[str], line: str) -> bool:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen[str], events: Path) -> None:
+    """End a runner and its kernel, which is in a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if kernel := kernel_of(events):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(kernel, signal.SIGKILL)
+
+
+def _last_words(status: int, log: Path) -> str:
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"its process {how}" + (f" ({lines[-1][:200]})" if lines else "")

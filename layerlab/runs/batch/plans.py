@@ -1,0 +1,163 @@
+"""What a batch is to run: a plan, read from YAML and checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+
+from layerlab.base.errors import LayerlabError, sentence
+from layerlab.base.text import from_yaml
+from layerlab.runs.jobs import Job, notebook_job, notebook_parameters, paper_job
+
+ALL = "all"
+
+
+class Entry(BaseModel):
+    """One line of a plan: papers or a notebook, with every combination of profiles, parameters and seeds.
+
+    Attributes:
+        paper: names of installed strategies, or `all`.
+        notebook: path of any notebook with a cell tagged `parameters`; relative to the plan.
+        profile: profiles of the papers.
+        parameters: notebook parameters, the same for all.
+        grid: parameter → list of values; every combination is a notebook.
+        seeds: a notebook a seed, through the notebook's parameter `seeds` (a list of one) or `seed`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    paper: list[str] = []
+    notebook: str = ""
+    profile: list[str] = ["quick"]
+    parameters: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+    seeds: list[int] | None = Field(None, min_length=1)
+
+    @field_validator("paper", "profile", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("grid")
+    @classmethod
+    def _no_empty_grid(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for name, values in value.items():
+            if not values:
+                raise ValueError(f"gives {name!r} no value to take; give it some or leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _paper_or_notebook(self) -> Entry:
+        if bool(self.paper) == bool(self.notebook):
+            raise ValueError("needs either a paper or a notebook")
+        if self.notebook and "profile" in self.model_fields_set:
+            raise ValueError("has a profile, which only papers have; use parameters")
+        return self
+
+
+class Plan(BaseModel):
+    """A batch.
+
+    Attributes:
+        jobs: what to run.
+        workers: notebooks at once; default: as many as cores, memory and GPUs carry.
+        time_limit: minutes a notebook may take; none by default.
+        retries: how often a notebook whose kernel died is taken up again.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    jobs: list[Entry] = Field(min_length=1)
+    workers: int | None = Field(None, ge=1)
+    time_limit: PositiveFloat | None = None
+    retries: int = Field(2, ge=0)
+
+
+def read_plan(file: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        LayerlabError: no such file, no YAML, or settings that a plan does not have, all of them.
+    """
+    import yaml
+
+    try:
+        content = from_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LayerlabError(f"The plan {file} cannot be read ({error.strerror}); check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LayerlabError(f"The plan {file} is no YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(content, list):
+        content = {"jobs": content}
+    if not isinstance(content, dict):
+        raise LayerlabError(f"The plan {file} has no jobs; list them under `jobs:`.")
+    try:
+        return Plan(**content)
+    except (ValidationError, TypeError) as error:
+        text = sentence(error, str(file)) if isinstance(error, ValidationError) else f"{file}: {error}."
+        raise LayerlabError(text) from None
+
+
+def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
+    """Every job of a plan, each once, in its order.
+
+    Args:
+        beside: the folder that paths of notebooks are relative to.
+        output: the folder of the results, where the plan is of a single job.
+
+    Returns:
+        Of `paper: all`, also what cannot be run, a broken plugin say, as a job with its problem: the others run.
+
+    Raises:
+        LayerlabError: every mistake of the plan at once: unknown papers, notebooks, profiles and parameters; or there
+            is nothing that can be run.
+    """
+    jobs: dict[str, Job] = {}
+    mistakes: list[str] = []
+    for number, entry in enumerate(plan.jobs, 1):
+        for source, profile, parameters in _combinations(entry):
+            try:
+                if entry.notebook:
+                    file = beside / entry.notebook
+                    job = notebook_job(file, _seeded(entry, parameters, notebook_parameters(file)), output)
+                else:
+                    job = paper_job(source, profile, parameters, output)
+            except LayerlabError as error:
+                if entry.paper == [ALL]:
+                    job = Job("", "", source, profile, parameters, problem=f"{source}: {error}")
+                    jobs[f"{number} {job.label}"] = job
+                else:
+                    mistakes.append(f"job {number}: {error}")
+            else:
+                other = jobs.setdefault(job.folder, job)
+                if other.key != job.key:
+                    mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
+                                    f"{other.label}; give one of them another name")
+    if jobs and all(job.problem for job in jobs.values()):
+        mistakes += [job.problem for job in jobs.values()]
+    if mistakes:
+        lines = "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes))
+        raise LayerlabError(f"The plan has mistakes, and nothing was run:\n{lines}")
+    return list(jobs.values())
+
+
+def _combinations(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    from layerlab.contract.registry import strategies
+
+    sources = list(strategies) if entry.paper == [ALL] else entry.paper or [""]
+    grid = dict(entry.grid)
+    if entry.seeds is not None:
+        grid["seeds"] = [[seed] for seed in entry.seeds]
+    for source, profile, *values in itertools.product(sources, entry.profile if entry.paper else [""], *grid.values()):
+        yield source, profile, {**entry.parameters, **dict(zip(grid, values, strict=True))}
+
+
+def _seeded(entry: Entry, parameters: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """A notebook of one's own may call its parameter `seed` and take a number."""
+    if entry.seeds is None or "seeds" in known or "seed" not in known:
+        return parameters
+    return {name: value for name, value in parameters.items() if name != "seeds"} | {"seed": parameters["seeds"][0]}

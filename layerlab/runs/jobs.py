@@ -1,0 +1,232 @@
+"""Jobs: a notebook with its parameters and the folder it writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from layerlab.base.errors import LayerlabError, LayerlabWarning, reason, unknown
+from layerlab.base.text import reproduce_command
+from layerlab.contract.paper import load_paper
+from layerlab.runs.record import default_folder, is_finished, notebook_key, read_record, workbook_folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A notebook with its parameters, and where its results go. Plain data, so that it travels to other processes.
+
+    Attributes:
+        notebook: the notebook's file.
+        folder: the output folder, a job's own.
+        strategy, profile: of a paper's notebook; empty for any other.
+        parameters: the values that differ from the profile's, or from the notebook's own.
+        key: changes when the job would do something else, see `layerlab.runs.record.notebook_key`.
+        cores: threads that it should have; `all` keeps the machine to itself.
+        memory_gb: host memory that it may take, in 10⁹ bytes.
+        problem: why it cannot be run, found before anything started; otherwise empty.
+    """
+
+    notebook: str
+    folder: str
+    strategy: str = ""
+    profile: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+    cores: int | Literal["all"] = 1
+    memory_gb: float = 2.0
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """The strategy's name, or the notebook's."""
+        return self.strategy or Path(self.notebook).stem
+
+    @property
+    def label(self) -> str:
+        """Name, profile and the parameters that differ, in a few words."""
+        changed = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        return " ".join(part for part in (self.name, self.profile, changed) if part)
+
+    @property
+    def command(self) -> str:
+        """What runs this job alone."""
+        more = []
+        if self.strategy and Path(self.folder) != default_folder(
+            self.strategy, self.profile, self.parameters
+        ).resolve():
+            more = ["--output", self.folder]
+        return reproduce_command(self.strategy or self.notebook, self.profile if self.strategy else "",
+                                 self.parameters, *more)
+
+    @property
+    def file(self) -> Path:
+        """The executed notebook of a finished job."""
+        return Path(self.folder) / f"{self.name}.ipynb"
+
+    @property
+    def partial(self) -> Path:
+        """The notebook while it runs, and after an interruption."""
+        return self.file.with_suffix(".partial.ipynb")
+
+    @property
+    def failed(self) -> Path:
+        """The notebook of a failed job, with its traceback."""
+        return self.file.with_suffix(".failed.ipynb")
+
+    @property
+    def last_seconds(self) -> float | None:
+        """How long it took when it last finished; the last session alone, if it had been interrupted."""
+        return read_record(Path(self.folder)).get("seconds")
+
+    def is_done(self, since: float = 0.0) -> bool:
+        """Whether the folder holds this very job, finished, by our own record; papermill's word is no proof.
+
+        Args:
+            since: what was finished before does not count, in seconds since 1970.
+        """
+        folder = Path(self.folder)
+        record = read_record(folder)
+        if record.get("ended", 0.0) < since:
+            return False
+        if self.strategy:
+            return is_finished(folder, self.key)
+        return bool(record.get("finished")) and record.get("key") == self.key and self.file.exists()
+
+    def settle(self) -> None:
+        """Give a done job's notebook its name, if it was killed between the study's last word and that: only the saving
+        of the last cell is lost."""
+        if not self.file.exists() and self.partial.exists():
+            os.replace(self.partial, self.file)
+
+
+def paper_job(
+    strategy: str, profile: str = "quick", parameters: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+) -> Job:
+    """The notebook of an installed strategy's paper.
+
+    Args:
+        strategy: name of an installed strategy.
+        profile: one of its paper's.
+        parameters: notebook parameters that override the profile's.
+        output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
+
+    Raises:
+        LayerlabError: no such strategy, profile or parameter.
+    """
+    paper = load_paper(strategy)
+    chosen = paper.profile(profile)
+    given = dict(parameters or {})
+    known = set(chosen.parameters)
+    for name in given:
+        if name not in known:
+            raise unknown(f"parameter of the {strategy} notebook", name, known)
+    # As the study has them that its notebook opens.
+    values = json.loads(json.dumps({**chosen.parameters, **given}, default=str))
+    folder = Path(output) if output else default_folder(strategy, profile, given)
+    return Job(
+        str(paper.notebook_file), str(folder.resolve()), strategy, profile, given,
+        notebook_key(paper.notebook_file, values, paper.folder), chosen.cores, chosen.memory_gb,
+    )
+
+
+def notebook_parameters(notebook: Path) -> list[str]:
+    """Names of the parameters of a notebook, from its cell tagged `parameters`.
+
+    Raises:
+        LayerlabError: no such file, or no notebook.
+    """
+    papermill = import_papermill()
+    if not notebook.is_file():
+        raise LayerlabError(f"There is no notebook {notebook}; check the path.")
+    try:
+        with quiet_papermill():
+            return list(papermill.inspect_notebook(str(notebook)))
+    except Exception as error:  # whatever nbformat, papermill and JSON raise on what is no notebook
+        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
+
+
+def notebook_job(
+    notebook: str | Path, parameters: Mapping[str, Any] | None = None, output: str | Path | None = None
+) -> Job:
+    """Any notebook with a cell tagged `parameters`.
+
+    Raises:
+        LayerlabError: no such file, no notebook, or no such parameter.
+    """
+    file = Path(notebook).resolve()
+    given = dict(parameters or {})
+    known = notebook_parameters(file)
+    for name in given:
+        if name not in known:
+            raise unknown(f"parameter of {file.name}", name, known)
+    name = file.stem
+    if file.parent != workbook_folder() / "notebooks":
+        # Several may be called alike.
+        name += "-" + hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()
+    folder = Path(output) if output else default_folder("notebooks", name, given)
+    return Job(str(file), str(folder.resolve()), parameters=given, key=notebook_key(file, given))
+
+
+def import_papermill() -> Any:
+    """papermill, without what costs each process two seconds and without what is plugged into it and broken.
+
+    It imports jsonschema, which builds a grammar of web addresses if the package that holds it can be imported.
+    Notebooks are valid or not without that. And it loads engines of all distributions with nothing around that.
+    """
+    if "papermill" in sys.modules:
+        import papermill
+
+        return papermill
+    import entrypoints
+
+    name = "rfc3987_syntax"
+    absent = name not in sys.modules
+    if absent:
+        sys.modules[name] = None  # type: ignore[assignment]
+    every = entrypoints.get_group_all
+    entrypoints.get_group_all = _sound_points
+    try:
+        import papermill
+    finally:
+        entrypoints.get_group_all = every
+        if absent:
+            del sys.modules[name]
+    return papermill
+
+
+def _sound_points(group: str) -> list[Any]:
+    """The entry points of a group that can be loaded; the others get a warning."""
+    sound = []
+    for point in importlib.metadata.entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:  # whatever somebody's module raises
+            owner = point.dist.name if point.dist else "a package"
+            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {reason(error)}.",
+                          LayerlabWarning, stacklevel=2)
+        else:
+            sound.append(point)
+    return sound
+
+
+@contextlib.contextmanager
+def quiet_papermill() -> Iterator[None]:
+    """Keep papermill's warnings about parameters out of the output."""
+    logger = logging.getLogger("papermill")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,123 @@
+"""What a session notes in its folder, and what decides whether that is still valid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.files import stamp
+from layerlab.base.provenance import versions
+from layerlab.contract.claims import ClaimResult
+
+
+def workbook_folder() -> Path:
+    """Where this workbook keeps runs and the tracking database.
+
+    `$LAYERLAB_HOME`, else the nearest folder upwards from here that has a `notebooks` folder or a tracking database,
+    else the current folder.
+    """
+    if home := os.environ.get("LAYERLAB_HOME"):
+        return Path(home).resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "mlflow.db").exists() or (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+OUTPUT = "LAYERLAB_OUTPUT"
+RECORD = "study.json"
+RESULTS = "claims.json"
+# Folders of what a session shows.
+PARTS = ("tables", "figures")
+PARAMETERS = "parameters.json"
+
+
+def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
+    """`runs/<strategy>/<profile>` in the workbook's folder, or one of their own for other parameters."""
+    name = profile
+    if overrides:
+        text = json.dumps(dict(overrides), sort_keys=True, default=str)
+        name += "-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return workbook_folder() / "runs" / strategy / name
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, its `artifacts`,
+    `key`, `data`, `seconds`; or nothing, also where the file holds anything else."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
+        return {}
+    kinds: dict[str, type] = {"data": dict, "begun": Real, "ended": Real, "seconds": Real, "attempt": str,
+                              "mlflow_run": str, "artifacts": str}
+    return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
+
+
+def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
+    """Changes when a notebook would do something else: its cells, its parameters' values, the versions of everything
+    that decides about numbers, and the sources of its plugin, whose version a developer does not raise at each edit.
+
+    Args:
+        notebook: the notebook's file.
+        parameters: every value in force.
+        package: folder of the plugin's package.
+
+    Raises:
+        LayerlabError: the file is no notebook.
+    """
+    try:
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
+    sources = sorted(package.rglob("*.py")) if package else []
+    # Another plugin that is installed meanwhile changes nothing for this one.
+    known = versions(plugins=package is None)
+    texts = [(file.name, file.read_text(errors="replace")) for file in sources if file.is_file()]
+    content = [cells, parameters, known, texts]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def data_in_use() -> str:
+    """The folder of datasets, which is part of what a finished study depends on."""
+    return os.environ.get("LAYERLAB_DATA", "")
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether a folder holds a finished study of that key, whose data are as they were."""
+    record = read_record(folder)
+    data = record.get("data", {})
+    return bool(
+        record.get("finished")
+        and record.get("key") == key
+        and (folder / RESULTS).exists()
+        and all(stamp(source) == known for source, known in data.items())
+        and (not any(data.values()) or record.get("data_root") == data_in_use())
+    )
+
+
+def read_results(folder: Path) -> list[ClaimResult]:
+    """The claims' results that a finished study left in its folder.
+
+    Raises:
+        LayerlabError: there are none, or the file holds something else.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        raise LayerlabError(f"{folder} holds no finished run (no {RESULTS}); run `layerlab reproduce` first.")
+    try:
+        return [ClaimResult(**row) for row in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise LayerlabError(f"{file} does not hold the claims of a run ({first_line(error)}); delete its "
+                            "folder and run it again.") from None

@@ -1,0 +1,285 @@
+"""A notebook's session: its runs, tables and figures in one place; with a paper under a profile, its claims, too."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, TYPE_CHECKING, Any
+
+from layerlab.base.errors import LayerlabError, unknown
+from layerlab.base.files import stamp, write_atomically, write_json
+from layerlab.base.provenance import provenance
+from layerlab.contract.claims import ClaimResult
+from layerlab.contract.paper import Paper, load_paper
+from layerlab.contract.verdicts import judge
+from layerlab.runs import tracking
+from layerlab.runs.record import (
+    OUTPUT,
+    PARAMETERS,
+    PARTS,
+    RECORD,
+    RESULTS,
+    data_in_use,
+    default_folder,
+    notebook_key,
+    read_record,
+)
+from layerlab.show.interval import mean_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from layerlab.show.figures import Picture
+    from layerlab.training.results import Comparison
+
+_held: dict[Path, IO[str]] = {}
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a study's folder for as long as this one lives.
+
+    The kernel of a run that was killed lives on for a second or two; it is waited for.
+
+    Raises:
+        LayerlabError: another process stays in it, or the folder cannot be written.
+    """
+    if folder in _held:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".study.lock").open("w")
+    except OSError as error:
+        raise LayerlabError(
+            f"The output folder {folder} cannot be written ({error.strerror}); choose another."
+        ) from None
+    for _ in range(100):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            _held[folder] = lock
+            return
+    lock.close()
+    raise LayerlabError(f"Another process is at work in {folder}; wait for it, or choose another output folder.")
+
+
+class Session:
+    """A notebook at work.
+
+    Everything it makes lies in one folder and in one MLflow run, whose id the training runs carry as a tag. An
+    interrupted session that is opened again with the same parameters goes on in both; a finished one is done anew.
+
+    Args:
+        experiment: MLflow's.
+        title: of its MLflow run.
+        folder: of its own.
+        parameters: the values in force.
+        tags: of its runs.
+        notes: what else its record keeps.
+
+    Attributes:
+        folder: the output folder.
+        attempt: an id that survives interruptions.
+        run_id: of the notebook's MLflow run.
+
+    Raises:
+        LayerlabError: a folder that cannot be written, or that another process is at work in.
+    """
+
+    def __init__(
+        self, experiment: str, title: str, folder: Path, parameters: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None, notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.experiment = experiment
+        self.folder = folder.resolve()
+        _hold(self.folder)
+        values = json.loads(json.dumps(dict(parameters), default=str))
+        self._opened = time.monotonic()
+        record = read_record(self.folder)
+        begun = time.time()
+        if record and not record["finished"] and record.get("parameters") == values and record.get("attempt"):
+            self.attempt, begun = record["attempt"], record.get("begun", begun)
+        else:
+            self.attempt = uuid.uuid4().hex
+            (self.folder / RESULTS).unlink(missing_ok=True)
+            # A table that is made no more would pass for one of this run. Without parameters no session has been in
+            # the folder, and what lies there is somebody else's.
+            for part in PARTS if (self.folder / PARAMETERS).exists() else ():
+                shutil.rmtree(self.folder / part, ignore_errors=True)
+            if record and not record["finished"] and "mlflow_run" in record:
+                tracking.end_open_runs(experiment, record["mlflow_run"])
+        self._record: dict[str, Any] = {
+            "attempt": self.attempt, "finished": False, "parameters": values, **(notes or {}),
+            "data": {}, "data_root": data_in_use(), "begun": begun,
+            # How long the last finished one took stays known while the next one runs.
+            "seconds": record.get("seconds"),
+        }
+        write_json(self.folder / RECORD, self._record)
+        self._tags = {**(tags or {}), "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
+        self.run_id = tracking.start_run(
+            experiment, title, self.attempt, self._tags | tracking.common_tags() | {"kind": "notebook"},
+        )
+        self._artifacts = tracking.artifact_folder(self.run_id)
+        self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
+        write_json(self.folder / RECORD, self._record)
+        self._keep(PARAMETERS, json.dumps(values, indent=2, ensure_ascii=False).encode())
+
+    def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
+        """`layerlab.compare`, checkpointed in the session's folder and logged with its run's id.
+
+        Args:
+            title: names the checkpoints; unique in the notebook.
+            table: what this is for, as a tag: the table or figure of a paper, say.
+        """
+        from layerlab.training.fit import compare
+        from layerlab.workload.dataset import Dataset
+
+        for data in (value for value in (*arguments, *settings.values()) if isinstance(value, Dataset)):
+            if data.source not in self._record["data"]:
+                self._record["data"][data.source] = stamp(data.source)
+                write_json(self.folder / RECORD, self._record)
+        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
+        return compare(
+            *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
+        )
+
+    def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """Keep a table, unless it has no rows, as CSV in the folder and in MLflow; gives it back for display."""
+        if frame.empty:
+            return frame
+        import pandas as pd
+
+        # Named in any case: MLflow's preview leaves out a column without a name.
+        labels = [name or "row" for name in frame.index.names]
+        text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex), index_label=labels)
+        self._keep(f"tables/{name}.csv", text.encode())
+        return frame
+
+    def figure(self, name: str, figure: Figure) -> Picture:
+        """Keep a matplotlib figure as PNG in the folder and in MLflow; gives the picture back for display."""
+        from layerlab.show.figures import Picture, png
+
+        picture = Picture(figure, png(figure, 144), 144)
+        self._keep(f"figures/{name}.png", picture.content)
+        return picture
+
+    def close(self) -> None:
+        """The work is done: end the MLflow run, and forget the checkpoints.
+
+        What says so is `finished` in the record, written when everything else is.
+        """
+        tracking.client().set_terminated(self.run_id, "FINISHED")
+        self._record |= {"finished": True, "ended": time.time(), "seconds": round(time.monotonic() - self._opened, 1)}
+        write_json(self.folder / RECORD, self._record)
+        shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
+
+    def _keep(self, name: str, content: bytes) -> None:
+        write_atomically(self.folder / name, lambda stream: stream.write(content))
+        tracking.log_file(self.run_id, content, name, self._artifacts)
+
+
+class Study(Session):
+    """What a paper's notebook works with: a session that knows the paper.
+
+    Args:
+        strategy: name of the installed strategy whose paper this is.
+        profile: one of the paper's.
+        output: the folder. Default: `$LAYERLAB_OUTPUT`, else `runs/<strategy>/<profile>` in the workbook's folder.
+        parameters: the notebook's parameters; those that are None take the profile's value.
+
+    Attributes:
+        paper: tables, claims, profiles.
+        parameters: the values in force, as attributes.
+
+    Raises:
+        LayerlabError: unknown strategy, profile or parameter; a folder that cannot be written.
+    """
+
+    def __init__(
+        self, strategy: str, profile: str = "quick", output: str | Path | None = None, **parameters: Any
+    ) -> None:
+        self.paper: Paper = load_paper(strategy)
+        self.profile = profile
+        values = dict(self.paper.profile(profile).parameters)
+        for name, value in parameters.items():
+            if name not in values:
+                raise unknown("parameter", name, values)
+            if value is not None:
+                values[name] = value
+        self.parameters = SimpleNamespace(**values)
+        overrides = {name: value for name, value in parameters.items() if value is not None}
+        values = json.loads(json.dumps(values, default=str))
+        self._results: list[ClaimResult] = []
+        super().__init__(
+            strategy, f"{strategy} · {profile} · notebook",
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)), values,
+            {"paper": strategy, "profile": profile},
+            {"profile": profile, "key": notebook_key(self.paper.notebook_file, values, self.paper.folder)},
+        )
+
+    def claim(
+        self, id: str, values: float | Sequence[float], *, seeds: Sequence[int] = (),
+        conditions: Mapping[str, Any] | None = None,
+    ) -> ClaimResult:
+        """Set measured values beside a claim.
+
+        Args:
+            id: of the claim in paper.toml.
+            values: one a seed, in the claim's unit; not finite where it did not happen.
+            seeds: the seeds.
+            conditions: what it was measured under, `dataset` and `network` among them.
+        """
+        claim = self.paper.claim(id)
+        numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
+        verdict, reason = judge(claim, numbers, conditions or {}, bool(seeds))
+        happened = numbers and all(map(math.isfinite, numbers))
+        mean, half = mean_interval(numbers) if happened else (None, None)
+        result = ClaimResult(
+            paper=self.paper.strategy, claim=id, statement=claim.statement, where=claim.where, unit=claim.unit,
+            paper_value=claim.value, measured=mean,
+            interval=half if half is not None and math.isfinite(half) else None,
+            values=[value if math.isfinite(value) else None for value in numbers], seeds=list(seeds),
+            profile=self.profile, conditions=dict(conditions or {}), verdict=verdict, reason=reason,
+            mlflow_run=self.run_id, **provenance(),
+        )
+        self._results.append(result)
+        return result
+
+    @property
+    def results(self) -> list[ClaimResult]:
+        """Every claim of the paper in its order: what was measured of it, or a row that says `not run`."""
+        rows = []
+        for claim in self.paper.claims:
+            found = [result for result in self._results if result.claim == claim.id]
+            # Where the run was made, in any case: it may consist of tables and figures alone.
+            rows += found or [self.paper.not_run(claim, self.profile).model_copy(update=provenance())]
+        return rows
+
+    def finish(self) -> pd.DataFrame:
+        """Write the claims' results, close the session, and give the scoreboard for display."""
+        from mlflow.entities import Metric, RunTag
+
+        from layerlab.contract.rows import scoreboard
+
+        results = self.results
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
+        # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
+        tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
+        tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
+        content = [result.model_dump() for result in results]
+        tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json",
+                          self._artifacts)
+        write_json(self.folder / RESULTS, content)
+        self.close()
+        return scoreboard(results)

@@ -1,0 +1,251 @@
+"""MLflow: where runs are logged, and the observer that logs a fit.
+
+A fit is one run, found by its tags. Metrics are written with the time stamps that the history keeps, so that writing
+an epoch again after an interruption changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.files import write_atomically
+from layerlab.base.provenance import provenance, versions, versions_text
+from layerlab.runs.record import workbook_folder
+
+PREFIX = "layerlab."
+# Tags of a notebook's run, one a row of its scoreboard, numbered.
+CLAIM = f"{PREFIX}claim."
+# Tag of a fit's run: the run of the notebook that it belongs to. Not MLflow's own nesting, whose UI shows what a
+# search finds folded away under its parent.
+NOTEBOOK = f"{PREFIX}notebook"
+# Tag of the process that writes a run, by which a run that nobody writes any more is known.
+PROCESS = f"{PREFIX}process"
+# Tag of a run that came from another database: its id there.
+ORIGIN = f"{PREFIX}origin"
+METRICS_AT_ONCE = 1000  # MLflow's limit for one call
+
+
+def tracking_uri() -> str:
+    """`$MLFLOW_TRACKING_URI`, else a sqlite database in the workbook's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workbook_folder() / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep alembic's and MLflow's start-up lines out of notebooks."""
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@cache
+def _client(uri: str) -> Any:
+    """A client for a tracking URI, whose sqlite database exists and is migrated.
+
+    Processes that meet an empty database at once crash in MLflow's migration, so the first one makes it under a lock.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet())
+            if uri.startswith("sqlite:///"):
+                database = Path(uri.removeprefix("sqlite:///"))
+                database.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(f"{database}.lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(uri)
+            _close_dead_runs(client)
+    except (MlflowException, OSError) as error:
+        raise LayerlabError(
+            f"Runs cannot be tracked at {uri} ({first_line(error)}); set MLFLOW_TRACKING_URI to a database "
+            "or server that can be written."
+        ) from None
+    return client
+
+
+def client() -> Any:
+    """The MLflow client of `tracking_uri`.
+
+    Raises:
+        LayerlabError: the database or server cannot be reached.
+    """
+    return _client(tracking_uri())
+
+
+def experiment_id(name: str) -> str:
+    """The experiment of that name, made if need be, with its artifacts beside the database."""
+    from mlflow.exceptions import MlflowException
+
+    found = client().get_experiment_by_name(name)
+    if found is None:
+        uri = tracking_uri()
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        try:
+            # Otherwise MLflow's UI opens on its pages for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return client().create_experiment(name, artifact_location=location, tags=tags)
+        except MlflowException:
+            # Another process was faster.
+            found = client().get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def common_tags() -> dict[str, str]:
+    """Where a run is made, as its tags."""
+    return provenance() | {"versions": versions_text(versions())}
+
+
+def claim_tags(rows: Iterable[str]) -> dict[str, str]:
+    """The rows of a scoreboard, in JSON, as tags of the notebook's run."""
+    return {f"{CLAIM}{number:03}": row for number, row in enumerate(rows)}
+
+
+def claim_metrics(results: Iterable[Any]) -> dict[str, float]:
+    """What the UI shows of a scoreboard's rows as metrics of the notebook's run: `claim/<id>[/<dataset>]`, and
+    `…/<network>` where several networks have one of that name."""
+    measured = [result for result in results if result.measured is not None]
+
+    def name(result: Any, *conditions: str) -> str:
+        return "/".join(["claim", result.claim, *(str(result.conditions[each]) for each in conditions
+                                                  if each in result.conditions)])
+
+    short = Counter(name(result, "dataset") for result in measured)
+    return {name(result, "dataset", *(["network"] if short[name(result, "dataset")] > 1 else [])): result.measured
+            for result in measured}
+
+
+def claim_rows(run: Any) -> list[str]:
+    """What `claim_tags` made of a scoreboard, in its order."""
+    return [value for name, value in sorted(run.data.tags.items()) if name.startswith(CLAIM)]
+
+
+def notebook_runs(paper: str) -> list[Any]:
+    """The finished runs of a paper's notebook, the newest first."""
+    found = client().get_experiment_by_name(paper)
+    if found is None:
+        return []
+    return list(client().search_runs(
+        [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"], max_results=1000,
+    ))
+
+
+def run_url(experiment: str, run_id: str) -> str:
+    """Where the UI shows a run: on the tracking server, or where `make ui` puts it."""
+    uri = tracking_uri()
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+
+
+@cache
+def _here() -> str:
+    """This machine as far as process numbers mean anything: host, boot and namespace of process numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = space = ""
+    return f"{socket.gethostname()}/{boot}/{space}"
+
+
+def _process(number: int) -> str:
+    """A process, told apart from a later one of the same number by its start; empty if there is none."""
+    try:
+        # After the name, which may hold anything, comes a parenthesis; the 20th field from there is the start.
+        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{_here()}:{number}:{started}"
+
+
+def _close_dead_runs(client: Any) -> None:
+    """Mark runs as killed that processes of this machine were writing and that are gone.
+
+    A study that goes on sets its runs running again.
+    """
+    numbers = [experiment.experiment_id for experiment in client.search_experiments()]
+    wanted = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{_here()}:%'"
+    for run in client.search_runs(numbers, wanted, max_results=5000):
+        writer = run.data.tags[PROCESS]
+        if _process(int(writer.split(":")[-2])) != writer:
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def start_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str]) -> str:
+    """The run of this attempt: the one that an interrupted process had begun, or a new one. Returns its id."""
+    number = experiment_id(experiment)
+    found = client().search_runs([number], f"tags.`{PREFIX}attempt` = '{attempt}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client().set_tag(run_id, PROCESS, _process(os.getpid()))
+        client().update_run(run_id, status="RUNNING")
+        return run_id
+    own = {f"{PREFIX}attempt": attempt, PROCESS: _process(os.getpid())}
+    run = client().create_run(number, run_name=name, tags={**tags, **own})
+    return run.info.run_id
+
+
+def log_metrics(run_id: str, metrics: Sequence[Any]) -> None:
+    """Log any number of MLflow's `Metric`s, in as few calls as it takes them."""
+    for start in range(0, len(metrics), METRICS_AT_ONCE):
+        client().log_batch(run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
+
+
+def artifact_folder(run_id: str) -> str:
+    """Where a run's artifacts lie, if that is a folder of this machine; otherwise empty."""
+    place = urlparse(client().get_run(run_id).info.artifact_uri)
+    return url2pathname(place.path) if place.scheme == "file" else ""
+
+
+def log_file(run_id: str, content: bytes, name: str, folder: str = "") -> None:
+    """Put a file into a run's artifacts, replacing one of that name; `name` may have folders.
+
+    Args:
+        folder: what `artifact_folder` gave, if that is known: MLflow is not needed then, nor the seconds of importing
+            it.
+    """
+    if folder:
+        write_atomically(Path(folder) / name, lambda stream: stream.write(content))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / Path(name).name
+        path.write_bytes(content)
+        inside = str(Path(name).parent)
+        client().log_artifact(run_id, str(path), None if inside == "." else inside)
+
+
+def end_open_runs(experiment: str, parent: str, status: str = "FAILED") -> None:
+    """Close a notebook's run and the runs under it that a dead process left running."""
+    number = experiment_id(experiment)
+    for run in client().search_runs([number], f"tags.`{NOTEBOOK}` = '{parent}'", max_results=5000):
+        if run.info.status == "RUNNING":
+            client().set_terminated(run.info.run_id, status)
+    client().set_terminated(parent, status)

@@ -1,0 +1,1 @@
+"""How a table, a figure, an interval and progress look."""

@@ -1,0 +1,1 @@
+"""Training: fit() and compare(), their settings, checkpoints and results."""

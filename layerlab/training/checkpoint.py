@@ -1,0 +1,82 @@
+"""Stop anywhere, go on exactly there: states of fits, read without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.files import write_atomically, write_json
+
+
+class Checkpoint:
+    """The state of one fit at the end of its last finished epoch, in a folder of its own.
+
+    Args:
+        folder: where `state.pt` and `attempt.json` lie; made when first written.
+        fingerprint: of the fit's arguments; a state that belongs to others is refused.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+
+    @property
+    def file(self) -> Path:
+        """The state's file."""
+        return self.folder / "state.pt"
+
+    def attempt(self) -> str:
+        """An id for this fit that survives interruptions, by which its MLflow run is found again."""
+        file = self.folder / "attempt.json"
+        if file.exists():
+            return json.loads(file.read_text())["attempt"]
+        attempt = uuid.uuid4().hex
+        write_json(file, {"attempt": attempt})
+        return attempt
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the stored state.
+
+        Raises:
+            LayerlabError: no room, or not writable; the previous state is still there.
+        """
+        write_atomically(self.file, lambda stream: torch.save({**state, "fingerprint": self.fingerprint}, stream))
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The stored state with tensors on `device`, or None if there is none yet.
+
+        Raises:
+            LayerlabError: it is damaged, or belongs to a fit with other arguments.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            state = torch.load(self.file, map_location=device, weights_only=True)
+        except Exception as error:  # zip, pickle and runtime errors, depending on the damage
+            raise LayerlabError(
+                f"The checkpoint {self.file} is damaged ({first_line(error)}); delete the folder "
+                f"{self.folder} to start anew."
+            ) from None
+        if state["fingerprint"] != self.fingerprint:
+            raise LayerlabError(
+                f"The checkpoint in {self.folder} belongs to a fit with other arguments (settings, strategies, seed, "
+                "data, initial weights or versions); give another folder, or delete this one to start anew."
+            )
+        return state
+
+
+def source_digest(kind: type) -> str:
+    """A digest of the module that defines a class, so that a checkpoint of an edited strategy is not taken over."""
+    try:
+        source = inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError, KeyError):
+        return ""
+    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,1 @@
+"""What is trained: datasets, networks, and the order of their layers."""

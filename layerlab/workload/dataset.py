@@ -1,0 +1,247 @@
+"""Datasets in memory or streamed: splits, batches, augmentation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from layerlab.show.table import Table
+from layerlab.workload.sources import Streamed
+
+
+def dataset_table(data: Dataset) -> Table:
+    """What a dataset is, a row a property."""
+    channels, height, width = data.shape
+    names = f" ({', '.join(data.class_names[:10])}{', …' if len(data.class_names) > 10 else ''})"
+    what: Mapping[str, Any] = {
+        "training images": f"{len(data.train):,}", "test images": f"{len(data.test):,}",
+        "size": f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}",
+        "classes": f"{data.classes}{names if data.class_names else ''}", "from": data.source,
+    } | ({"note": data.note} if data.note else {})
+    return Table(("dataset", data.name), list(what.items()))
+
+
+Augment = Literal["none", "crop", "crop-flip"]
+
+
+class Shape(NamedTuple):
+    """What is known of a dataset before it is read: classes, channels, and the side of its images (None: varies)."""
+
+    classes: int
+    channels: int
+    side: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images and labels of one half of a dataset.
+
+    Attributes:
+        images: uint8, (n, channels, height, width), on the device; or a `Streamed` source of such images by index.
+        labels: int64, (n,), on the device.
+        mean, std: per channel, in units of the uint8 scale (0 to 255).
+        augment: what `batches` does to shuffled batches: `none`, `crop` (shift by up to `padding` pixels, zeros
+            outside), `crop-flip` (and mirror half of them).
+        padding: pixels.
+        share: (index, count) of several processes that train together: `batches` gives this one's part of each
+            shuffled batch, drawn as if it were alone, and reads no more than that part.
+    """
+
+    images: Tensor | Streamed
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment = "none"
+    padding: int = 4
+    share: tuple[int, int] = (0, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, device=self.labels.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=self.labels.device).view(1, -1, 1, 1)
+        return -mean / std, 1 / std
+
+    def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 images → (x − mean) / std in `dtype`."""
+        shift, factor = self._scale
+        # In place: a second buffer of the batch's size costs more than the arithmetic.
+        return images.to(dtype, copy=True).mul_(factor).add_(shift)
+
+    def batches(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the split.
+
+        Args:
+            batch_size: images a batch.
+            generator: a CPU generator; with it the order is shuffled, `augment` is applied and the uneven rest is
+                left out (each pass another one). Without it: in order, plain, the rest included.
+            dtype, memory_format: of the images given.
+
+        Yields:
+            images (batch, channels, height, width), normalised; labels (batch,).
+        """
+        device, n = self.labels.device, len(self)
+        index, workers = self.share if generator is not None else (0, 1)
+        order, count = pass_order(n, batch_size, generator)
+        order = order.to(device)
+        shifts = self._draw(n, generator) if generator is not None else None
+        first, last = batch_size * index // workers, batch_size * (index + 1) // workers
+        places = [slice(i * batch_size + first, i * batch_size + last) for i in range(count)]
+        if isinstance(self.images, Streamed):
+            raw = self.images.stream([order[here] for here in places])
+        else:
+            images = self.images
+            raw = (images[order[here]] for here in places)
+        for here, batch in zip(places, raw, strict=True):
+            batch = batch.to(device, non_blocking=True)
+            if shifts is not None:
+                batch = self._shift(batch, *(part[here] for part in shifts))
+            yield self.normalise(batch, dtype).contiguous(memory_format=memory_format), self.labels[order[here]]
+
+    def _draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor] | None:
+        """An epoch's augmentation, drawn at once: rows, columns (0 … 2·padding) and whether to mirror, (n,) each."""
+        if self.augment == "none":
+            return None
+        device = self.labels.device
+        rows, columns = torch.randint(2 * self.padding + 1, (2, n), generator=generator).to(device)
+        flips = torch.rand(n, generator=generator).to(device) < (0.5 if self.augment == "crop-flip" else 0.0)
+        return rows, columns, flips
+
+    def _shift(self, images: Tensor, rows: Tensor, columns: Tensor, flips: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        padded = torch.nn.functional.pad(images, [self.padding] * 4)
+        # Every shifted window as a view, then one gather: (batch, rows, columns, channels, height, width).
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+        cropped = windows[torch.arange(len(images), device=images.device), rows, columns]
+        return torch.where(flips.view(-1, 1, 1, 1), cropped.flip(-1), cropped)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A named dataset, both halves.
+
+    Attributes:
+        name: as given to `load_dataset`.
+        train, test: the halves.
+        classes: the number of classes.
+        fingerprint: a digest of the source's content and of how it was read (size, channels, limit).
+        source: the folder or package it came from.
+        class_names: of the class folders, in the labels' order; empty where a source has none.
+        note: what a reader of its numbers should know, such as a test half that was split off.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+    fingerprint: str
+    source: str
+    class_names: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        return self.train.shape
+
+    def augmented(self, augment: Augment, padding: int = 4) -> Dataset:
+        """The same data with another augmentation of the training half; `padding` in pixels."""
+        return replace(self, train=replace(self.train, augment=augment, padding=padding))
+
+    def __repr__(self) -> str:
+        channels, height, width = self.shape
+        return (
+            f"{self.name}: {len(self.train):,} + {len(self.test):,} images, {channels}×{height}×{width}, "
+            f"{self.classes} classes, from {self.source}" + (f"; {self.note}" if self.note else "")
+        )
+
+    def samples(self, count: int = 10) -> Image.Image:
+        """The first training image of each of the first classes, side by side, at least 64 pixels high."""
+        labels = self.train.labels.cpu()
+        rows = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:count]])
+        images = self.train.images
+        chosen = next(images.stream([rows])) if isinstance(images, Streamed) else images[rows.to(images.device)]
+        strip = torch.cat(list(torch.nn.functional.pad(chosen.cpu(), (1, 1), value=255)), dim=2)
+        picture = Image.fromarray(strip.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        times = -(-64 // picture.height)
+        return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+
+    def _repr_html_(self) -> str:
+        from layerlab.show.figures import picture
+
+        stream = io.BytesIO()
+        self.samples().save(stream, "PNG")
+        return dataset_table(self)._repr_html_() + picture(stream.getvalue())
+
+
+def pass_order(examples: int, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """What one pass over `examples` reads: their numbers in its order, (examples,), and how many batches it gives.
+
+    From a generator: shuffled, and the uneven rest at the end belongs to no batch. Without one: in order, the rest in a
+    batch of its own.
+    """
+    if generator is None:
+        return torch.arange(examples), -(-examples // batch_size)
+    return torch.randperm(examples, generator=generator), examples // batch_size
+
+
+def noise(
+    images: int, shape: tuple[int, int, int], device: str | torch.device = "cpu", classes: int = 10
+) -> Dataset:
+    """A resident dataset of random numbers, for measuring what does not depend on what the images show.
+
+    Args:
+        images: for training; the first eight are the test split, too.
+        shape: of an image, (channels, height, width).
+        device: where it lies.
+        classes: of the random labels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, *shape), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(0, classes, (images,), generator=generator).to(device)
+    train = Split(pixels, labels, (127.5,) * shape[0], (73.6,) * shape[0])
+    test = Split(pixels[:8], labels[:8], train.mean, train.std)
+    return Dataset("noise", train, test, classes, f"noise-{images}-{shape}", "random numbers")
+
+
+def channel_statistics(images: Tensor | Streamed) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel in units of the uint8 scale.
+
+    Over every so-many-th training image, fewer than 20,000 in all (streamed: fewer than 4,000).
+    """
+    sample = next(images.stream([torch.arange(0, len(images), max(1, len(images) // 2000))])) if isinstance(
+        images, Streamed
+    ) else images[:: max(1, len(images) // 10_000)]
+    pixels = sample.to("cpu", torch.float32)
+    std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
+    return tuple(mean.tolist()), tuple(std.clamp_min(1.0).tolist())
+
+
+def balanced(labels: Tensor, limit: int) -> Tensor:
+    """Indices of `limit` examples in which every class keeps its share: the first ones of each, in their order."""
+    rank = torch.zeros_like(labels)
+    for label in labels.unique():
+        mask = labels == label
+        rank[mask] = (torch.arange(int(mask.sum())) * (len(labels) / int(mask.sum()))).long()
+    return rank.argsort(stable=True)[:limit].sort().values

@@ -1,0 +1,66 @@
+"""Layers in the order in which they run."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters of their own in the order in which the forward pass reaches them.
+
+    It is run once, eagerly, in evaluation mode; the order of declaration does not matter. A module that is called
+    several times stands where its last call is, since what precedes that call can only be left out of backward with it.
+    A module with both parameters and children (a transformer's class token) stands where its call ends.
+
+    Args:
+        model: any network.
+        example: images as the network takes them; the first two are used.
+
+    Returns:
+        (qualified name, module) pairs. Modules that the forward pass does not reach are left out.
+    """
+    calls: dict[nn.Module, int] = {}
+    clock = itertools.count()
+    handles = [
+        module.register_forward_hook(lambda module, *_: calls.__setitem__(module, next(clock)))
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        # A network that is compiled would be compiled anew with these hooks in it.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(example[:2])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[module], module) for module in sorted(calls, key=calls.__getitem__)]
+
+
+def prefixes(
+    model: nn.Module, example: Tensor, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Conv2d
+) -> list[tuple[str, list[nn.Module]]]:
+    """For each layer of `kind` in forward order: its name, and every module that learns no later than it.
+
+    A layer takes the normalisations that follow it along, up to the next layer that is none.
+    """
+    order = forward_order(model, example)
+    found = []
+    for index, (name, module) in enumerate(order):
+        if not isinstance(module, kind):
+            continue
+        end = index + 1
+        while end < len(order) and isinstance(order[end][1], NORMALISATION):
+            end += 1
+        found.append((name, [inner for _, inner in order[:end]]))
+    return found
