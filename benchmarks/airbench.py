@@ -27,10 +27,8 @@ from fit_overhead import WARMUP, epochs_by_turns
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import Dataset, Run, Split, Strategy, load_dataset
+from layerlab import Dataset, Fit, Run, Split, Strategy, load_dataset, pass_order
 from layerlab.measure import machine_name
-from layerlab.training.loop import Fit
-from layerlab.workload.dataset import pass_order
 
 
 class WallClock:

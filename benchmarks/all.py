@@ -17,9 +17,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from layerlab import LayerlabError
-from layerlab.base.errors import unknown
-from layerlab.base.files import write_atomically
+from layerlab import LayerlabError, files
 from layerlab.measure import commit, machine_name, versions, versions_text
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +60,7 @@ def measured(name: str, at: str) -> str:
 def write_sections(file: Path, sections: dict[str, str]) -> None:
     """The whole page."""
     whole = "\n".join([HEAD, *(sections[name].rstrip() + "\n" for name in sorted(sections))])
-    write_atomically(file, lambda stream: stream.write(whole.encode()))
+    files.write_atomically(file, lambda stream: stream.write(whole.encode()))
 
 
 def main() -> None:
@@ -73,7 +71,7 @@ def main() -> None:
     chosen = parser.parse_args()
     for name in chosen.names:
         if name not in SCRIPTS:
-            parser.error(str(unknown("benchmark", name, SCRIPTS)))
+            parser.error(f"there is no benchmark {name!r}; choose from {', '.join(SCRIPTS)}")
     # Before the page is written, which changes the tree.
     at, failed = commit(HERE.parent), False
     for name in chosen.names or SCRIPTS:

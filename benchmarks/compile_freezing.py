@@ -12,10 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from layerlab import Run, Strategy, build_model, prefixes
+from layerlab import Fit, Run, Strategy, build_model, noise, prefixes
 from layerlab.measure import Turns, machine_name
-from layerlab.training.loop import Fit
-from layerlab.workload.dataset import noise
 
 
 class Alternate(Strategy):

@@ -13,10 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from layerlab import Dataset, build_model
+from layerlab import Dataset, Fit, build_model, noise
 from layerlab.measure import Turns, machine_name, synchronise
-from layerlab.training.loop import Fit
-from layerlab.workload.dataset import noise
 
 WARMUP = 2
 

@@ -12,9 +12,8 @@ from functools import partial
 
 import torch
 
-from layerlab import build_model
+from layerlab import build_model, noise
 from layerlab.measure import machine_name
-from layerlab.workload.dataset import noise
 from layerlab_learn_and_drop import analysis
 
 

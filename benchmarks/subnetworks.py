@@ -13,10 +13,8 @@ import math
 import torch
 from fit_overhead import WARMUP, epochs_by_turns
 
-from layerlab import load_paper
+from layerlab import Fit, load_paper, noise
 from layerlab.measure import machine_name
-from layerlab.training.loop import Fit
-from layerlab.workload.dataset import noise
 from layerlab_network_with_subnetworks import analysis
 
 TOGETHER = "model0-1-2"

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LayerlabError": "layerlab.base.errors",
     "LayerlabWarning": "layerlab.base.errors",
+    "first_line": "layerlab.base.errors",
     "LayerMap": "layerlab.show.layer_map",
     "Batches": "layerlab.contract.run",
     "Replaced": "layerlab.contract.run",
@@ -22,14 +23,20 @@ _PUBLIC = {
     "Strategy": "layerlab.contract.strategy",
     "load_paper": "layerlab.contract.paper",
     "strategies": "layerlab.contract.registry",
+    "Augment": "layerlab.workload.dataset",
     "Dataset": "layerlab.workload.dataset",
     "Split": "layerlab.workload.dataset",
+    "noise": "layerlab.workload.dataset",
+    "pass_order": "layerlab.workload.dataset",
     "load_dataset": "layerlab.workload.loading",
     "build_model": "layerlab.workload.builders",
+    "model_names": "layerlab.workload.builders",
+    "NORMALISATION": "layerlab.workload.order",
     "forward_order": "layerlab.workload.order",
     "prefixes": "layerlab.workload.order",
     "Comparison": "layerlab.training.results",
     "FitResult": "layerlab.training.results",
+    "Fit": "layerlab.training.loop",
     "Observer": "layerlab.training.loop",
     "compare": "layerlab.training.fit",
     "evaluate": "layerlab.training.evaluation",
@@ -39,16 +46,19 @@ _PUBLIC = {
     "Session": "layerlab.runs.session",
     "Study": "layerlab.runs.session",
     "track": "layerlab.runs.tracking",
+    "devices": "layerlab.base.devices",
     "explore": "layerlab.reporting.explore",
     "figures": "layerlab.show.figures",
+    "files": "layerlab.base.files",
     "measure": "layerlab.measure",
     "scoreboard": "layerlab.reporting.scoreboard",
 }
-_MODULES = ("explore", "figures", "measure", "scoreboard")
+_MODULES = ("devices", "explore", "figures", "files", "measure", "scoreboard")
 
 if TYPE_CHECKING:
     from layerlab import measure
-    from layerlab.base.errors import LayerlabError, LayerlabWarning
+    from layerlab.base import devices, files
+    from layerlab.base.errors import LayerlabError, LayerlabWarning, first_line
     from layerlab.contract.paper import load_paper
     from layerlab.contract.registry import strategies
     from layerlab.contract.run import Batches, Replaced, Run, Wire
@@ -60,19 +70,55 @@ if TYPE_CHECKING:
     from layerlab.show.layer_map import LayerMap
     from layerlab.training.evaluation import evaluate
     from layerlab.training.fit import compare, fit
-    from layerlab.training.loop import Observer
+    from layerlab.training.loop import Fit, Observer
     from layerlab.training.model_file import load_model, save_model
     from layerlab.training.results import Comparison, FitResult
-    from layerlab.workload.builders import build_model
-    from layerlab.workload.dataset import Dataset, Split
+    from layerlab.workload.builders import build_model, model_names
+    from layerlab.workload.dataset import Augment, Dataset, Split, noise, pass_order
     from layerlab.workload.loading import load_dataset
-    from layerlab.workload.order import forward_order, prefixes
+    from layerlab.workload.order import NORMALISATION, forward_order, prefixes
 
 __all__ = [
-    "Batches", "Comparison", "Dataset", "FitResult", "LayerMap", "LayerlabError", "LayerlabWarning", "Observer",
-    "Replaced", "Run", "Session", "Split", "Strategy", "Study", "Wire", "build_model", "compare", "evaluate",
-    "explore", "figures", "fit", "forward_order", "load_dataset", "load_model", "load_paper", "measure", "prefixes",
-    "save_model", "scoreboard", "strategies", "track",
+    "NORMALISATION",
+    "Augment",
+    "Batches",
+    "Comparison",
+    "Dataset",
+    "Fit",
+    "FitResult",
+    "LayerMap",
+    "LayerlabError",
+    "LayerlabWarning",
+    "Observer",
+    "Replaced",
+    "Run",
+    "Session",
+    "Split",
+    "Strategy",
+    "Study",
+    "Wire",
+    "build_model",
+    "compare",
+    "devices",
+    "evaluate",
+    "explore",
+    "figures",
+    "files",
+    "first_line",
+    "fit",
+    "forward_order",
+    "load_dataset",
+    "load_model",
+    "load_paper",
+    "measure",
+    "model_names",
+    "noise",
+    "pass_order",
+    "prefixes",
+    "save_model",
+    "scoreboard",
+    "strategies",
+    "track",
 ]  # fmt: skip
 
 

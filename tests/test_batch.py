@@ -497,7 +497,8 @@ def test_starting_notebooks_needs_no_torch():
 
 
 def test_what_a_batch_would_do_is_known_without_pandas():
-    script = ("import sys; from layerlab.cli.main import main; main(['reproduce', '--dry-run'], standalone_mode=False); "
+    script = ("import sys; from layerlab.cli.main import main; "
+              "main(['reproduce', '--dry-run'], standalone_mode=False); "
               "print([m for m in ('torch', 'mlflow', 'pandas') if m in sys.modules])")
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
     assert len(told) > 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 
@@ -130,12 +130,17 @@ class _Phase(ModuleTracker):
         pass
 
 
+def _product_flops(left: tuple[int, int], right: tuple[int, int], **_: Any) -> int:
+    """Operations of a product of matrices of these shapes, (m, k) and (k, n)."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 class _Flops(FlopCounterMode):
     """A FlopCounterMode that remembers how much of its total fell into backward, and counts by no module."""
 
     def __init__(self) -> None:
         # torch's counter leaves out products of integers, which some processors run in place of those of floats.
-        super().__init__(display=False, custom_mapping={torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm]})
+        super().__init__(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
         self.mod_tracker = _Phase()
         self.backward = 0
 

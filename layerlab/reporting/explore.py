@@ -21,6 +21,7 @@ from layerlab.runs.record import default_folder
 from layerlab.runs.session import Session
 from layerlab.training.paired import BASELINE as BASELINE
 from layerlab.training.results import Comparison
+from layerlab.training.results import in_units as in_units
 from layerlab.workload.builders import network_builder, own_network
 from layerlab.workload.dataset import Augment, Dataset
 from layerlab.workload.loading import load_dataset

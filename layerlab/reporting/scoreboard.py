@@ -15,6 +15,7 @@ from layerlab.base.errors import LayerlabWarning, first_line
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
 from layerlab.contract.rows import SCOREBOARD, completed, scoreboard
+from layerlab.contract.rows import tally as tally
 from layerlab.runs import tracking
 from layerlab.show.table import markdown_table
 

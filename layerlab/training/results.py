@@ -113,6 +113,10 @@ class FitResult:
         """The last epoch's row."""
         return self.history[-1]
 
+    def total(self, metric: str) -> float:
+        """The sum of a metric over the epochs; NaN where it was not measured."""
+        return math.fsum(row.get(metric, math.nan) for row in self.history)
+
     @property
     def layer_maps(self) -> dict[str, LayerMap]:
         """The layer × epoch maps of its strategies, as `strategy: title`."""
@@ -122,7 +126,7 @@ class FitResult:
     @property
     def headline(self) -> str:
         """The result in a line."""
-        row, seconds = self.final, total(self, "time/epoch_seconds")
+        row, seconds = self.final, self.total("time/epoch_seconds")
         return (
             f"{self.name}, seed {self.seed}: top-1 {row['test/top1']:.2%} after {row['epoch']} epochs "
             f"and {seconds:.1f} s of training"
@@ -202,18 +206,13 @@ class Comparison:
         return comparison_table(self)._repr_html_() + drawn
 
 
-def total(result: FitResult, metric: str) -> float:
-    """The sum of a metric over the epochs; NaN where it was not measured."""
-    return math.fsum(row.get(metric, math.nan) for row in result.history)
-
-
 # What is told of a run: name with unit → value.
 SUMMARY: dict[str, Callable[[FitResult], float]] = {
     "top-1": lambda result: result.final["test/top1"],
     "top-5": lambda result: result.final["test/top5"],
     "best top-1": lambda result: max(row["test/top1"] for row in result.history),
-    "seconds": lambda result: total(result, "time/epoch_seconds"),
-    "TFLOP": lambda result: (total(result, "cost/forward_flops") + total(result, "cost/backward_flops")) / 1e12,
-    "GB moved": lambda result: total(result, "cost/bytes_moved") / 1e9,
+    "seconds": lambda result: result.total("time/epoch_seconds"),
+    "TFLOP": lambda result: (result.total("cost/forward_flops") + result.total("cost/backward_flops")) / 1e12,
+    "GB moved": lambda result: result.total("cost/bytes_moved") / 1e9,
     "peak MB": lambda result: max(row.get("cost/peak_memory_bytes", math.nan) for row in result.history) / 1e6,
 }

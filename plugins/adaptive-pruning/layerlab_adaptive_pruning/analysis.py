@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import Dataset, build_model, measure
-from layerlab.show.figures import canvas
+from layerlab import Dataset, build_model, figures, measure
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
 from layerlab_adaptive_pruning.structure import rebuild, structure
 from layerlab_adaptive_pruning.surgery import remove_channels
@@ -313,7 +312,7 @@ def survival(comparison: Any, seed: int, labels: Sequence[str]) -> Figure:
     """
     shown = [arm for arm in (OURS, PEER) if (arm, seed) in comparison.results]
     count_layers = len(comparison.results[shown[0], seed].strategies[0].stages[0]["channels"])
-    figure, axes = canvas(rows=len(shown), width=min(16.0, max(8.0, 0.36 * count_layers)), height=2.5)
+    figure, axes = figures.canvas(rows=len(shown), width=min(16.0, max(8.0, 0.36 * count_layers)), height=2.5)
     for axis, arm in zip(axes[:, 0], shown, strict=True):
         noted = comparison.results[arm, seed].strategies[0].stages
         first = noted[0]["channels"]

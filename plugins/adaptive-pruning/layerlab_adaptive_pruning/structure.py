@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError
-from layerlab.base.errors import first_line
+from layerlab import LayerlabError, first_line
 
 _FORMAT = "layerlab-pruned-1"
 _IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}

@@ -18,10 +18,8 @@ from torch import nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
-from layerlab import Dataset, Split, build_model, forward_order
+from layerlab import Dataset, Fit, Split, build_model, forward_order, noise
 from layerlab.measure import synchronise
-from layerlab.training.loop import Fit
-from layerlab.workload.dataset import noise
 from layerlab_comm_overlap.strategy import CommOverlap
 
 OFF = {"overlap_backward": False, "overlap_forward": False, "pipeline_segments": False}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from layerlab.show.figures import canvas
+from layerlab import figures
 
 
 def bars(frame: pd.DataFrame) -> Figure:
@@ -20,7 +20,7 @@ def bars(frame: pd.DataFrame) -> Figure:
         frame: `analysis.against_bounds`.
     """
     groups = list(frame.groupby("workers"))
-    figure, axes = canvas(len(groups), width=6.4, height=3.4)
+    figure, axes = figures.canvas(len(groups), width=6.4, height=3.4)
     colours = sns.color_palette("colorblind")
     for axis, (workers, part) in zip(axes[0], groups, strict=True):
         errors = [part["seconds"] - part["low"], part["high"] - part["seconds"]]
@@ -51,7 +51,7 @@ def timelines(spans: Mapping[str, pd.DataFrame]) -> Figure:
                                 for frame_layer in frame.loc[frame["kind"] == "forward", "what"]))
     short = [layer.rpartition(".")[2] for layer in layers]
     colours = dict(zip(short, sns.color_palette("husl", len(short)), strict=True))
-    figure, axes = canvas(rows=len(spans), width=12.0, height=1.9)
+    figure, axes = figures.canvas(rows=len(spans), width=12.0, height=1.9)
     longest = max(frame["end"].max() for frame in spans.values())
     for axis, (title, frame) in zip(axes[:, 0], spans.items(), strict=True):
         for row in frame.itertuples():
@@ -81,7 +81,7 @@ def figure_1(frame: pd.DataFrame, sweep: pd.DataFrame, announced: pd.DataFrame, 
         claimed: the gain that the paper claims there.
         at: workers.
     """
-    figure, axes = canvas(3, width=5.0, height=4.2)
+    figure, axes = figures.canvas(3, width=5.0, height=4.2)
     speed, gain, link = axes[0]
     variants = list(dict.fromkeys(frame["variant"]))
     colours = dict(zip(variants, sns.color_palette("colorblind", len(variants)), strict=True))

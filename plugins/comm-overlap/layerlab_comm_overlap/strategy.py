@@ -18,8 +18,7 @@ import torch.distributed as dist
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from layerlab import LayerlabError, Run, Split, Strategy
-from layerlab.base.devices import random_state, set_random_state
+from layerlab import LayerlabError, Run, Split, Strategy, devices
 from layerlab_comm_overlap.engine import Engine
 from layerlab_comm_overlap.transport import Link, Transport
 
@@ -118,7 +117,7 @@ class CommOverlap(Strategy):
         loss = self._engine.step(run, x, y, weight, last)
         self._loss += loss.detach() * weight
         if last:
-            set_random_state(self._random, run.device)
+            devices.set_random_state(self._random, run.device)
         return loss
 
     def on_epoch_end(self, run: Run) -> None:
@@ -202,7 +201,7 @@ class CommOverlap(Strategy):
         self._epoch, self._done = run.epoch, 0
         self._loss = torch.zeros((), device=run.device)
         # Outside of steps all workers have the same random state, so that all strategies decide alike.
-        self._random = random_state(run.device)
+        self._random = devices.random_state(run.device)
         torch.manual_seed((self._seed * 1_000_003 + run.epoch) * _workers() + dist.get_rank())
 
     def _share(self, run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:

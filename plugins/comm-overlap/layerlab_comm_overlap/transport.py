@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from layerlab import LayerlabError, Wire
-from layerlab.base.errors import first_line
+from layerlab import LayerlabError, Wire, first_line
 
 
 class PeerLost(LayerlabError):

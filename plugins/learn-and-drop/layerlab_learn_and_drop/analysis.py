@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,9 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from layerlab import Dataset, build_model, load_dataset, measure
-from layerlab.workload.dataset import Augment
-from layerlab.workload.zoo import MODELS
+from layerlab import Augment, Dataset, build_model, explore, load_dataset, measure
 from layerlab_learn_and_drop.cutting import Plan, make_plan, split
 from layerlab_learn_and_drop.features import Making, Storage
 from layerlab_learn_and_drop.strategy import NAME, LearnAndDrop
@@ -295,12 +292,9 @@ def decisions(runs: Mapping[str, Any]) -> pd.DataFrame:
 def network_of(name: str, data: Dataset) -> Callable[[], nn.Module]:
     """A function that builds a network of `name` or `name-depth` (`resnet-cifar-56`) for the data."""
     base, _, depth = name.rpartition("-")
-    options: dict[str, Any] = {"num_classes": data.classes, "channels": data.shape[0]}
     if depth.isdigit():
-        return lambda: build_model(base, depth=int(depth), **options)
-    if name not in MODELS or "image_size" in inspect.signature(MODELS[name]).parameters:
-        options["image_size"] = data.shape[1]
-    return lambda: build_model(name, **options)
+        return explore.build_network(base, data, {"depth": int(depth)})
+    return explore.build_network(name, data)
 
 
 def load(options: Mapping[str, Any]) -> Dataset:

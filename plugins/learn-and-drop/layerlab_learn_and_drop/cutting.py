@@ -13,9 +13,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import LayerlabError
-from layerlab.base.errors import first_line
-from layerlab.workload.order import NORMALISATION
+from layerlab import NORMALISATION, LayerlabError, first_line
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerlab import Batches, LayerlabError
-from layerlab.base.files import write_json
-from layerlab.workload.dataset import pass_order
+from layerlab import Batches, LayerlabError, files, pass_order
 from layerlab_learn_and_drop.cutting import features_of, mode
 
 Storage = Literal["compute", "bfloat16", "int8"]
@@ -308,7 +306,7 @@ class Making:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
             with suppress(LayerlabError):  # without it the file is made again after an interruption
-                write_json(_note(file), {"key": key, "checksum": features.checksum()})
+                files.write_json(_note(file), {"key": key, "checksum": features.checksum()})
         return features
 
     def _take(self, device: torch.device, file: Path, key: str) -> Features | None:

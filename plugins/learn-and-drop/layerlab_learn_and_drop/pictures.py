@@ -8,12 +8,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from layerlab.show.figures import canvas
+from layerlab import figures
 
 
 def cuts(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What dropping up to each layer saves, and what it stores: `analysis.cut_table` of several networks."""
-    figure, ((saved, stored),) = canvas(2, width=5.6, height=3.8)
+    figure, ((saved, stored),) = figures.canvas(2, width=5.6, height=3.8)
     for name, table in tables.items():
         saved.plot(table["share"], table["FLOPs"], label=name, drawstyle="steps-post")
         stored.plot(table["share"], table["features"])
@@ -30,7 +30,7 @@ def cuts(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 def steps(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Steps with a prefix frozen and dropped against the whole step: `analysis.step_costs` of several networks."""
-    figure, (axes,) = canvas(len(tables), width=5.6, height=3.8)
+    figure, (axes,) = figures.canvas(len(tables), width=5.6, height=3.8)
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
         for way, part in table.groupby("way", sort=False):
             middle = part["time"]

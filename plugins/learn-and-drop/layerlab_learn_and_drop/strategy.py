@@ -20,8 +20,7 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import Batches, LayerlabError, LayerMap, Run, Strategy
-from layerlab.base.devices import free_memory
+from layerlab import Batches, LayerlabError, LayerMap, Run, Strategy, devices
 from layerlab.measure import synchronise, time_by_turns
 from layerlab_learn_and_drop.cutting import Cut, Plan, make_plan, split
 from layerlab_learn_and_drop.features import Features, Making, NoRoom, Storage
@@ -413,7 +412,7 @@ class LearnAndDrop(Strategy):
         return digest.hexdigest()
 
     def _budget(self, run: Run) -> float:
-        return free_memory(run.device) / 2 if self.memory_budget is None else self.memory_budget
+        return devices.free_memory(run.device) / 2 if self.memory_budget is None else self.memory_budget
 
     def _folder(self, run: Run) -> Path:
         if self.folder is not None:

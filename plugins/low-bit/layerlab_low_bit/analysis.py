@@ -16,12 +16,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from layerlab import Comparison, FitResult, Run, Strategy, measure
+from layerlab import Comparison, Fit, FitResult, Run, Strategy, figures, measure, noise
 from layerlab.measure import Turns
-from layerlab.show.figures import canvas
-from layerlab.training.loop import Fit
-from layerlab.training.results import total
-from layerlab.workload.dataset import noise
 from layerlab_low_bit.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.store import Kind, Store
 from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit
@@ -41,7 +37,7 @@ def difference(run: Comparison, baseline: str, arm: str) -> list[float]:
 
 def joules(run: Comparison, arm: str) -> float:
     """Mean energy of an arm's runs by the device's own counter; NaN where it keeps none."""
-    return float(np.mean(run.per_seed(lambda r: total(r, "cost/energy_joules"), arm)))
+    return float(np.mean(run.per_seed(lambda r: r.total("cost/energy_joules"), arm)))
 
 
 def accuracies(runs: Mapping[str, Comparison], baseline: str) -> pd.DataFrame:
@@ -86,7 +82,7 @@ def steering_table(run: Comparison) -> pd.DataFrame:
 
 def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
     """Saturated and vanished shares of `steering_table`, one panel each, on logarithmic axes."""
-    figure, (axes,) = canvas(2, width=6.0, height=4.2)
+    figure, (axes,) = figures.canvas(2, width=6.0, height=4.2)
     arms = list(table["arm"])
     places, width = np.arange(len(KINDS)), 0.8 / len(arms)
     for axis, rate in zip(axes, ("saturated", "vanished"), strict=True):
@@ -127,7 +123,7 @@ def msb_map(result: FitResult, title: str = "") -> Figure:
     frame = frame[(frame["kind"] != "gradient") | frame["tensor"].str.endswith(".weight.gradient")]
     frame = frame[frame["values"] > 0]
     counts = strategy.histograms
-    figure, (axes,) = canvas(len(KINDS), width=15.5 / len(KINDS),
+    figure, (axes,) = figures.canvas(len(KINDS), width=15.5 / len(KINDS),
                              height=1.9 + 0.24 * frame["kind"].value_counts().max())
     for axis, (kind, label) in zip(axes, KINDS.items(), strict=True):
         part = frame[frame["kind"] == kind]

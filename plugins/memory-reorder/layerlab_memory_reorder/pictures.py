@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from layerlab.show.figures import canvas
+from layerlab import figures
 from layerlab_memory_reorder.plan import Plan
 
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
@@ -24,7 +24,7 @@ def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory
         unit, label: of the y axis, in bytes.
     """
     colours: dict[str, Any] = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
-    figure, axes = canvas(len(plans), width=6.6, height=5.6, sharey=True)
+    figure, axes = figures.canvas(len(plans), width=6.6, height=5.6, sharey=True)
     tallest = max(plan.total for plan in plans.values())
     for axis, (title, plan) in zip(axes[0], plans.items(), strict=True):
         for block in plan.blocks:
@@ -56,7 +56,7 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
         published: per cent.
     """
     names = list(dict.fromkeys(frame["network"]))
-    figure, axes = canvas(len(names), width=3.3, sharey=True)
+    figure, axes = figures.canvas(len(names), width=3.3, sharey=True)
     lines = {"kept": "all weight diffs kept", "shared": "one weight diff at a time", "slabs": "weight diffs in slabs",
              "forward reuse": "memory reused in forward too"}
     colours = sns.color_palette("colorblind", len(lines))
@@ -87,7 +87,7 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = canvas(columns, rows, width=3.1 + 2.2 / columns, height=2.5, sharey=True)
+    figure, axes = figures.canvas(columns, rows, width=3.1 + 2.2 / columns, height=2.5, sharey=True)
     flat = list(axes.flat)
     for axis, ((network, batch), part) in zip(flat, groups, strict=False):
         bars = axis.barh(range(len(part)), part["peak GB"], color=[colours[arm] for arm in part["arm"]])

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError
-from layerlab.base.errors import first_line
+from layerlab import LayerlabError, first_line
 
 Order = Literal["larger-first", "weight-first"]
 WeightGradients = Literal["kept", "shared", "slabs"]
