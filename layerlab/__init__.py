@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LayerlabError": "layerlab.base.errors",
     "LayerlabWarning": "layerlab.base.errors",
+    "Diverged": "layerlab.base.errors",
+    "Refused": "layerlab.base.errors",
     "first_line": "layerlab.base.errors",
     "LayerMap": "layerlab.show.layer_map",
     "Batches": "layerlab.contract.run",
@@ -58,7 +60,7 @@ _MODULES = ("devices", "explore", "figures", "files", "measure", "scoreboard")
 if TYPE_CHECKING:
     from layerlab import measure
     from layerlab.base import devices, files
-    from layerlab.base.errors import LayerlabError, LayerlabWarning, first_line
+    from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning, Refused, first_line
     from layerlab.contract.paper import load_paper
     from layerlab.contract.registry import strategies
     from layerlab.contract.run import Batches, Replaced, Run, Wire
@@ -84,12 +86,14 @@ __all__ = [
     "Batches",
     "Comparison",
     "Dataset",
+    "Diverged",
     "Fit",
     "FitResult",
     "LayerMap",
     "LayerlabError",
     "LayerlabWarning",
     "Observer",
+    "Refused",
     "Replaced",
     "Run",
     "Session",

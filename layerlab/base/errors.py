@@ -1,4 +1,4 @@
-"""The one error that layerlab raises for what a user can mend, and the sentences it is made of."""
+"""The errors that layerlab raises for what a user can mend, and the sentences it is made of."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ class LayerlabError(Exception):
     def _render_traceback_(self) -> list[str]:
         # What IPython shows in a notebook: the sentence, without the pages of code that found it out.
         return [f"{type(self).__name__}: {self}"]
+
+
+class Refused(LayerlabError):
+    """A strategy, a setting or a network that cannot be used together, found before any training."""
+
+
+class Diverged(LayerlabError):
+    """A training whose loss is no longer finite; its history up to there is kept."""
 
 
 def reason(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from layerlab.base.devices import random_state, resolve_device, set_random_state
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import Diverged, LayerlabError, first_line
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy, check_composition
 from layerlab.measure.clock import Energy, synchronise
@@ -197,7 +197,7 @@ class Fit:
             run.schedule.step()
         mean_loss = total.item() / steps
         if not math.isfinite(mean_loss):
-            raise LayerlabError(
+            raise Diverged(
                 f"Training diverged: the loss of {self.name!r} (seed {self.seed}) is {mean_loss} in epoch {run.epoch}; "
                 f"lower the learning rate ({settings.lr:g}) or start from other weights."
             )
