@@ -8,18 +8,13 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from layerlab import Comparison, Fit, FitResult, Run, Strategy, figures, measure, noise
+from layerlab import Comparison, Fit, Run, Strategy, measure, noise
 from layerlab.measure import Turns
-from layerlab_low_bit.arithmetic import Arithmetic, Encoded
-from layerlab_low_bit.store import Kind, Store
+from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
+from layerlab_low_bit.method.store import Kind, Store
 from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit
 
 Build = Callable[[], nn.Module]
@@ -78,83 +73,6 @@ def steering_table(run: Comparison) -> pd.DataFrame:
                 row[f"{rate}: {label} [ppm]"] = 1e6 * (part[rate] * part["values"]).sum() / part["values"].sum()
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
-    """Saturated and vanished shares of `steering_table`, one panel each, on logarithmic axes."""
-    figure, (axes,) = figures.canvas(2, width=6.0, height=4.2)
-    arms = list(table["arm"])
-    places, width = np.arange(len(KINDS)), 0.8 / len(arms)
-    for axis, rate in zip(axes, ("saturated", "vanished"), strict=True):
-        shares = table[[f"{rate}: {label} [ppm]" for label in KINDS.values()]].to_numpy()
-        floor = 0.2 * min(shares[shares > 0], default=1.0)
-        for number, (colour, arm) in enumerate(zip(sns.color_palette("colorblind", len(arms)), arms, strict=True)):
-            row = table[table["arm"] == arm].iloc[0]
-            values = [row[f"{rate}: {label} [ppm]"] for label in KINDS.values()]
-            shown = axis.bar(places + (number - (len(arms) - 1) / 2) * width, np.maximum(values, floor), width,
-                             label=arm, color=colour)
-            axis.bar_label(shown, [f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in values],
-                           fontsize=6.5, rotation=90, padding=2)
-        axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        axis.set_ylim(floor, high * (high / low) ** 0.22)
-        axis.set_xticks(places, KINDS.values())
-        axis.set(ylabel=f"{rate} values [ppm]")
-        axis.grid(axis="x", visible=False)
-    axes[0].set_title("too large for the format")
-    axes[1].set_title("below half of the lowest bit")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(arms)))
-    figure.suptitle(title)
-    return figure
-
-
-def msb_map(result: FitResult, title: str = "") -> Figure:
-    """The store as a picture: tensors × position of the most significant bit, and the format chosen for the next step.
-
-    Args:
-        result: of a fit with LowBit.
-        title: of the figure.
-    """
-    (strategy,) = result.strategies
-    assert isinstance(strategy, LowBit)
-    frame = strategy.statistics
-    frame = frame[(frame["epoch"] == frame["epoch"].max()) & frame["kind"].isin(KINDS)]
-    # Of the parameters' gradients only the weights': biases and normalisations would fill the picture.
-    frame = frame[(frame["kind"] != "gradient") | frame["tensor"].str.endswith(".weight.gradient")]
-    frame = frame[frame["values"] > 0]
-    counts = strategy.histograms
-    figure, (axes,) = figures.canvas(len(KINDS), width=15.5 / len(KINDS),
-                             height=1.9 + 0.24 * frame["kind"].value_counts().max())
-    for axis, (kind, label) in zip(axes, KINDS.items(), strict=True):
-        part = frame[frame["kind"] == kind]
-        table = counts.loc[part["tensor"]]
-        shares = table.div(table.sum(1).clip(lower=1), axis=0)
-        used = shares.columns[(shares > 0).any()]
-        first = max(used.min(), int((part["position"] - part["bits"]).min()) - 4)
-        last = max(used.max(), int(part["position"].max())) + 1
-        shares = shares.loc[:, first:last]
-        axis.imshow(np.ma.masked_less_equal(shares.to_numpy(), 0), aspect="auto", cmap="viridis",
-                    norm=LogNorm(1e-6, 1), extent=(first - 0.5, last + 0.5, len(part) - 0.5, -0.5))
-        for row, (position, bits) in enumerate(zip(part["position"], part["bits"], strict=True)):
-            axis.add_patch(Rectangle((position - bits + 1.5, row - 0.42), bits - 1, 0.84, fill=False, linewidth=1.6,
-                                     edgecolor="#d55e00"))
-        ends = (".weight.gradient", ".weight", ".error", ".input")
-        names = [next((n.removesuffix(end) for end in ends if n.endswith(end)), n) for n in part["tensor"]]
-        names = [name.removeprefix("features.") for name in names]
-        axis.set_yticks(range(len(part)), names, fontsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        axis.set(title=label, xlabel="position of the most significant bit")
-        axis.grid(False)
-    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.8, pad=0.01)
-    bar.set_label("share of non-zero values")
-    figure.suptitle(title)
-    return figure
-
-
-def positions_over_epochs(result: FitResult, kind: str) -> pd.DataFrame:
-    """Tensors × epochs: the position chosen at each epoch's end, for the weights' layers."""
-    table = result.layer_maps[f"low-bit: {kind} formats"].table
-    return table.rename(index=lambda name: name.removesuffix(f".{kind}"))
 
 
 # ---------------------------------------------------------------------------------------- capacity

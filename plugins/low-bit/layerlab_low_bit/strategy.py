@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from layerlab import LayerlabError, LayerMap, Run, Strategy
-from layerlab_low_bit.arithmetic import Arithmetic, Encoded
-from layerlab_low_bit.fixedpoint import decode, msb_histogram
-from layerlab_low_bit.products import Units, find_units
-from layerlab_low_bit.store import Steering, Store
+from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
+from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
+from layerlab_low_bit.method.products import Units, find_units
+from layerlab_low_bit.method.store import Steering, Store
 
 Rounding = Literal["nearest", "stochastic"]
 

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from layerlab import LayerlabError
 from layerlab_low_bit import decode, encode, msb_histogram
-from layerlab_low_bit.fixedpoint import BIAS
-from layerlab_low_bit.products import Geometry, Product, matrix_product
-from layerlab_low_bit.store import Store, choose, rates
+from layerlab_low_bit.method.fixedpoint import BIAS
+from layerlab_low_bit.method.products import Geometry, Product, matrix_product
+from layerlab_low_bit.method.store import Store, choose, rates
 
 KINDS = {kind: 8 for kind in ("activation", "weight", "error", "gradient", "master")}
 

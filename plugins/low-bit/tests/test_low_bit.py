@@ -15,8 +15,8 @@ from torch.nn import functional
 from layerlab import Dataset, LayerlabError, Run, Split, Strategy, build_model, evaluate, fit, load_dataset
 from layerlab.training.loop import Fit
 from layerlab_low_bit import LowBit, analysis
-from layerlab_low_bit.arithmetic import Arithmetic
-from layerlab_low_bit.store import Store
+from layerlab_low_bit.method.arithmetic import Arithmetic
+from layerlab_low_bit.method.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

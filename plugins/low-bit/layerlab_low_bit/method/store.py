@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerlab import LayerlabError
-from layerlab_low_bit.fixedpoint import BIAS, BINS, LOWEST, NOT_FINITE
+from layerlab_low_bit.method.fixedpoint import BIAS, BINS, LOWEST, NOT_FINITE
 
 Steering = Literal["statistic", "static", "current-max", "delayed-max"]
 Kind = Literal["activation", "weight", "error", "gradient", "master"]

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from layerlab_low_bit.fixedpoint import LOWEST, decode, encode, exponent_of, msb_histogram
-from layerlab_low_bit.products import Geometry, Product, Units
-from layerlab_low_bit.store import Kind, Store, choose, not_finite
+from layerlab_low_bit.method.fixedpoint import LOWEST, decode, encode, exponent_of, msb_histogram
+from layerlab_low_bit.method.products import Geometry, Product, Units
+from layerlab_low_bit.method.store import Kind, Store, choose, not_finite
 
 STORED = {
     "relu", "relu_", "leaky_relu", "leaky_relu_", "elu", "gelu", "silu", "hardswish", "tanh", "sigmoid", "batch_norm",
