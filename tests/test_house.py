@@ -164,3 +164,9 @@ def test_every_plugin_has_the_same_files():
         if missing := needed - files:
             wrong.append(f"{folder.name}: lacks {sorted(missing)}")
     assert wrong == []
+
+
+def test_a_plugin_s_notebook_is_a_link_to_the_one_in_notebooks():
+    for link in ROOT.glob("plugins/*/layerlab_*/notebook.ipynb"):
+        assert link.is_symlink(), f"{link} is a copy, which would not follow changes"
+        assert link.resolve().parent == ROOT / "notebooks"
