@@ -348,7 +348,7 @@ def gathering_cost(
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "saturation": {"r_max 0": {"saturation": 0.0}, "r_max 1e-3": {"saturation": 1e-3},
                    "r_max 1e-2": {"saturation": 1e-2}},
-    "headroom": {"no headroom": {"headroom": 0}, "2 bits of headroom": {"headroom": 2}},
+    "headroom": {"no headroom (the paper's)": {"headroom": 0}, "2 bits of headroom": {"headroom": 2}},
     "history": {"history of 1": {"history": 1}, "history of 64": {"history": 64}},
     "interval": {"every 10th step": {"interval": 10}},
     "rounding": {"gradients to the nearest": {"gradient_rounding": "nearest"},
@@ -377,8 +377,8 @@ def ablation_table(run: Comparison) -> pd.DataFrame:
 
 
 STEERINGS = {
-    "statistic (the paper's)": {},
-    "statistic, no headroom": {"headroom": 0},
+    "statistic (the paper's)": {"headroom": 0},
+    "statistic, a bit of headroom (ours)": {"headroom": 1},
     "static: the first step's": {"steering": "static"},
     "largest value of this step": {"steering": "current-max"},
     "largest value of the last steps": {"steering": "delayed-max"},

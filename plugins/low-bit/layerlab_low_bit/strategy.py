@@ -48,8 +48,9 @@ class LowBit(Strategy):
     """r_max: at most this share of a tensor's non-zero values may have been too large for a format that is chosen."""
     underflow: float = Field(1.0, gt=0, le=1)
     """A tensor of which a larger share would round to zero gets twice the bits; 1: none does."""
-    headroom: int = Field(1, ge=0, le=8)
-    """Bits kept free above what earlier iterations chose, for values that grow from one to the next."""
+    headroom: int | None = Field(None, ge=0, le=8)
+    """Bits kept free above what earlier iterations chose, for values that grow from one to the next. The paper has
+    none; None: one where a tensor has 8 bits or more, which costs nothing there, and none below."""
     history: int = Field(8, ge=1)
     """Iterations whose histograms the store keeps."""
     interval: int = Field(1, ge=1)

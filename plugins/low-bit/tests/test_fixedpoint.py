@@ -233,6 +233,22 @@ def test_every_layers_products_are_the_integers(name, units):
         assert torch.equal(mine, exact.float())
 
 
+@pytest.mark.parametrize("units", ["int8", "emulated"])
+@pytest.mark.parametrize("added", [(0, 0), (1, 0)])
+def test_a_transposed_convolution_s_products_are_the_integers(units, added):
+    torch.manual_seed(0)
+    geometry = Geometry((2, 3), (1, 0), (1, 2), 2, transposed=True, added=added)
+    x, w = codes(2, 4, 5, 4), codes(4, 3, 3, 2)
+    exact_x, exact_w = x.double().requires_grad_(), w.double().requires_grad_()
+    exact = functional.conv_transpose2d(exact_x, exact_w, None, (2, 3), (1, 0), added, 2, (1, 2))
+    dy = codes(*exact.shape)
+    exact.backward(dy.double())
+    product = Product(geometry, units, exact=True)
+    assert torch.equal(product.forward(x, w), exact.float())
+    assert torch.equal(product.input_gradient(dy, w, x.shape), exact_x.grad.float())
+    assert torch.equal(product.weight_gradient(dy, x, w.shape), exact_w.grad.float())
+
+
 def test_emulation_stays_exact_where_float32_sums_would_not():
     # Sums of up to 127² · 36864 are beyond float32's integers: every product has to see that by its bound.
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)

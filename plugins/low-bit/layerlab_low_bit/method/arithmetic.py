@@ -7,9 +7,11 @@ a layer (convolution, normalisation, activation) is read from the wide accumulat
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from layerlab_low_bit.method.attention import attention
 from layerlab_low_bit.method.fixedpoint import LOWEST, decode, encode, exponent_of, msb_histogram
 from layerlab_low_bit.method.products import Geometry, Product, Units
 from layerlab_low_bit.method.store import Kind, Store, choose, not_finite
@@ -75,6 +78,15 @@ class Arithmetic(TorchFunctionMode):
         self._parameters = parameters
         self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._operation = ""
+        # What runs in fixed point: function of torch → ours, with the same arguments.
+        self._covered: dict[Any, Callable[..., Any]] = {
+            functional.linear: self._linear,
+            functional.conv1d: partial(self._convolution, 1, False),
+            functional.conv2d: partial(self._convolution, 2, False),
+            functional.conv_transpose1d: partial(self._transposed, 1),
+            functional.conv_transpose2d: partial(self._transposed, 2),
+            functional.multi_head_attention_forward: self._attention,
+        }
 
     # ------------------------------------------------------------------------------------ one forward pass
 
@@ -97,10 +109,11 @@ class Arithmetic(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.linear or func is functional.conv2d:
-            x = args[0] if args else kwargs["input"]
-            if x.dtype == torch.float32 and (func is functional.linear or x.dim() == 4):
-                return (self._linear if func is functional.linear else self._convolution)(*args, **kwargs)
+        covered = self._covered.get(func)
+        if covered is not None:
+            x = args[0] if args else kwargs["input" if "input" in kwargs else "query"]
+            if x.dtype == torch.float32:
+                return covered(*args, **kwargs)
         before, self._operation = self._operation, getattr(func, "__name__", "")
         try:
             return func(*args, **kwargs)
@@ -108,26 +121,55 @@ class Arithmetic(TorchFunctionMode):
             self._operation = before
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        y = self._apply(x, weight, bias, None)
+        x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])  # (rows, inputs)
+        y = self._apply(x, weight, weight, bias, None)
         return y if input.dim() == 2 else y.reshape(*input.shape[:-1], -1)
 
     def _convolution(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-        dilation: Any = 1, groups: int = 1,
+        self, dims: int, transposed: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1, output_padding: Any = 0,
     ) -> Tensor:
-        stride, dilation = _pair(stride), _pair(dilation)
+        """A convolution over one or two dimensions; one dimension is the second of two."""
+        if dims == 2 and input.dim() == 3:  # one image without a batch
+            return self._convolution(
+                dims, transposed, input[None], weight, bias, stride, padding, dilation, groups, output_padding)[0]
+        x, w = input, weight
+        if dims == 1:
+            if input.dim() == 2:
+                return self._convolution(
+                    dims, transposed, input[None], weight, bias, stride, padding, dilation, groups, output_padding)[0]
+            x, w = input.unsqueeze(2), weight.unsqueeze(2)  # (batch, channels, 1, length), (…, …, 1, kernel)
+        stride, dilation = _pair(stride, dims, 1), _pair(dilation, dims, 1)
         if padding == "same":
-            spread = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            spread = [d * (k - 1) for d, k in zip(dilation, w.shape[2:], strict=True)]
             # The odd one goes below and right, as in torch.
-            input = functional.pad(input, (spread[1] // 2, -(-spread[1] // 2), spread[0] // 2, -(-spread[0] // 2)))
-        padding = (0, 0) if isinstance(padding, str) else _pair(padding)
-        return self._apply(input, weight, bias, Geometry(stride, padding, dilation, groups))
+            x = functional.pad(x, (spread[1] // 2, -(-spread[1] // 2), spread[0] // 2, -(-spread[0] // 2)))
+        padding = (0, 0) if isinstance(padding, str) else _pair(padding, dims, 0)
+        added = _pair(output_padding, dims, 0)
+        y = self._apply(x, w, weight, bias, Geometry(stride, padding, dilation, groups, transposed, added))
+        return y.squeeze(2) if dims == 1 else y
 
-    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry | None) -> Tensor:
-        self._layer = self._numbered(self._name(weight))
+    def _transposed(
+        self, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+        output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> Tensor:
+        return self._convolution(
+            dims, True, input, weight, bias, stride, padding, dilation, groups, output_padding)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Multi-head attention: its projections in fixed point, the products of activations in float32."""
+        settings = inspect.signature(functional.multi_head_attention_forward).bind(query, key, value, *args, **kwargs)
+        return attention(self._linear, **settings.arguments)
+
+    def _apply(
+        self, x: Tensor, weight: Tensor, parameter: Tensor, bias: Tensor | None, geometry: Geometry | None
+    ) -> Tensor:
+        """The layer whose weight is `weight`, a view of `parameter`, by which it is named."""
+        name = self._name(parameter)
+        self._layer = self._numbered(name.removesuffix(".weight"))
         self._learning = torch.is_grad_enabled()
-        return _Layer.apply(x, weight, bias, self, self._layer, geometry)
+        of_weight = name if self._layer == name.removesuffix(".weight") else f"{self._layer}.weight"
+        return _Layer.apply(x, weight, bias, self, (self._layer, of_weight), geometry)
 
     def _numbered(self, name: str) -> str:
         """The name itself at its first use in a forward pass, then with #2, #3, …"""
@@ -137,9 +179,9 @@ class Arithmetic(TorchFunctionMode):
     def _name(self, weight: Tensor) -> str:
         found = self._names.get(id(weight))
         if found is None or found[0]() is not weight:
-            self._names = {id(p): (weakref.ref(p), name.removesuffix(".weight")) for name, p in self._parameters()}
+            self._names = {id(p): (weakref.ref(p), name) for name, p in self._parameters()}
             found = self._names.get(id(weight))
-        return found[1] if found is not None else "layer"
+        return found[1] if found is not None else "layer.weight"
 
     # ------------------------------------------------------------------------------------ rounding
 
@@ -170,8 +212,8 @@ class Arithmetic(TorchFunctionMode):
             share = store.saturation if store.steering == "statistic" else 0.0
             (position,) = choose(msb_histogram(values)[None], share)
             position = LOWEST if position is None else position
-            if store.steering == "static":
-                position += store.headroom
+            if store.steering == "static" and index is not None:
+                position += store.headroom(index)
             if index is not None:
                 store.positions[index] = position
         try:
@@ -227,11 +269,12 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, layer: str,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, names: tuple[str, str],
         geometry: Geometry | None,
     ) -> Tensor:
+        layer, of_weight = names
         of_x = arithmetic.operand(x, f"{layer}.input", "activation")
-        of_w = arithmetic.operand(weight, f"{layer}.weight", "weight")
+        of_w = arithmetic.operand(weight, of_weight, "weight")
         ctx.arithmetic, ctx.layer, ctx.geometry = arithmetic, layer, geometry
         ctx.exponents = of_x.exponent, of_w.exponent
         ctx.shapes = x.shape, weight.shape
@@ -264,8 +307,10 @@ class _Layer(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+def _pair(value: Any, dims: int, first: int) -> tuple[int, int]:
+    """(vertical, horizontal) of a convolution's setting; of one over one dimension, `first` and its own."""
+    own = (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
+    return (first, own[0]) if dims == 1 else (own[0], own[1])
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

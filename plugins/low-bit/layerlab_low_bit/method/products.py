@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,12 +39,25 @@ class Geometry:
     Attributes:
         stride, padding, dilation: (vertical, horizontal).
         groups: of channels.
+        transposed: whether its forward is the input gradient of a convolution, as `nn.ConvTranspose2d` has it.
+        added: (vertical, horizontal) places that a transposed one adds below and right.
     """
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    transposed: bool = False
+    added: tuple[int, int] = (0, 0)
+
+    def output_shape(self, x: Tensor, w: Tensor) -> torch.Size:
+        """Of a transposed convolution of x, (batch, inputs, height, width), by w, (inputs, outputs / groups, …)."""
+        sizes = [
+            (size - 1) * stride - 2 * pad + dilation * (kernel - 1) + added + 1
+            for size, stride, pad, dilation, kernel, added in zip(
+                x.shape[2:], self.stride, self.padding, self.dilation, w.shape[2:], self.added, strict=True)
+        ]
+        return torch.Size((len(x), w.shape[1] * self.groups, *sizes))
 
 
 def matrix_product(a: Tensor, b: Tensor, units: Units) -> Tensor:
@@ -95,6 +108,9 @@ class Product:
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """y of x, (batch, …), and w, (outputs, …), as codes; float32, in units of the codes' product."""
+        if self._transposed:
+            assert self.geometry is not None
+            return self._plain.input_gradient(x, w, self.geometry.output_shape(x, w))
         if self._on_units(x, w):
             return self._forward_on_units(x, w).float()
         kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
@@ -107,6 +123,8 @@ class Product:
 
     def input_gradient(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         """dX of that shape, of dY and w."""
+        if self._transposed:
+            return self._plain.forward(dy, w)
         if self._on_units(dy, w):
             return self._input_gradient_on_units(dy, w, shape).float()
         # Each dX sums over outputs and kernel places.
@@ -118,6 +136,8 @@ class Product:
 
     def weight_gradient(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """dW of that shape, of dY and x."""
+        if self._transposed:
+            return self._plain.weight_gradient(x, dy, shape)
         if self._on_units(dy, x):
             return self._weight_gradient_on_units(dy, x, shape).float()
         if not self.exact:
@@ -159,6 +179,16 @@ class Product:
 
     def _on_units(self, *codes: Tensor) -> bool:
         return self.units != "emulated" and all(part.dtype == torch.int8 for part in codes)
+
+    @property
+    def _transposed(self) -> bool:
+        return self.geometry is not None and self.geometry.transposed
+
+    @property
+    def _plain(self) -> Product:
+        """The convolution that a transposed one is the input gradient of: with the two activations exchanged."""
+        assert self.geometry is not None
+        return Product(replace(self.geometry, transposed=False), self.units, self.exact)
 
     # ------------------------------------------------------------------------ as matrix products (im2col)
 

@@ -1,0 +1,110 @@
+"""Which layers train in fixed point: every matrix and kernel that products take, or the pre-flight says why not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layerlab import Dataset, fit, load_dataset
+from layerlab_low_bit import LowBit
+from layerlab_low_bit.method.attention import attention
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_dataset("digits", limit=128, test_limit=32, device="cpu")
+
+
+class Rows(nn.Module):
+    """A transformer over the rows of an image; a learnt query reads the sequence, with widths of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.query = nn.Parameter(torch.randn(1, 12))
+        self.read = nn.MultiheadAttention(12, 3, kdim=16, vdim=16, batch_first=True)
+        self.last = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.encoder(self.embed(x[:, 0]))  # (batch, rows, 16)
+        read, _ = self.read(self.query.expand(len(x), 1, 12), rows, rows)
+        return self.last(read[:, 0])
+
+
+class Waves(nn.Module):
+    """Convolutions over one dimension, plain, in groups and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv1d(8, 12, 3, stride=2, padding=1)
+        self.mix = nn.Conv1d(12, 12, 3, padding="same", groups=4)
+        self.up = nn.ConvTranspose1d(12, 6, 4, stride=2, padding=1)
+        self.last = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.mix(torch.relu(self.down(x[:, 0]))))  # (batch, 12, 4)
+        return self.last(torch.relu(self.up(x)).mean(2))
+
+
+def in_fixed_point(strategy: LowBit) -> set[str]:
+    return set(strategy.statistics.query("kind == 'weight'")["tensor"])
+
+
+@pytest.mark.parametrize(("network", "floats"), [(Rows, {"query"}), (Waves, set())])
+def test_every_matrix_and_kernel_trains_in_fixed_point(data, network, floats):
+    result = fit(network, data, LowBit(), epochs=1, batch_size=32, lr=0.01, progress=False)
+    matrices = {name for name, parameter in result.model.named_parameters() if parameter.dim() > 1}
+    assert matrices - in_fixed_point(result.strategies[0]) == floats
+
+
+@pytest.mark.parametrize("network", [Rows, Waves])
+def test_sixteen_bits_train_as_floats_do(data, network):
+    options = dict(epochs=2, batch_size=32, lr=0.01, progress=False)
+    plain, narrow = (fit(network, data, strategy, **options) for strategy in ((), LowBit(bits=16)))
+    assert narrow.final["train/loss"] == pytest.approx(plain.final["train/loss"], rel=0.02)
+
+
+FORMS = ({}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 7, "vdim": 9})
+MASKS = {
+    "none": {},
+    "attention": {"attn_mask": torch.ones(5, 6).tril(1).log()},
+    "by head": {"attn_mask": torch.zeros(12, 5, 6, dtype=torch.bool).index_fill_(2, torch.tensor([2]), True)},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 4 + [True] * 2, [False] * 6, [True] + [False] * 5])},
+}
+
+
+@pytest.mark.parametrize(
+    ("mask", "needs", "options"),
+    itertools.product(MASKS, [True, False], FORMS),
+)
+def test_attention_is_torch_s(mask, needs, options):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(8, 4, **options)
+    query = torch.randn(5, 3, 8)
+    key, value = torch.randn(6, 3, options.get("kdim", 8)), torch.randn(6, 3, options.get("vdim", 8))
+    calls: list[Tensor] = []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(weight)
+        return functional.linear(x, weight, bias)
+
+    class Ours(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is functional.multi_head_attention_forward:
+                return attention(linear, *args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    wanted, weights = module(query, key, value, need_weights=needs, **MASKS[mask])
+    with Ours():
+        got, own = module(query, key, value, need_weights=needs, **MASKS[mask])
+    assert len(calls) == 4
+    torch.testing.assert_close(got, wanted)
+    if needs:
+        torch.testing.assert_close(own, weights)
