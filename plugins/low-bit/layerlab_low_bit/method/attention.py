@@ -33,14 +33,14 @@ def attention(
         (output in the query's shape, weights of the attention or None), as torch's function.
     """
     if query.dim() == 2:  # one sequence without a batch
-        out, weights = attention(
+        out, single = attention(
             linear, query[:, None], key[:, None], value[:, None], embed_dim_to_check, num_heads, in_proj_weight,
             in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training,
             None if key_padding_mask is None else key_padding_mask[None], need_weights, attn_mask,
             use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, static_k, static_v,
             average_attn_weights, is_causal,
         )
-        return out[:, 0], None if weights is None else weights[0]
+        return out[:, 0], None if single is None else single[0]
     length, batch, width = query.shape
     q, k, v = _projected(
         linear, query, key, value, in_proj_weight, in_proj_bias,
