@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from layerlab import Comparison, Fit, Run, Strategy, measure, noise
+from layerlab import Comparison, Fit, Strategy, measure, noise
 from layerlab.measure import Turns
 from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.method.store import Kind, Store
@@ -246,44 +245,6 @@ def energy(build: Build, shape: tuple[int, int, int], images: int, batch_size: i
 
 
 # ---------------------------------------------------------------------------------------- peers
-
-
-class Bfloat16(Strategy):
-    """Torch's autocast to bfloat16, as an arm of a comparison."""
-
-    name: ClassVar[str] = "bfloat16"
-
-    def on_fit_start(self, run: Run) -> None:
-        """Forward and loss under autocast."""
-        run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16)
-
-
-def torchao_networks(build: Build) -> dict[str, Build]:
-    """The same network for torchao's kinds of low-bit training, which act on linear layers only.
-
-    Its int8 products, and float8 with scales of the current tensors, emulated where there are no such units. Its int8
-    weights are left out: no foreach optimizer takes them.
-    """
-    # Of its own import torchao says on stderr what concerns torchao only.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
-    from torchao.quantization import quantize_
-
-    # Checkpoints are read with weights_only.
-    torch.serialization.add_safe_globals([
-        Int8MixedPrecisionTrainingConfig, int8_mixed_precision.Int8MixedPrecisionTrainingLinearWeight])
-
-    def int8() -> nn.Module:
-        network = build()
-        quantize_(network, Int8MixedPrecisionTrainingConfig())
-        return network
-
-    def float8() -> nn.Module:
-        emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
-        return convert_to_float8_training(build(), config=Float8LinearConfig(emulate=emulate))
-
-    return {"torchao int8": int8, "torchao float8": float8}
 
 
 def peers(run: Comparison, baseline: str, steps: int) -> pd.DataFrame:
