@@ -17,6 +17,7 @@ _PUBLIC = {
     "Diverged": "layerlab.base.errors",
     "Refused": "layerlab.base.errors",
     "first_line": "layerlab.base.errors",
+    "Estimate": "layerlab.show.interval",
     "LayerMap": "layerlab.show.layer_map",
     "Batches": "layerlab.contract.run",
     "Replaced": "layerlab.contract.run",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from layerlab.runs.session import Session, Study
     from layerlab.runs.tracking import track
     from layerlab.show import figures
+    from layerlab.show.interval import Estimate
     from layerlab.show.layer_map import LayerMap
     from layerlab.training.evaluation import evaluate
     from layerlab.training.fit import compare, fit
@@ -87,6 +89,7 @@ __all__ = [
     "Comparison",
     "Dataset",
     "Diverged",
+    "Estimate",
     "Fit",
     "FitResult",
     "LayerMap",

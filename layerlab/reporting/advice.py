@@ -9,10 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from layerlab.show.interval import mean_interval, spread
+from layerlab.show.interval import spread
 from layerlab.show.table import Table
-from layerlab.training.paired import BASELINE, paired
-from layerlab.training.results import Comparison
+from layerlab.training.results import BASELINE, Comparison
 
 # Costs that a strategy may save: what for → column of `Comparison.runs`.
 COSTS = {"time": "seconds", "compute": "TFLOP", "memory": "peak MB"}
@@ -35,7 +34,7 @@ def against(comparison: Comparison, baseline: str = BASELINE) -> pd.DataFrame:
             continue
         row: dict[str, Any] = {"arm": arm}
         for column in ("top-1", "seconds", "TFLOP", "GB moved", "peak MB"):
-            row[column], row[f"{column} ±"] = mean_interval(paired(comparison, column, arm, baseline))
+            row[column], row[f"{column} ±"] = comparison.paired(column, arm, baseline).interval
         rows.append(row | {"left out": ""})
     rows += [{"arm": arm, "left out": reason} for arm, reason in comparison.failures.items()]
     return pd.DataFrame(rows)
@@ -125,7 +124,7 @@ def advise(
             "Nothing can be told apart: one seed says nothing about how much results vary by chance. Compare with at "
             "least three, seeds=[0, 1, 2].",))
     finest = 100 / test_images if test_images else 0.0
-    measured = {arm: mean_interval(paired(comparison, "top-1", arm, baseline)) for arm in arms}
+    measured = {arm: comparison.paired("top-1", arm, baseline).interval for arm in arms}
     points = {arm: (mean, max(half, finest)) for arm, (mean, half) in measured.items()}
     choices, details = dict(nothing), []
     choices["accuracy"], sentences = _most_accurate(comparison, points)
@@ -148,7 +147,7 @@ def _most_accurate(
     if better:
         best = max(better, key=lambda arm: points[arm][0])
         chosen = (best, *(arm for arm in better if arm != best and _includes(
-            mean_interval(paired(comparison, "top-1", best, arm)), 0.0)))
+            comparison.paired("top-1", best, arm).interval, 0.0)))
         sentences = [f"Accuracy: {_listed({arm: f'{_signed(points[arm])} points of top-1' for arm in chosen})}."]
     if worse:
         below = ", ".join(f"{arm} ({_signed(points[arm])} points)" for arm in worse)
@@ -161,7 +160,7 @@ def _cheapest(
     tolerance: float, dearer: Mapping[str, str],
 ) -> tuple[tuple[str, ...], str]:
     """The arms that are measurably cheaper, keep the accuracy and are not told apart from the cheapest, in words."""
-    ratios = {arm: mean_interval(paired(comparison, column, arm, baseline)) for arm in points}
+    ratios = {arm: comparison.paired(column, arm, baseline).interval for arm in points}
     cheaper = [arm for arm, (mean, half) in ratios.items() if mean + half < 1 - _EXACT and mean <= 1 - WORTH]
     if not cheaper:
         return (), f"Less {goal}: no strategy is measurably below the baseline by {100 * WORTH:g} % or more."
@@ -173,7 +172,7 @@ def _cheapest(
         return (), f"Less {goal}: {below}; but a loss of more than {_points(tolerance)} of top-1 is not excluded."
     best = min(candidates, key=lambda arm: ratios[arm][0])
     chosen = (best, *(arm for arm in candidates if arm != best and _includes(
-        mean_interval(paired(comparison, column, best, arm)), 1.0)))
+        comparison.paired(column, best, arm).interval, 1.0)))
     return chosen, f"Less {goal}: {_listed({arm: told[arm] for arm in chosen})}."
 
 
@@ -183,7 +182,7 @@ def _dearer(comparison: Comparison, baseline: str, arms: Sequence[str]) -> dict[
     for arm in arms:
         more = []
         for goal, column in COSTS.items():
-            mean, half = mean_interval(paired(comparison, column, arm, baseline))
+            mean, half = comparison.paired(column, arm, baseline).interval
             if mean - half > 1 + _EXACT:
                 more.append(f"{spread(mean, half)} times the {goal}")
         told[arm] = f", for {_and(more)}" if more else ""

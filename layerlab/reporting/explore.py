@@ -19,7 +19,7 @@ from layerlab.reporting.advice import against_table as against_table
 from layerlab.reporting.advice import pareto_front as pareto_front
 from layerlab.runs.record import default_folder
 from layerlab.runs.session import Session
-from layerlab.training.paired import BASELINE as BASELINE
+from layerlab.training.results import BASELINE as BASELINE
 from layerlab.training.results import Comparison
 from layerlab.training.results import in_units as in_units
 from layerlab.workload.builders import network_builder, own_network

@@ -32,7 +32,7 @@ from layerlab.runs.record import (
     notebook_key,
     read_record,
 )
-from layerlab.show.interval import mean_interval
+from layerlab.show.interval import Estimate, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -228,18 +228,20 @@ class Study(Session):
         )
 
     def claim(
-        self, id: str, values: float | Sequence[float], *, seeds: Sequence[int] = (),
+        self, id: str, values: float | Sequence[float] | Estimate, *, seeds: Sequence[int] = (),
         conditions: Mapping[str, Any] | None = None,
     ) -> ClaimResult:
         """Set measured values beside a claim.
 
         Args:
             id: of the claim in paper.toml.
-            values: one a seed, in the claim's unit; not finite where it did not happen.
+            values: one for each seed, in the claim's unit; not finite where it did not happen.
             seeds: the seeds.
             conditions: what it was measured under, `dataset` and `network` among them.
         """
         claim = self.paper.claim(id)
+        if isinstance(values, Estimate):
+            values = values.values
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
         verdict, reason = judge(claim, numbers, conditions or {}, bool(seeds))
         happened = numbers and all(map(math.isfinite, numbers))

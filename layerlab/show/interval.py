@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -34,6 +36,63 @@ def spread(mean: float, half: float = math.nan) -> str:
         decimals = min(4, max(0, 1 - math.floor(math.log10(half))))
         return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
     return f"{mean:,.0f}" if abs(mean) >= 999.95 else f"{mean:#.4g}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity measured once for each seed: its mean with the 95 % interval.
+
+    A value that is not finite did not happen with its seed; then mean and interval are not finite either.
+
+    Attributes:
+        values: one for each seed.
+        unit: of the values, such as `points`, `%` or `×`.
+
+    Example:
+        >>> gain = Estimate((1.0, 1.5, 1.25), "points")
+        >>> print(gain)
+        1.25 ± 0.62 points
+        >>> gain.low > 0
+        True
+    """
+
+    values: tuple[float, ...]
+    unit: str = ""
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """(mean, half-width of the 95 % interval)."""
+        if not all(math.isfinite(value) for value in self.values):
+            return math.nan, math.nan
+        return mean_interval(self.values)
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return self.interval[0]
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95 % interval; NaN for one seed."""
+        return self.interval[1]
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self.mean + self.half
+
+    @property
+    def reached(self) -> Estimate:
+        """The seeds in which it happened."""
+        return Estimate(tuple(value for value in self.values if math.isfinite(value)), self.unit)
+
+    def __str__(self) -> str:
+        return f"{spread(self.mean, self.half)} {self.unit}".strip()
 
 
 def scale(values: Iterable[float], unit: str) -> tuple[float, str]:

@@ -10,13 +10,16 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from layerlab.base.errors import unknown
 from layerlab.contract.strategy import Strategy
 from layerlab.show.figures import picture
-from layerlab.show.interval import mean_interval, scale, spread
+from layerlab.show.interval import Estimate, mean_interval, scale, spread
 from layerlab.show.layer_map import LayerMap
 from layerlab.show.table import Table
 from layerlab.training.settings import Settings
 
+# The arm without a strategy, where nobody has named it.
+BASELINE = "baseline"
 # Rows of a fit's table; of a longer one every so-many-th epoch is shown, with the first and the last.
 EPOCHS = 12
 # Heading, unit before scaling, and the factor from `SUMMARY` to that unit.
@@ -117,6 +120,20 @@ class FitResult:
         """The sum of a metric over the epochs; NaN where it was not measured."""
         return math.fsum(row.get(metric, math.nan) for row in self.history)
 
+    def time_to(self, level: float, metric: str = "test/top1") -> float:
+        """Seconds of training until `metric` first reaches `level` at an epoch's end; infinite if it never does.
+
+        Example:
+            >>> both.results["plain", 0].time_to(1.01)
+            inf
+        """
+        seconds = 0.0
+        for row in self.history:
+            seconds += row["time/epoch_seconds"]
+            if row[metric] >= level:
+                return seconds
+        return math.inf
+
     @property
     def layer_maps(self) -> dict[str, LayerMap]:
         """The layer × epoch maps of its strategies, as `strategy: title`."""
@@ -146,6 +163,26 @@ class FitResult:
         return fit_table(self)._repr_html_() + drawn
 
 
+# What a number of a result is asked by: a name of `SUMMARY` or of MLflow, or a function.
+Metric = str | Callable[[FitResult], float]
+
+
+def _value_of(metric: Metric) -> Callable[[FitResult], float]:
+    if callable(metric):
+        return metric
+    if metric in SUMMARY:
+        return SUMMARY[metric]
+    return lambda result: result.final.get(metric, math.nan)
+
+
+def _is_accuracy(metric: Metric) -> bool:
+    return isinstance(metric, str) and metric.startswith(("top-", "best top-", "test/top"))
+
+
+def _ratio(value: float, whole: float) -> float:
+    return value / whole if whole else math.nan
+
+
 @dataclass(eq=False)
 class Comparison:
     """Results of several arms and seeds.
@@ -153,6 +190,14 @@ class Comparison:
     Attributes:
         results: (arm, seed) → result.
         failures: arm that was left out of them → why.
+
+    Example:
+        >>> from layerlab import build_model, compare, load_dataset
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = lambda: build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> both = compare(network, data, {"plain": (), "same": ()}, seeds=[0, 1, 2], epochs=1, progress=False)
+        >>> print(both.paired("top-1", "same", "plain"))
+        0.000 points
     """
 
     results: dict[tuple[str, int], FitResult]
@@ -180,9 +225,99 @@ class Comparison:
         return pd.DataFrame([{"arm": arm, "seed": seed} | {name: value(result) for name, value in SUMMARY.items()}
                              for (arm, seed), result in self.results.items()])
 
-    def per_seed(self, value: Callable[[FitResult], float], arm: str) -> list[float]:
-        """`value` of each seed's result of an arm."""
-        return [value(self.results[arm, seed]) for seed in self.seeds]
+    def of(self, arm: str) -> list[FitResult]:
+        """An arm's results, in the order of the seeds.
+
+        Raises:
+            LayerlabError: no such arm.
+        """
+        if arm not in self.arms:
+            raise unknown("arm", arm, self.arms)
+        return [self.results[arm, seed] for seed in self.seeds]
+
+    def per_seed(self, metric: Metric, arm: str) -> list[float]:
+        """One value for each seed of an arm.
+
+        Args:
+            metric: a name of `SUMMARY` (`top-1`, `seconds`, `TFLOP`, …); a metric's name as in MLflow, whose value in
+                the last epoch is meant; or a function of a `FitResult`.
+            arm: the arm's name.
+
+        Example:
+            >>> both.per_seed("top-1", "plain") == both.per_seed("test/top1", "same")
+            True
+        """
+        value = _value_of(metric)
+        return [value(result) for result in self.of(arm)]
+
+    def estimate(self, metric: Metric, arm: str, unit: str = "") -> Estimate:
+        """Mean and 95 % interval of an arm's `metric`; accuracies that are named come in per cent.
+
+        Example:
+            >>> both.estimate("top-1", "plain").unit
+            '%'
+        """
+        values = self.per_seed(metric, arm)
+        if _is_accuracy(metric):
+            return Estimate(tuple(100 * value for value in values), unit or "%")
+        return Estimate(tuple(values), unit)
+
+    def paired(self, metric: Metric, arm: str, baseline: str) -> Estimate:
+        """An arm against another one under the same seeds.
+
+        Args:
+            metric: as `per_seed`.
+            arm, baseline: names of arms.
+
+        Returns:
+            For a named accuracy the difference in points, for anything else the ratio arm ÷ baseline.
+
+        Example:
+            >>> print(both.paired("top-1", "same", "plain"))
+            0.000 points
+            >>> print(both.paired("TFLOP", "same", "plain"))
+            1.000 ×
+        """
+        pairs = zip(self.per_seed(metric, arm), self.per_seed(metric, baseline), strict=True)
+        if _is_accuracy(metric):
+            return Estimate(tuple(100 * (mine - theirs) for mine, theirs in pairs), "points")
+        return Estimate(tuple(_ratio(mine, theirs) for mine, theirs in pairs), "×")
+
+    def saving(self, metric: Metric, arm: str, baseline: str) -> Estimate:
+        """What an arm saves of a cost against another one, in per cent of the other's, seed by seed.
+
+        Args:
+            metric: as `per_seed`.
+            arm, baseline: names of arms.
+
+        Example:
+            >>> print(both.saving("TFLOP", "same", "plain"))
+            0.000 %
+        """
+        pairs = zip(self.per_seed(metric, arm), self.per_seed(metric, baseline), strict=True)
+        return Estimate(tuple(100 * (1 - _ratio(mine, theirs)) for mine, theirs in pairs), "%")
+
+    def speedup(self, arm: str, baseline: str, metric: str = "test/top1", level: float | None = None) -> Estimate:
+        """How many times sooner an arm reaches an accuracy than the baseline does, seed by seed.
+
+        Args:
+            arm, baseline: names of arms.
+            metric: the accuracy, as a share.
+            level: what is to be reached. Default: the best that the baseline reaches with the same seed.
+
+        Returns:
+            Ratios of seconds; NaN with a seed in which either never reaches it.
+
+        Example:
+            >>> len(both.speedup("same", "plain", level=0.05).values)
+            3
+        """
+        ratios = []
+        for mine, theirs in zip(self.of(arm), self.of(baseline), strict=True):
+            wanted = max(row[metric] for row in theirs.history) if level is None else level
+            ratio = theirs.time_to(wanted, metric) / mine.time_to(wanted, metric)
+            ratios.append(ratio if math.isfinite(ratio) and ratio > 0 else math.nan)
+        return Estimate(tuple(ratios), "×")
 
     @property
     def summary(self) -> pd.DataFrame:

@@ -23,15 +23,9 @@ KINDS = {"activation": "activations", "weight": "weights", "error": "errors (dY)
 # ---------------------------------------------------------------------------------------- accuracy
 
 
-def difference(run: Comparison, baseline: str, arm: str) -> list[float]:
-    """Final top-1 of an arm less the baseline's, in points, seed by seed."""
-    pairs = zip(*(run.per_seed(lambda r: r.final["test/top1"], name) for name in (baseline, arm)), strict=True)
-    return [100 * (of_arm - of_baseline) for of_baseline, of_arm in pairs]
-
-
 def joules(run: Comparison, arm: str) -> float:
     """Mean energy of an arm's runs by the device's own counter; NaN where it keeps none."""
-    return float(np.mean(run.per_seed(lambda r: r.total("cost/energy_joules"), arm)))
+    return run.estimate(lambda result: result.total("cost/energy_joules"), arm).mean
 
 
 def accuracies(runs: Mapping[str, Comparison], baseline: str) -> pd.DataFrame:
@@ -40,7 +34,7 @@ def accuracies(runs: Mapping[str, Comparison], baseline: str) -> pd.DataFrame:
     for task, run in runs.items():
         plain = run.summary.set_index("arm").loc[baseline]
         for arm, row in run.summary.set_index("arm").iterrows():
-            mean, half = measure.mean_interval(difference(run, baseline, arm))
+            mean, half = run.paired("top-1", arm, baseline).interval
             rows.append({
                 "task": task, "arithmetic": arm, "top-1 [%]": 100 * row["top-1"], "±": 100 * row["top-1 ±"],
                 "against float32 [points]": mean, "± ": half, "seconds, relative": row["seconds"] / plain["seconds"],
@@ -64,7 +58,7 @@ def steering_table(run: Comparison) -> pd.DataFrame:
             assert isinstance(strategy, LowBit)
             parts.append(strategy.statistics)
         frame = pd.concat(parts)
-        mean, half = measure.mean_interval(run.per_seed(lambda r: 100 * r.final["test/top1"], arm))
+        mean, half = run.estimate("top-1", arm).interval
         row: dict[str, Any] = {"arm": arm, "top-1 [%]": mean, "±": half}
         for rate in ("saturated", "vanished"):
             for kind, label in {**KINDS, "": "all"}.items():
@@ -254,8 +248,8 @@ def peers(run: Comparison, baseline: str, steps: int) -> pd.DataFrame:
         return 1e3 * float(run.frame.query("arm == @arm")["time/epoch_seconds"].median()) / steps
 
     for arm in run.arms:
-        mean, half = measure.mean_interval(run.per_seed(lambda r: 100 * r.final["test/top1"], arm))
-        off, spread = measure.mean_interval(difference(run, baseline, arm))
+        mean, half = run.estimate("top-1", arm).interval
+        off, spread = run.paired("top-1", arm, baseline).interval
         rows.append({"arm": arm, "top-1 [%]": mean, "±": half, "against float32 [points]": off, "± ": spread,
                      "ms a step": milliseconds(arm), "relative": milliseconds(arm) / milliseconds(baseline)})
     return pd.DataFrame(rows)
@@ -364,8 +358,7 @@ def section_5(
         fit_in = [capacity.loc[what, f"{column}, ×"] for capacity in capacities.values()
                   for what in ("both in memory", "gradients on the wire") if f"{column}, ×" in capacity]
         saved = [energy.set_index("arithmetic").loc[column, "saved [%]"] for energy in energies.values()]
-        points = [measure.mean_interval(difference(run, "float32", column))[0] for run in runs.values()
-                  if column in run.arms]
+        points = [run.paired("top-1", column, "float32").mean for run in runs.values() if column in run.arms]
         table[f"measured, {column}"] = [
             _range(fit_in) + " (memory, bus)", _range([1 / (1 - share / 100) for share in saved]) + " (estimate)",
             _range([-share for share in saved]) + " (estimate)", _range(points) + " points",
