@@ -49,6 +49,7 @@ class Estimate:
         unit: of the values, such as `points`, `%` or `×`.
 
     Example:
+        >>> from layerlab import Estimate
         >>> gain = Estimate((1.0, 1.5, 1.25), "points")
         >>> print(gain)
         1.25 ± 0.62 points
