@@ -1,8 +1,8 @@
 """Adaptive pruning: channels and layers go while the network trains (Zhang et al.)."""
 
+from layerlab_adaptive_pruning.method.structure import rebuild, structure, trace
+from layerlab_adaptive_pruning.method.surgery import below, merge_thin_layers, remove_channels, scales
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming
-from layerlab_adaptive_pruning.structure import rebuild, structure, trace
-from layerlab_adaptive_pruning.surgery import below, merge_thin_layers, remove_channels, scales
 
 __all__ = [
     "AdaptivePruning", "NetworkSlimming", "below", "merge_thin_layers", "rebuild", "remove_channels", "scales",

@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlab import Dataset, build_model, figures, measure
+from layerlab_adaptive_pruning.method.structure import rebuild, structure
+from layerlab_adaptive_pruning.method.surgery import remove_channels
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
-from layerlab_adaptive_pruning.structure import rebuild, structure
-from layerlab_adaptive_pruning.surgery import remove_channels
 
 BASELINE, OURS, PEER = "conventional", "adaptive pruning", "network slimming"
 PAPER = {0.845: "40 %", 0.646: "60 %", 0.558: "most"}

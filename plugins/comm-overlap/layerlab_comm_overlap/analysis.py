@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from layerlab import Dataset, build_model, fit, load_dataset
-from layerlab_comm_overlap import measuring
-from layerlab_comm_overlap.launcher import launch
-from layerlab_comm_overlap.measuring import COMPUTE, CUT, OFF, VARIANTS, WHOLE
-from layerlab_comm_overlap.model import Measured
-from layerlab_comm_overlap.networks import LimitedLink, limited_link
+from layerlab_comm_overlap.method import measuring
+from layerlab_comm_overlap.method.launcher import launch
+from layerlab_comm_overlap.method.measuring import COMPUTE, CUT, OFF, VARIANTS, WHOLE
+from layerlab_comm_overlap.method.model import Measured
+from layerlab_comm_overlap.method.networks import LimitedLink, limited_link
 from layerlab_comm_overlap.strategy import CommOverlap
 
 

@@ -19,8 +19,8 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from layerlab import LayerlabError, Run, Split, Strategy, devices
-from layerlab_comm_overlap.engine import Engine
-from layerlab_comm_overlap.transport import Link, Transport
+from layerlab_comm_overlap.method.engine import Engine
+from layerlab_comm_overlap.method.transport import Link, Transport
 
 
 class CommOverlap(Strategy):

@@ -20,8 +20,8 @@ from torch import nn
 
 from layerlab import LayerlabError, Run, Strategy, build_model, fit, load_dataset
 from layerlab_comm_overlap import CommOverlap, launch
-from layerlab_comm_overlap.model import AllReduce, fit_link, step_seconds
-from layerlab_comm_overlap.transport import Bucket, Transport, order_of_segments
+from layerlab_comm_overlap.method.model import AllReduce, fit_link, step_seconds
+from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
 
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from layerlab import Augment, Dataset, build_model, explore, load_dataset, measure
-from layerlab_learn_and_drop.cutting import Plan, make_plan, split
-from layerlab_learn_and_drop.features import Making, Storage
+from layerlab_learn_and_drop.method.cutting import Plan, make_plan, split
+from layerlab_learn_and_drop.method.features import Making, Storage
 from layerlab_learn_and_drop.strategy import NAME, LearnAndDrop
 
 PLAIN, FROZEN, DROPPED = "plain", "freezing", "Learn&Drop"

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from layerlab import Batches, LayerlabError, LayerMap, Run, Strategy, devices
 from layerlab.measure import synchronise, time_by_turns
-from layerlab_learn_and_drop.cutting import Cut, Plan, make_plan, split
-from layerlab_learn_and_drop.features import Features, Making, NoRoom, Storage
+from layerlab_learn_and_drop.method.cutting import Cut, Plan, make_plan, split
+from layerlab_learn_and_drop.method.features import Features, Making, NoRoom, Storage
 
 NAME = "learn-and-drop"
 PROBE_BATCHES = 4  # that are stored to measure how fast they are read

@@ -17,8 +17,8 @@ from layerlab import LayerlabError, Run, Strategy, build_model, compare, fit, lo
 from layerlab.training.loop import Fit
 from layerlab_lars_skip import LarsSkip
 from layerlab_learn_and_drop import LearnAndDrop
-from layerlab_learn_and_drop.cutting import features_of, make_plan, split
-from layerlab_learn_and_drop.features import Making, decode, encode
+from layerlab_learn_and_drop.method.cutting import features_of, make_plan, split
+from layerlab_learn_and_drop.method.features import Making, decode, encode
 from layerlab_learn_and_drop.strategy import relative_change, trend
 
 OPTIONS: dict[str, Any] = dict(batch_size=32, lr=0.02)

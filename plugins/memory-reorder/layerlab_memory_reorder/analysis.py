@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerlab import LayerlabError, build_model, measure
-from layerlab_memory_reorder import plan as plans
-from layerlab_memory_reorder.executor import Takeover, checkpoint_blocks
+from layerlab_memory_reorder.method import plan as plans
+from layerlab_memory_reorder.method.executor import Takeover, checkpoint_blocks
 
 USERS, PLAIN, FUSED = "PyTorch, gradients kept", "PyTorch, gradients freed first", "PyTorch, optimizer in backward"
 CHECKPOINTING, OURS, BOTH = "activation checkpointing", "memory-reorder", "memory-reorder + checkpointing"

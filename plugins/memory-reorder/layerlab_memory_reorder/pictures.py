@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from layerlab import figures
-from layerlab_memory_reorder.plan import Plan
+from layerlab_memory_reorder.method.plan import Plan
 
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
 

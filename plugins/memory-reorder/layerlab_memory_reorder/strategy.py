@@ -12,8 +12,8 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from layerlab import LayerlabError, Run, Strategy
-from layerlab_memory_reorder.executor import Takeover
-from layerlab_memory_reorder.plan import Order
+from layerlab_memory_reorder.method.executor import Takeover
+from layerlab_memory_reorder.method.plan import Order
 
 
 class MemoryReorder(Strategy):

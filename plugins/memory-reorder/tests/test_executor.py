@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from layerlab import LayerlabError, Run, Strategy, fit, forward_order, load_dataset
 from layerlab.training.loop import Fit
-from layerlab_memory_reorder import MemoryReorder, executor
-from layerlab_memory_reorder.executor import Takeover
+from layerlab_memory_reorder import MemoryReorder
+from layerlab_memory_reorder.method import executor
+from layerlab_memory_reorder.method.executor import Takeover
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

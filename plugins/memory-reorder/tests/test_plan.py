@@ -12,7 +12,8 @@ from helpers import slow
 from torch import nn
 
 from layerlab import LayerlabError
-from layerlab_memory_reorder import analysis, plan
+from layerlab_memory_reorder import analysis
+from layerlab_memory_reorder.method import plan
 
 NETWORKS = ("alexnet", "caffe-alexnet", "vgg16", "resnet50", "googlenet")
 

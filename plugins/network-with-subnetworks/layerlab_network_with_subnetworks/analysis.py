@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlab import Dataset, evaluate, measure
-from layerlab_network_with_subnetworks.networks import convolutional_chain, perceptron
+from layerlab_network_with_subnetworks.method.networks import convolutional_chain, perceptron
 from layerlab_network_with_subnetworks.strategy import NetworkWithSubnetworks
 
 REGULAR = "ref-"

@@ -15,8 +15,8 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from layerlab import LayerlabError, Run, Strategy, evaluate
-from layerlab_network_with_subnetworks.chain import NAME, check_detachable, layers_of, without
-from layerlab_network_with_subnetworks.networks import perceptron
+from layerlab_network_with_subnetworks.method.chain import NAME, check_detachable, layers_of, without
+from layerlab_network_with_subnetworks.method.networks import perceptron
 
 
 class NetworkWithSubnetworks(Strategy):

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from layerlab import LayerlabError
-from layerlab_memory_reorder.plan import Order, weight_first
+from layerlab_memory_reorder.method.plan import Order, weight_first
 
 # Below this, the input gradient is computed by the very call that PyTorch's backward makes; see _input_gradient.
 _SMALL = 2**20
@@ -596,7 +596,7 @@ def _masked_by_reader(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
     Both must be called once; a network that cannot be traced has none.
     """
-    from layerlab_memory_reorder.plan import symbolic
+    from layerlab_memory_reorder.method.plan import symbolic
 
     try:
         graph = symbolic(model)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from layerlab import LayerlabError, Run
-from layerlab_comm_overlap.transport import Bucket, Transport, order_of_segments
+from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
 
 _MEASURED = range(2, 5)
 """Steps whose times decide the order of segments. DDP makes its buckets anew after the first step."""

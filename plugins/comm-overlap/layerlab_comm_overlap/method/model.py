@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from layerlab_comm_overlap.measuring import COMPUTE, VARIANTS
-from layerlab_comm_overlap.transport import order_of_segments
+from layerlab_comm_overlap.method.measuring import COMPUTE, VARIANTS
+from layerlab_comm_overlap.method.transport import order_of_segments
 
 Algorithm = Literal["ring", "tree"]
 

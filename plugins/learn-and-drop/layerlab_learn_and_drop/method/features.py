@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlab import Batches, LayerlabError, files, pass_order
-from layerlab_learn_and_drop.cutting import features_of, mode
+from layerlab_learn_and_drop.method.cutting import features_of, mode
 
 Storage = Literal["compute", "bfloat16", "int8"]
 ALIGNMENT = 64  # bytes; any tensor type may start there

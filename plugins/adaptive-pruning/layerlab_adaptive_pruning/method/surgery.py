@@ -22,7 +22,16 @@ from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc
 
 from layerlab import LayerlabError, Replaced
-from layerlab_adaptive_pruning.structure import Select, Shift, clean, edit, forget_selections, layer, source, trace
+from layerlab_adaptive_pruning.method.structure import (
+    Select,
+    Shift,
+    clean,
+    edit,
+    forget_selections,
+    layer,
+    source,
+    trace,
+)
 
 Bridge = Literal["zero", "merge"]
 

@@ -1,0 +1,1 @@
+"""Memory plans of a training step, and the executor that follows them."""
