@@ -21,8 +21,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError, LayerlabWarning, LayerMap, Replaced, Run, Strategy, measure
+from layerlab_adaptive_pruning.method.dependencies import recorded
 from layerlab_adaptive_pruning.method.structure import rebuild, structure, trace
-from layerlab_adaptive_pruning.method.surgery import below, merge_thin_layers, recorded, remove_channels, scales
+from layerlab_adaptive_pruning.method.surgery import below, merge_thin_layers, remove_channels, scales
 
 CLOSE = 0.005
 """A search ends when the cost is this much of the goal, or less, under it."""

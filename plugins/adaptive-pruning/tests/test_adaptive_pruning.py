@@ -11,8 +11,7 @@ from torch import nn
 
 from layerlab import LayerlabError, LayerlabWarning, Run, Strategy, build_model, evaluate, fit, load_dataset
 from layerlab.training.loop import Fit
-from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, rebuild
-from layerlab_adaptive_pruning.method import structure
+from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, rebuild, structure
 from layerlab_adaptive_pruning.strategy import OutOfReach, count, search
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.05)

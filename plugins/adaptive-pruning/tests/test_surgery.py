@@ -15,10 +15,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import VGG, make_layers
 
 from layerlab import LayerlabError, build_model
-from layerlab_adaptive_pruning import merge_thin_layers, rebuild, remove_channels, scales, trace
-from layerlab_adaptive_pruning.method import structure
+from layerlab_adaptive_pruning import merge_thin_layers, rebuild, remove_channels, scales, structure, trace
+from layerlab_adaptive_pruning.method.constants import Constants
 from layerlab_adaptive_pruning.method.structure import Select
-from layerlab_adaptive_pruning.method.surgery import Constants
 
 
 def vgg_bn() -> nn.Module:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from layerlab import LayerlabError, Run, Strategy, fit, forward_order, load_dataset
 from layerlab.training.loop import Fit
 from layerlab_memory_reorder import MemoryReorder
-from layerlab_memory_reorder.method import executor
+from layerlab_memory_reorder.method import operations
 from layerlab_memory_reorder.method.executor import Takeover
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -270,8 +270,8 @@ def test_the_inputs_memory_is_free_before_the_input_gradient_is_made(monkeypatch
     alive, inputs = [], []
     layer[1].register_forward_pre_hook(lambda module, arguments: inputs.append(
         weakref.ref(arguments[0].untyped_storage())))
-    original = executor._input_gradient
-    monkeypatch.setattr(executor, "_input_gradient",
+    original = operations._input_gradient
+    monkeypatch.setattr(operations, "_input_gradient",
                         lambda *arguments: (alive.append(inputs[-1]() is not None), original(*arguments))[1])
     with Takeover(layer, torch.optim.SGD(layer.parameters(), lr=0.1), torch.zeros(2, 3, 8, 8)):
         layer(torch.randn(2, 3, 8, 8)).sum().backward()

@@ -14,14 +14,15 @@ from torch import nn
 from layerlab import LayerlabError
 from layerlab_memory_reorder import analysis
 from layerlab_memory_reorder.method import plan
+from layerlab_memory_reorder.method.trace import Network, trace
 
 NETWORKS = ("alexnet", "caffe-alexnet", "vgg16", "resnet50", "googlenet")
 
 
 @cache
-def traced_at(name: str, batch: int) -> plan.Network:
+def traced_at(name: str, batch: int) -> Network:
     model, shape = analysis.network(name)
-    return plan.trace(model, shape, batch)
+    return trace(model, shape, batch)
 
 
 def three_layers() -> nn.Sequential:
@@ -30,7 +31,7 @@ def three_layers() -> nn.Sequential:
 
 def test_a_three_layer_network_by_hand():
     # float32, batch 2, images 1 × 8 × 8. Activations: 2·64, 2·256, 2·128, 2·10 elements.
-    traced = plan.trace(three_layers(), (1, 8, 8), 2)
+    traced = trace(three_layers(), (1, 8, 8), 2)
     assert traced.activations == {"data": 512, "0": 2048, "1": 1024, "3": 80}
     # Weights: 36 + 4; 72 + 2; 1280 + 10.
     assert sum(traced.weights.values()) == 4 * (40 + 74 + 1290)
@@ -61,7 +62,7 @@ def test_relu_and_dropout_in_place_and_a_residual_sum():
             y = self.drop(self.relu(self.conv(x)))
             return (y + torch.relu(y)).flatten(1)
 
-    traced = plan.trace(Block(), (2, 4, 4), 1)
+    traced = trace(Block(), (2, 4, 4), 1)
     # relu and drop write over conv; torch.relu may not, since the sum reads its operand too.
     assert traced.activations == {"data": 128, "conv": 128, "relu_1": 128, "add": 128}
     for each in (plan.conventional(traced), plan.reordered(traced), plan.reordered(traced, forward_reuse=True)):
@@ -79,7 +80,7 @@ def test_no_plan_reuses_what_is_still_read(name, weight_gradients, order, forwar
 
 
 def test_the_checker_finds_every_buffer_that_is_reused_too_early():
-    traced = plan.trace(three_layers(), (1, 8, 8), 2)
+    traced = trace(three_layers(), (1, 8, 8), 2)
     good = plan.reordered(traced, "shared", "weight-first")
     place = {block.tensor: block for block in good.blocks}
 
@@ -110,14 +111,14 @@ def test_the_checker_finds_every_buffer_that_is_reused_too_early():
 def test_the_savings_that_were_worked_out_beforehand(name, rows):
     model, shape = analysis.network(name)
     for batch, wanted in rows.items():
-        sums = analysis.worked_out(plan.trace(model, shape, batch))
+        sums = analysis.worked_out(trace(model, shape, batch))
         saved = [100 * (1 - sums[part] / sums["conventional"]) for part in ("kept", "shared")]
         assert saved == pytest.approx(wanted, abs=0.08)
 
 
 def test_alexnets_memory_at_batch_8():
     model, shape = analysis.network("caffe-alexnet")
-    traced = plan.trace(model, shape, 8)
+    traced = trace(model, shape, 8)
     assert sum(traced.weights.values()) == 4 * 60_965_224
     assert plan.conventional(traced).total / 1e6 == pytest.approx(573.2, abs=0.1)
 
@@ -183,9 +184,9 @@ def test_untraceable_networks_and_wrong_shapes_get_one_sentence():
             return self.layer(x) if x.sum() > 0 else x
 
     with pytest.raises(LayerlabError, match=r"Branching cannot be traced .* does not depend on the data"):
-        plan.trace(Branching(), (4,), 2)
+        trace(Branching(), (4,), 2)
     with pytest.raises(LayerlabError, match=r"Sequential does not take images of shape \(3, 8, 8\)"):
-        plan.trace(three_layers(), (3, 8, 8), 2)
+        trace(three_layers(), (3, 8, 8), 2)
     bad: list[dict[str, Any]] = [{"arm": "other"}, {"optimizer": "lion"}]
     for options in bad:
         with pytest.raises(LayerlabError, match=r"known|measured with"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -108,6 +108,7 @@ class _Sizes(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
+        self.traced = graph
         self.shapes: dict[fx.Node, tuple[int, ...] | None] = {}
         self.flops: dict[fx.Node, int] = {}
         self.counter = FlopCounterMode(display=False)
@@ -134,62 +135,97 @@ def make_plan(network: nn.Module, example: Tensor) -> Plan:
     Raises:
         LayerlabError: it cannot be traced, or has a single layer.
     """
-    traced = trace(network, training=False)
-    with mode(network, training=False):
-        # Two sizes of batch tell which tensors have the batch as their first dimension.
-        first, second = _Sizes(traced), _Sizes(traced)
-        with torch.no_grad(), first.counter:
-            first.run(example[:1].expand(2, *example.shape[1:]))
-        with torch.no_grad():
-            second.run(example[:1].expand(3, *example.shape[1:]))
-    # Parameters that are read as attributes belong to whatever uses them, and go to its side of a cut.
-    nodes = [node for node in traced.graph.nodes if node.op != "get_attr"]
-    place_of = {node: place for place, node in enumerate(nodes)}
-    layers: list[tuple[str, list[str]]] = []
-    ends: list[int] = []
-    owned: list[set[int]] = []  # by place: the parameters and buffers used there
-    early: list[str] = []  # parameters used before the first layer
-    for place, node in enumerate(nodes):
-        used = _parameters(network, node)
-        owned.append({id(parameter) for parameter in used.values()})
-        if node.op == "call_module":
-            owned[-1] |= {id(buffer) for buffer in network.get_submodule(str(node.target)).buffers()}
-        if not used:
-            continue
-        if node.op != "call_module":
-            (layers[-1][1] if layers else early).extend(used)
-            ends[-1:] = [place] * len(layers[-1:])
-        elif not isinstance(network.get_submodule(str(node.target)), NORMALISATION) and not any(
-            name == node.target for name, _ in layers
-        ):
-            layers.append((str(node.target), [*early, *used]))
-            ends.append(place)
-            early = []
+    sizes = _measured(network, example)
+    # Parameters that are read as attributes belong to the module that uses them, and go to its side of a cut.
+    nodes = [node for node in sizes[0].traced.graph.nodes if node.op != "get_attr"]
+    layers, ends = _layers(network, nodes)
     if len(layers) < 2:
         raise LayerlabError(
             f"learn-and-drop needs a network of two layers or more, and {type(network).__name__} has {len(layers)}; "
             "use another network."
         )
-    last_use = [max((place_of[user] for user in node.users), default=-1) for node in nodes]
     calls = {str(node.target): place for place, node in reversed(list(enumerate(nodes))) if node.op == "call_module"}
+    shared = _used_on_both_sides(network, nodes)
+    places = {node: place for place, node in enumerate(nodes)}
+    last_use = [max((places[user] for user in node.users), default=-1) for node in nodes]
     cuts: dict[int, Cut] = {}
     for count in range(1, len(layers)):
         best: Cut | None = None
-        for place in range(ends[count - 1], calls[layers[count][0]]):
-            crossing = [node for node, last in zip(nodes[: place + 1], last_use, strict=False) if last > place]
-            shapes = [_example_shape(node, first, second) for node in crossing if node.op != "placeholder"]
-            if len(shapes) < len(crossing) or not all(shape is not None for shape in shapes):
-                continue
-            if set().union(*owned[: place + 1]) & set().union(*owned[place + 1 :]):
-                continue
-            sizes = tuple(shape for shape in shapes if shape is not None)
-            elements = sum(torch.Size(shape).numel() for shape in sizes)
-            if best is None or elements <= best.elements:
-                names = tuple(dict.fromkeys(str(n.target) for n in nodes[: place + 1] if n.op == "call_module"))
-                best = Cut(count, nodes[place].name, sizes, elements, first.flops[nodes[place]] / 2, names)
+        for place in range(ends[count - 1], calls[layers[count].name]):
+            cut = None if shared[place] else _cut(nodes, last_use, place, count, sizes)
+            if cut is not None and (best is None or cut.elements <= best.elements):
+                best = cut
         if best is not None:
             cuts[count] = best
-    return Plan(tuple(Layer(name, tuple(names)) for name, names in layers), cuts, first.flops[nodes[-1]] / 2)
+    return Plan(tuple(layers), cuts, sizes[0].flops[nodes[-1]] / 2)
+
+
+def _measured(network: nn.Module, example: Tensor) -> tuple[_Sizes, _Sizes]:
+    """The network's graph run with two and with three images.
+
+    Two sizes of a batch tell which tensors have the batch as their first dimension.
+    """
+    traced = trace(network, training=False)
+    with mode(network, training=False):
+        first, second = _Sizes(traced), _Sizes(traced)
+        with torch.no_grad(), first.counter:
+            first.run(example[:1].expand(2, *example.shape[1:]))
+        with torch.no_grad():
+            second.run(example[:1].expand(3, *example.shape[1:]))
+    return first, second
+
+
+def _layers(network: nn.Module, nodes: Sequence[fx.Node]) -> tuple[list[Layer], list[int]]:
+    """The layers in forward order with the names of their parameters, and the place where each one's work ends."""
+    layers: list[tuple[str, list[str]]] = []
+    ends: list[int] = []
+    early: list[str] = []  # parameters used before the first layer
+    for place, node in enumerate(nodes):
+        used = _parameters(network, node)
+        if not used:
+            continue
+        if node.op != "call_module":
+            (layers[-1][1] if layers else early).extend(used)
+            ends[-1:] = [place] * len(layers[-1:])
+            continue
+        seen = any(name == node.target for name, _ in layers)
+        if not seen and not isinstance(network.get_submodule(str(node.target)), NORMALISATION):
+            layers.append((str(node.target), [*early, *used]))
+            ends.append(place)
+            early = []
+    return [Layer(name, tuple(names)) for name, names in layers], ends
+
+
+def _used_on_both_sides(network: nn.Module, nodes: Sequence[fx.Node]) -> list[bool]:
+    """For each place: whether a parameter or a buffer is used before or at it, and after it too."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for place, node in enumerate(nodes):
+        tensors: list[Tensor] = list(_parameters(network, node).values())
+        if node.op == "call_module":
+            tensors += network.get_submodule(str(node.target)).buffers()
+        for tensor in tensors:
+            first.setdefault(id(tensor), place)
+            last[id(tensor)] = place
+    both = [False] * len(nodes)
+    for tensor_id, begin in first.items():
+        for place in range(begin, last[tensor_id]):
+            both[place] = True
+    return both
+
+
+def _cut(
+    nodes: Sequence[fx.Node], last_use: Sequence[int], place: int, count: int, sizes: tuple[_Sizes, _Sizes]
+) -> Cut | None:
+    """The cut behind a place, which has `count` layers before it; None where more than tensors of the batch cross."""
+    crossing = [node for node, last in zip(nodes[: place + 1], last_use, strict=False) if last > place]
+    shapes = [_example_shape(node, *sizes) for node in crossing if node.op != "placeholder"]
+    known = tuple(shape for shape in shapes if shape is not None)
+    if len(known) < len(crossing):
+        return None
+    elements = sum(torch.Size(shape).numel() for shape in known)
+    names = tuple(dict.fromkeys(str(node.target) for node in nodes[: place + 1] if node.op == "call_module"))
+    return Cut(count, nodes[place].name, known, elements, sizes[0].flops[nodes[place]] / 2, names)
 
 
 def _parameters(network: nn.Module, node: fx.Node) -> dict[str, nn.Parameter]:

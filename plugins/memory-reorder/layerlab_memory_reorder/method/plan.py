@@ -6,232 +6,17 @@ figures 2 to 4. All sizes are in bytes.
 
 from __future__ import annotations
 
-import copy
-import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
-import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError, first_line
+from layerlab import LayerlabError
+from layerlab_memory_reorder.method.trace import Network
 
 Order = Literal["larger-first", "weight-first"]
 WeightGradients = Literal["kept", "shared", "slabs"]
-
-PARAMETRIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_RELU = (nn.ReLU, torch.relu, torch.relu_, nn.functional.relu, "relu", "relu_")
-_DROPOUT = (nn.Dropout, nn.Dropout2d, nn.functional.dropout)
-_MAX_POOL = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.functional.max_pool2d, torch.max_pool2d)
-_VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity, torch.flatten, torch.squeeze, torch.unsqueeze, torch.reshape,
-          torch.permute, torch.transpose, operator.getitem, "flatten", "view", "reshape", "squeeze", "unsqueeze",
-          "permute", "transpose", "contiguous", "expand")
-# Their gradients need neither their operand nor their result, only shapes.
-_LINEAR_MAPS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-                nn.AdaptiveAvgPool3d, nn.ZeroPad2d, nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d,
-                nn.functional.pad, operator.add, operator.iadd, operator.sub, torch.add, torch.sub, torch.cat,
-                torch.mean, torch.chunk, torch.split, "add", "add_", "mean", "sum", "chunk", "split")
-# Their gradients need their operand and not their result (local response normalisation recomputes its scale).
-_FROM_OPERAND = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One step of the forward pass.
-
-    Attributes:
-        name: qualified module name, or the function's node name.
-        kind: `conv`, `linear`, `relu`, `dropout`, `max-pool`, `linear-map`, `norm` or `other`.
-        inputs: names of the activations it reads; in-place results carry their operand's name.
-        output: name of the activation it writes.
-        weight_bytes: of the parameters that it reads.
-        weight_names: which those are; a layer called twice or sharing weights names them again.
-        mask_bytes: what backward must know of the forward pass besides activations: one bit an element for ReLU and
-            dropout, two bytes a result for max pooling (the winner's place, as the executor keeps it).
-        reads_input, reads_output: whether backward needs these activations.
-        in_place: writes over its operand, and its input gradient over its output gradient, element by element.
-    """
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    output: str
-    weight_bytes: int
-    weight_names: tuple[str, ...]
-    mask_bytes: int
-    reads_input: bool
-    reads_output: bool
-    in_place: bool
-
-
-@dataclass(frozen=True)
-class Network:
-    """A traced network at one batch size.
-
-    Attributes:
-        layers: in the order of the forward pass.
-        activations: name → bytes; the first is the network's input.
-        weights: parameter name → bytes, each tensor once.
-        result: the activation that the loss reads.
-        batch_size: images.
-    """
-
-    layers: tuple[Layer, ...]
-    activations: dict[str, int]
-    weights: dict[str, int]
-    result: str
-    batch_size: int
-
-    @property
-    def input(self) -> str:
-        """The input's name."""
-        return next(iter(self.activations))
-
-
-def symbolic(model: nn.Module) -> fx.GraphModule:
-    """`torch.fx`'s graph of a network.
-
-    Raises:
-        LayerlabError: its forward pass depends on the data, so that there is no one graph.
-    """
-    try:
-        return fx.symbolic_trace(model)
-    except Exception as error:
-        raise LayerlabError(
-            f"{type(model).__name__} cannot be traced ({first_line(error)}); a plan needs a network "
-            "whose forward pass does not depend on the data."
-        ) from None
-
-
-def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Network:
-    """What a network computes, layer by layer, with the sizes of everything, from shapes alone (meta device).
-
-    ReLU and dropout run in place where nothing else reads their operand, as in Caffe's published networks; views and
-    dropout in evaluation cost nothing.
-
-    Args:
-        model: any network that `torch.fx` can trace and that takes one batch of images and gives one tensor.
-        input_shape: of one image, (channels, height, width).
-        batch_size: images a step.
-
-    Raises:
-        LayerlabError: untraceable, or it does not take these images.
-    """
-    network = copy.deepcopy(model).to("meta").train()
-    graph = symbolic(network)
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    first: dict[nn.Parameter, str] = {}
-    for name, parameter in parameters.items():
-        first.setdefault(parameter, name)
-    weights = {name: parameter.nbytes for parameter, name in first.items()}
-    shapes = _Shapes(graph)
-    try:
-        shapes.run(torch.empty(batch_size, *input_shape, device="meta"))
-    except Exception as error:
-        raise LayerlabError(
-            f"{type(model).__name__} does not take images of shape {input_shape} ({first_line(error)})."
-        ) from None
-    layers: list[Layer] = []
-    activations: dict[str, int] = {}
-    alias: dict[fx.Node, str] = {}
-    result = ""
-    read_output_by_producer: set[str] = set()
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            alias[node] = "data"
-            activations["data"] = shapes.bytes[node]
-            continue
-        if node.op == "output":
-            (source,) = [each for each in node.all_input_nodes if each in alias] or [None]
-            if source is None:
-                raise LayerlabError(f"{type(model).__name__} must give one tensor of logits for a plan.")
-            result = alias[source]
-            continue
-        inputs = tuple(dict.fromkeys(alias[each] for each in node.all_input_nodes if each in alias))
-        if node not in shapes.bytes or not inputs:
-            continue
-        module = network.get_submodule(node.target) if node.op == "call_module" else None
-        kind = _kind(node, module)
-        if kind == "view":
-            alias[node] = inputs[0]
-            continue
-        used = [first[p] for p in module.parameters()] if module is not None else []
-        used += [first[parameters[str(each.target)]] for each in node.all_input_nodes
-                 if each.op == "get_attr" and str(each.target) in parameters]
-        used = list(dict.fromkeys(used))
-        source = next(each for each in node.all_input_nodes if each in alias)
-        in_place = (
-            kind in ("relu", "dropout") and source.op != "placeholder" and inputs[0] != "data"
-            and len(_readers(source)) == 1 and inputs[0] not in read_output_by_producer
-        )
-        name = str(node.target) if module is not None else node.name
-        if any(layer.name == name for layer in layers):
-            name = node.name
-        output = inputs[0] if in_place else name
-        elements, size = shapes.elements[node], shapes.bytes[node]
-        masks = {"relu": -(-elements // 8), "dropout": -(-elements // 8), "max-pool": 2 * elements}
-        layer = Layer(
-            name=name, kind=kind, inputs=inputs, output=output, weight_names=tuple(used),
-            weight_bytes=sum(weights[each] for each in used), mask_bytes=masks.get(kind, 0),
-            reads_input=kind in ("conv", "linear", "norm", "other"), reads_output=kind == "other", in_place=in_place,
-        )
-        if layer.reads_output:
-            read_output_by_producer.add(output)
-        layers.append(layer)
-        alias[node] = output
-        if not in_place:
-            activations[output] = size
-    return Network(tuple(layers), activations, weights, result, batch_size)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What computes with a node's result, views and size queries seen through."""
-    found = []
-    for user in node.users:
-        if user.op == "call_function" and user.target is getattr:
-            continue
-        if user.op == "call_method" and user.target in ("size", "dim"):
-            continue
-        found.append(user)
-    return found
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph on the meta device and notes each tensor's size."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=True)
-        self.bytes: dict[fx.Node, int] = {}
-        self.elements: dict[fx.Node, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        with torch.no_grad():
-            value = super().run_node(n)
-        tensors = [value] if isinstance(value, Tensor) else [
-            each for each in (value if isinstance(value, (tuple, list)) else ()) if isinstance(each, Tensor)]
-        if tensors and n.op != "get_attr":
-            self.bytes[n] = sum(each.numel() * each.element_size() for each in tensors)
-            self.elements[n] = sum(each.numel() for each in tensors)
-        return value
-
-
-def _kind(node: fx.Node, module: nn.Module | None) -> str:
-    def among(known: Iterable[Any]) -> bool:
-        if module is not None:
-            return isinstance(module, tuple(each for each in known if isinstance(each, type)))
-        return any(node.target is each or (isinstance(each, str) and node.op == "call_method" and node.target == each)
-                   for each in known)
-
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, PARAMETRIC):
-        return "conv"
-    kinds = {"relu": _RELU, "dropout": _DROPOUT, "max-pool": _MAX_POOL, "view": _VIEWS, "linear-map": _LINEAR_MAPS,
-             "norm": _FROM_OPERAND}
-    return next((name for name, known in kinds.items() if among(known)), "other")
 
 
 @dataclass(frozen=True)
@@ -358,30 +143,12 @@ def reordered(
     """
     operations = _operations(network, order, weight_gradients, slab)
     last = len(operations) - 1
-    sizes: dict[str, tuple[str, int]] = {}
-    for name, size in network.activations.items():
-        sizes[name] = ("data", size)
-        sizes[_grad(name)] = ("diff", size)
-    for layer in network.layers:
-        if layer.mask_bytes:
-            sizes[_mask(layer.name)] = ("mask", layer.mask_bytes)
-    for name, size in network.weights.items():
-        sizes[_grad(name)] = ("weight diff", size)
+    sizes = _sizes(network)
     if weight_gradients == "slabs":
         for names, size in _slabbed(network, order, slab).items():
             for name in names:
                 sizes[_grad(name)] = ("weight diff", min(sizes[_grad(name)][1], size))
-    # Times are doubled: an operation reads at 2i and 2i + 1 and writes at 2i + 1; over a pair of `over` it has read at
-    # 2i what it writes over at 2i + 1.
-    start: dict[str, int] = {}
-    end: dict[str, int] = {}
-    for index, operation in enumerate(operations):
-        given_up = {read for _, read in operation.over}
-        for tensor in operation.reads:
-            end[tensor] = 2 * index + (tensor not in given_up)
-        for tensor in operation.writes:
-            start.setdefault(tensor, 2 * index + 1)
-            end[tensor] = max(end.get(tensor, 0), 2 * index + 1)
+    start, end = _lives(operations)
     if not forward_reuse:
         start |= {name: 0 for name in network.activations}
     start[network.input] = 0
@@ -397,6 +164,38 @@ def reordered(
                for (tensor, kind, size, begin, finish), offset in zip(wanted, _place(wanted), strict=True)]
     name = f"{order}, weight gradients {weight_gradients}" + (", forward reuse" if forward_reuse else "")
     return Plan(name, operations, tuple(blocks))
+
+
+def _sizes(network: Network) -> dict[str, tuple[str, int]]:
+    """Tensor → (kind, bytes), of everything that a step makes."""
+    sizes: dict[str, tuple[str, int]] = {}
+    for name, size in network.activations.items():
+        sizes[name] = ("data", size)
+        sizes[_grad(name)] = ("diff", size)
+    for layer in network.layers:
+        if layer.mask_bytes:
+            sizes[_mask(layer.name)] = ("mask", layer.mask_bytes)
+    for name, size in network.weights.items():
+        sizes[_grad(name)] = ("weight diff", size)
+    return sizes
+
+
+def _lives(operations: Sequence[Operation]) -> tuple[dict[str, int], dict[str, int]]:
+    """When each tensor is first written and last read.
+
+    Times are doubled: an operation reads at 2i and 2i + 1 and writes at 2i + 1; over a pair of `over` it has read at 2i
+    what it writes over at 2i + 1.
+    """
+    start: dict[str, int] = {}
+    end: dict[str, int] = {}
+    for index, operation in enumerate(operations):
+        given_up = {read for _, read in operation.over}
+        for tensor in operation.reads:
+            end[tensor] = 2 * index + (tensor not in given_up)
+        for tensor in operation.writes:
+            start.setdefault(tensor, 2 * index + 1)
+            end[tensor] = max(end.get(tensor, 0), 2 * index + 1)
+    return start, end
 
 
 def check(plan: Plan) -> None:
