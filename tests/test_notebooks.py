@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from fake_paper import FINISH, OPEN, TRAIN
 from helpers import slow
 
-from layerlab import LayerlabError
+from layerlab import LayerlabError, Study
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs import tracking
 from layerlab.runs.execution import execute
@@ -130,13 +135,48 @@ def test_bad_input_before_anything_runs(fake, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists() or not _files(tmp_path / "out")
 
 
-def test_two_runs_in_one_folder_are_refused(fake, tmp_path):
-    import fcntl
+@contextlib.contextmanager
+def in_another_process(folder: Path) -> Iterator[None]:
+    """Another process is at work in a folder until the end of the block."""
+    script = ("import sys; from pathlib import Path; from layerlab.base.folder_lock import folder_lock\n"
+              "with folder_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
+    process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    try:
+        yield
+    finally:
+        process.communicate()
 
+
+def test_a_study_in_a_folder_where_another_process_works_is_refused(fake, tmp_path, monkeypatch):
+    fake(OPEN, FINISH)
+    monkeypatch.setattr("layerlab.runs.session.LINGERS", 0.3)
+    (tmp_path / "out").mkdir()
+    with in_another_process(tmp_path / "out"):
+        with pytest.raises(LayerlabError, match="Another run is at work"):
+            Study("fake", output=tmp_path / "out")
+
+
+def test_the_kernel_of_a_killed_run_is_waited_for_and_one_that_stays_is_named(fake, tmp_path, monkeypatch):
+    fake(OPEN, FINISH)
+    monkeypatch.setattr("layerlab.runs.session.LINGERS", 0.3)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        record = {"finished": False, "process": [process.pid, psutil.Process(process.pid).create_time()]}
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "study.json").write_text(json.dumps(record))
+        with pytest.raises(LayerlabError, match=f"Process {process.pid} is at work"):
+            Study("fake", output=out)
+        process.kill()
+    Study("fake", output=out)
+
+
+def test_two_runs_in_one_folder_are_refused(fake, tmp_path):
     fake(OPEN, FINISH)
     out = tmp_path / "out"
     out.mkdir()
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with in_another_process(out):
         with pytest.raises(LayerlabError, match=f"Another run is at work in {out}"):
             reproduce("fake", output=out)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_json
+from layerlab.base.folder_lock import HELD, AtWork, folder_lock
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
 from layerlab.runs.record import OUTPUT, RECORD, read_record, workbook_folder
@@ -50,13 +49,14 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
 
     folder = Path(job.folder)
     _check_writable(folder)
-    wanted = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder())}
+    wanted = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
+              HELD: str(folder.resolve())}
     parameters = dict(job.parameters)
     if job.strategy:
         wanted[OUTPUT] = job.folder
         parameters = {"profile": job.profile, **parameters}
     begin = time.monotonic()
-    with _alone(folder, wait), quiet_papermill():
+    with folder_lock(folder, -1 if wait else 0), quiet_papermill():
         if since is not None:
             if job.is_done(since):
                 job.settle()
@@ -110,7 +110,7 @@ def fail(job: Job, what: str) -> NotebookFailed:
         what: it did, in words that follow its name: `ran out of its time`.
     """
     where = ""
-    with contextlib.suppress(*_NOT_OURS), _alone(Path(job.folder)):
+    with contextlib.suppress(*_NOT_OURS), folder_lock(Path(job.folder)):
         close_runs(job)
         if job.partial.exists():
             os.replace(job.partial, job.failed)
@@ -122,7 +122,7 @@ def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None
     """Close the MLflow runs of a job that will not close them itself, unless another run is at work in its folder and
     goes on with them."""
     folder = Path(job.folder)
-    with contextlib.suppress(*_NOT_OURS), _alone(folder):
+    with contextlib.suppress(*_NOT_OURS), folder_lock(folder):
         record = read_record(folder)
         if job.strategy and record.get("mlflow_run") and not record.get("finished"):
             tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
@@ -139,41 +139,5 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-class _AtWork(LayerlabError):
-    """Another run is at work in a folder."""
-
-
-# Why there is nothing of one's own to put away in a folder: another run's, none, or one that was never written in.
-_NOT_OURS = (_AtWork, FileNotFoundError, PermissionError)
-_mine: set[Path] = set()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Only one run at a time in a folder.
-
-    Args:
-        wait: for another one to end.
-
-    Raises:
-        _AtWork: another one is at work, and is not waited for.
-    """
-    if folder in _mine:
-        yield
-        return
-    with open(folder / ".lock", "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not wait:
-                    raise _AtWork(
-                        f"Another run is at work in {folder}; wait for it, or choose another folder with --output."
-                    ) from None
-                time.sleep(0.3)
-        _mine.add(folder)
-        try:
-            yield
-        finally:
-            _mine.remove(folder)
+# Errors that mean this run has nothing to clean up in a folder: another run has it, there is none, or none of ours.
+_NOT_OURS = (AtWork, FileNotFoundError, PermissionError)

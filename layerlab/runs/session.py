@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import math
 import os
@@ -12,10 +12,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from layerlab.base.errors import LayerlabError, unknown
 from layerlab.base.files import stamp, write_atomically, write_json
+from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper
@@ -41,36 +44,44 @@ if TYPE_CHECKING:
     from layerlab.show.figures import Picture
     from layerlab.training.results import Comparison
 
-_held: dict[Path, IO[str]] = {}
+# Seconds that the kernel of a killed run may live on.
+LINGERS = 10.0
 
 
-def _hold(folder: Path) -> None:
-    """Keep other processes out of a study's folder for as long as this one lives.
-
-    The kernel of a run that was killed lives on for a second or two; it is waited for.
+def _enter(folder: Path) -> None:
+    """Keep other processes out of a session's folder for as long as this one lives.
 
     Raises:
         LayerlabError: another process stays in it, or the folder cannot be written.
     """
-    if folder in _held:
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".study.lock").open("w")
+        keep_locked(folder, LINGERS)
     except OSError as error:
         raise LayerlabError(
             f"The output folder {folder} cannot be written ({error.strerror}); choose another."
         ) from None
-    for _ in range(100):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-        else:
-            _held[folder] = lock
+    _wait_for_end(folder)
+
+
+def _wait_for_end(folder: Path) -> None:
+    """Wait for the process of the session before: the kernel of a run that was killed outlives it by a moment.
+
+    Raises:
+        AtWork: it stays.
+    """
+    number, started = read_record(folder).get("process") or (0, 0.0)
+    if number in (0, os.getpid()):
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        # Numbers are given out again; the time of its start tells another process apart.
+        if process.create_time() != started:
             return
-    lock.close()
-    raise LayerlabError(f"Another process is at work in {folder}; wait for it, or choose another output folder.")
+        try:
+            process.wait(LINGERS)
+        except psutil.TimeoutExpired:
+            raise AtWork(f"Process {number} is at work in {folder}; wait for it, or choose another folder.") from None
 
 
 class Session:
@@ -102,7 +113,7 @@ class Session:
     ) -> None:
         self.experiment = experiment
         self.folder = folder.resolve()
-        _hold(self.folder)
+        _enter(self.folder)
         values = json.loads(json.dumps(dict(parameters), default=str))
         self._opened = time.monotonic()
         record = read_record(self.folder)
@@ -121,6 +132,7 @@ class Session:
         self._record: dict[str, Any] = {
             "attempt": self.attempt, "finished": False, "parameters": values, **(notes or {}),
             "data": {}, "data_root": data_in_use(), "begun": begun,
+            "process": [os.getpid(), psutil.Process().create_time()],
             # How long the last finished one took stays known while the next one runs.
             "seconds": record.get("seconds"),
         }
@@ -179,7 +191,8 @@ class Session:
         What says so is `finished` in the record, written when everything else is.
         """
         tracking.client().set_terminated(self.run_id, "FINISHED")
-        self._record |= {"finished": True, "ended": time.time(), "seconds": round(time.monotonic() - self._opened, 1)}
+        seconds = round(time.monotonic() - self._opened, 1)
+        self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds}
         write_json(self.folder / RECORD, self._record)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import psutil
+
 from layerlab.runs.jobs import Job
 
 
@@ -22,9 +24,9 @@ class Machine:
     """
 
     def __init__(self, at_once: int = 1) -> None:
-        self.threads = len(os.sched_getaffinity(0))
+        self.threads = usable_cores()
         self.cores = self.all_cores = max(self.threads, at_once)
-        self.memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        self.memory = psutil.virtual_memory().available / 1e9
         self.gpus = _gpus()
         self.has_gpus = bool(self.gpus)
         self.running = 0
@@ -55,6 +57,14 @@ class Machine:
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         return environment, give_back
+
+
+def usable_cores() -> int:
+    """Threads that this process may use: those of its affinity where the system has one, else the machine's."""
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):
+        return len(process.cpu_affinity())
+    return psutil.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

@@ -7,7 +7,6 @@ an epoch again after an interruption changes nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
+
+from filelock import FileLock
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically
@@ -75,8 +76,7 @@ def _client(uri: str) -> Any:
             if uri.startswith("sqlite:///"):
                 database = Path(uri.removeprefix("sqlite:///"))
                 database.parent.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(f"{database}.lock", "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                stack.enter_context(FileLock(f"{database}.lock"))
             client = MlflowClient(uri)
             _close_dead_runs(client)
     except (MlflowException, OSError) as error:
