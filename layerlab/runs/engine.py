@@ -7,7 +7,6 @@ so it imports nothing at its top but what Python has.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 
@@ -30,87 +29,7 @@ class LayerlabEngine:
         return _engine().nb_language(nb, language)
 
 
-@cache
 def _engine() -> Any:
-    import os
-
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NBClientEngine, NotebookExecutionManager
-    from papermill.exceptions import PapermillExecutionError
-    from papermill.log import logger
-
-    from layerlab.show.progress import VARIABLE, drawn, report
-
-    class Manager(NotebookExecutionManager):
-        """Reports cells as they start, and leaves those that never ran `pending`."""
-
-        def cell_start(self, cell: Any, cell_index: int | None = None, **options: Any) -> None:
-            self.current = cell
-            report({"cell": cell_index or 0, "cells": len(self.nb.cells)})
-            super().cell_start(cell, cell_index, **options)
-
-        def notebook_complete(self, **options: Any) -> None:
-            never = [cell for cell in self.nb.cells if cell.metadata.papermill["status"] == self.PENDING]
-            super().notebook_complete(**options)
-            for cell in never:
-                cell.metadata.papermill["status"] = self.PENDING
-            self.save()
-
-    class Client(PapermillNotebookClient):
-        """Tells which process the kernel is, so that whoever watches can end it."""
-
-        def start_new_kernel(self, **options: Any) -> None:
-            super().start_new_kernel(**options)
-            report({"kernel": getattr(self.km.provisioner, "pid", None)})
-
-        def papermill_execute_cells(self) -> None:
-            """As papermill's, and a cell in which the kernel dies or its time runs out is a failed one."""
-            try:
-                super().papermill_execute_cells()
-            except BaseException as error:
-                self.nb_man.cell_exception(self.nb_man.current, exception=error)
-                raise
-
-    class Engine(NBClientEngine):
-        @classmethod
-        def execute_notebook(
-            cls, nb: Any, kernel_name: str, output_path: Any = None, progress_bar: Any = True,
-            log_output: bool = False, autosave_cell_every: int = 30, **options: Any,
-        ) -> Any:
-            """Run the notebook.
-
-            Args:
-                environment: variables for the kernel, besides this process's own.
-
-            Raises:
-                PapermillExecutionError: `sys.exit()` in a cell, which papermill calls a success.
-            """
-            manager = Manager(nb, output_path, log_output, False, autosave_cell_every)
-            name = os.path.basename(str(output_path or options.get("input_path") or "notebook"))
-            manager.notebook_start()
-            try:
-                with drawn(name, bool(progress_bar) and VARIABLE not in os.environ):
-                    cls.execute_managed_notebook(manager, kernel_name, log_output=log_output, **options)
-            finally:
-                manager.notebook_complete()
-            for index, cell in enumerate(manager.nb.cells):
-                for output in cell.get("outputs", []):
-                    if output.output_type == "error" and output.ename == "SystemExit":
-                        raise PapermillExecutionError(
-                            index, cell.execution_count, cell.source, output.ename, output.evalue, output.traceback
-                        )
-            return manager.nb
-
-        @classmethod
-        def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, log_output: bool = False, stdout_file: Any = None,
-            stderr_file: Any = None, start_timeout: int = 60, execution_timeout: int | None = None,
-            environment: dict[str, str] | None = None, input_path: Any = None, **options: Any,
-        ) -> Any:
-            client = Client(
-                nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
-                log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, **options,
-            )
-            return client.execute(env={**os.environ, **(environment or {})})
+    from layerlab.runs.papermill_engine import Engine
 
     return Engine

@@ -44,18 +44,8 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         NotebookFailed: a notebook that failed or ended without its claims, naming the file with the traceback.
         LayerlabError: bad input, found here or in the notebook; another run in the same folder.
     """
-    papermill = import_papermill()
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-
     folder = Path(job.folder)
     _check_writable(folder)
-    wanted = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
-              HELD: str(folder.resolve())}
-    parameters = dict(job.parameters)
-    if job.strategy:
-        wanted[OUTPUT] = job.folder
-        parameters = {"profile": job.profile, **parameters}
-    begin = time.monotonic()
     with folder_lock(folder, -1 if wait else 0), quiet_papermill():
         if since is not None:
             if job.is_done(since):
@@ -67,27 +57,8 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         job.failed.unlink(missing_ok=True)
         if not job.strategy:
             (folder / RECORD).unlink(missing_ok=True)
-        try:
-            papermill.execute_notebook(
-                job.notebook, job.partial, parameters, engine_name="layerlab", progress_bar=False,
-                environment=wanted,
-                # The kernel listens on this machine only; its warning about that would stand between the bars.
-                extra_arguments=["--IPKernelApp.log_level=40"],
-            )
-        except papermill.PapermillExecutionError as error:
-            if error.ename == LayerlabError.__name__:
-                # Bad input that only the notebook could see: its sentence is all that there is to say.
-                close_runs(job)
-                job.partial.unlink(missing_ok=True)
-                raise LayerlabError(error.evalue) from None
-            raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue})") from None
-        except CellTimeoutError as error:
-            raise fail(job, f"ran out of a cell's time ({first_line(error)})") from None
-        except DeadKernelError as error:
-            raise DeadKernel(
-                f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
-                "from its last finished epoch."
-            ) from None
+        begin = time.monotonic()
+        _run(job)
         if not job.strategy:
             write_json(folder / RECORD, {
                 "finished": True, "key": job.key, "parameters": job.parameters,
@@ -99,6 +70,40 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         os.replace(job.partial, job.file)
         if job.strategy:
             tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name, record.get("artifacts", ""))
+
+
+def _run(job: Job) -> None:
+    """Let papermill execute a job's notebook, and raise what became of it; see `execute`."""
+    papermill = import_papermill()
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    folder = Path(job.folder)
+    environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
+                   HELD: str(folder.resolve())}
+    parameters = dict(job.parameters)
+    if job.strategy:
+        environment[OUTPUT] = job.folder
+        parameters = {"profile": job.profile, **parameters}
+    try:
+        papermill.execute_notebook(
+            job.notebook, job.partial, parameters, engine_name="layerlab", progress_bar=False, environment=environment,
+            # The kernel listens on this machine only; its warning about that would stand between the bars.
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == LayerlabError.__name__:
+            # Bad input that only the notebook could see: its sentence says everything.
+            close_runs(job)
+            job.partial.unlink(missing_ok=True)
+            raise LayerlabError(error.evalue) from None
+        raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue})") from None
+    except CellTimeoutError as error:
+        raise fail(job, f"ran out of a cell's time ({first_line(error)})") from None
+    except DeadKernelError as error:
+        raise DeadKernel(
+            f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
+            "from its last finished epoch."
+        ) from None
 
 
 def fail(job: Job, what: str) -> NotebookFailed:

@@ -85,43 +85,58 @@ def load_dataset(
     path = Path(name).expanduser()
     known = DATASETS.get(name)
     if known is None and not path.is_dir():
-        raise unknown("dataset", name, DATASETS, f"Or pass the path of a folder that exists; {path.absolute()} does "
-                      "not.")
-    for label, value, low in (("image_size", image_size, 1), ("limit", limit, 1), ("test_limit", test_limit, 1)):
-        if value is not None and value < low:
-            raise LayerlabError(f"{label} must be at least {low}, got {value}.")
-    if channels not in (None, 1, 3):
-        raise LayerlabError(f"channels must be 1 or 3, got {channels}.")
+        remedy = f"Or pass the path of a folder that exists; {path.absolute()} does not."
+        raise unknown("dataset", name, DATASETS, remedy)
+    _check_sizes(channels, image_size=image_size, limit=limit, test_limit=test_limit)
     channels = channels or (known.channels if known else 3)
     if name == "digits":
         found = _Found(_digits(image_size or 8, channels), "scikit-learn", "sklearn-digits")
     else:
         found = _files(name, path if known is None else None, _root(root), image_size, channels, download, place,
                        memory_budget)
-    halves, source, digest = found.halves, found.source, found.digest
+    halves, source = found.halves, found.source
     classes = known.classes if known else len(found.class_names) or int(halves["train"][1].max()) + 1
     for half, (_, labels) in halves.items():
-        if len(labels) == 0:
-            raise LayerlabError(f"Dataset {name!r} has no {half} images in {source}; give it at least one.")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
-            raise LayerlabError(
-                f"Dataset {name!r} in {source} has {half} labels from {low} to {high}, out of range for its {classes} "
-                f"classes (0 to {classes - 1}); correct the labels."
-            )
+        _check_labels(labels, classes, f"Dataset {name!r}", half, source)
     for half, most in (("train", limit), ("test", test_limit)):
         images, labels = halves[half]
         if most is not None and most < len(labels):
             keep = balanced(labels, most)
             halves[half] = (images.subset(keep) if isinstance(images, Streamed) else images[keep], labels[keep])
     mean, std = channel_statistics(halves["train"][0])
-    splits = {
-        half: Split(images if isinstance(images, Streamed) else images.to(place), labels.to(place), mean, std)
-        for half, (images, labels) in halves.items()
-    }
-    reading = f"{digest}|{image_size}|{channels}|{limit}|{test_limit}"
+    splits = {half: _split(images, labels, place, mean, std) for half, (images, labels) in halves.items()}
+    reading = f"{found.digest}|{image_size}|{channels}|{limit}|{test_limit}"
     fingerprint = hashlib.blake2b(reading.encode(), digest_size=8).hexdigest()
     return Dataset(name, splits["train"], splits["test"], classes, fingerprint, source, found.class_names, found.note)
+
+
+def _split(
+    images: Tensor | Streamed, labels: Tensor, device: torch.device, mean: Tensor, std: Tensor
+) -> Split:
+    """A half on the device; streamed images stay where they are."""
+    kept = images if isinstance(images, Streamed) else images.to(device)
+    return Split(kept, labels.to(device), mean, std)
+
+
+def _check_sizes(channels: int | None, **sizes: int | None) -> None:
+    """Raises LayerlabError for a size below one, or a number of channels that no image has."""
+    for label, value in sizes.items():
+        if value is not None and value < 1:
+            raise LayerlabError(f"{label} must be at least 1, got {value}.")
+    if channels not in (None, 1, 3):
+        raise LayerlabError(f"channels must be 1 or 3, got {channels}.")
+
+
+def _check_labels(labels: Tensor, classes: int, dataset: str, half: str, source: str) -> None:
+    """Raises LayerlabError for a half without images, or with labels that are none of the classes."""
+    if len(labels) == 0:
+        raise LayerlabError(f"{dataset} has no {half} images in {source}; give it at least one.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise LayerlabError(
+            f"{dataset} in {source} has {half} labels from {low} to {high}, out of range for its {classes} classes "
+            f"(0 to {classes - 1}); correct the labels."
+        )
 
 
 def available(name: str, root: str | os.PathLike[str] | None = None) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from layerlab.base.errors import LayerlabError
@@ -18,65 +19,78 @@ def on_cluster(
     jobs: Sequence[Job], address: str, environment: Mapping[str, str], limits: Mapping[str, Any], stop: Stop,
     board: Board,
 ) -> list[Outcome]:
-    """Run jobs as tasks of a Dask cluster; a worker that has the resource `GPU` runs one job a GPU."""
-    try:
-        from distributed import Client, Event, as_completed
-    except ImportError:
-        raise LayerlabError(
-            "A cluster needs dask.distributed; install it with pip install 'layerlab[cluster]'."
-        ) from None
+    """Run jobs as tasks of a Dask cluster; a worker that has the resource `GPU` runs one job a GPU.
 
-    try:
-        client = Client(address, timeout=10)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise LayerlabError(f"There is no Dask scheduler at {address} ({error}); start one with `dask scheduler`, or "
-                            "leave out --scheduler to run here.") from None
-    name = f"layerlab-{environment['LAYERLAB_BATCH']}"
-    labels = {job.label for job in jobs}
+    Raises:
+        LayerlabError: dask.distributed is not installed, or there is no scheduler at the address.
+    """
+    with _connected(address) as client:
+        from distributed import Event
 
-    def tell(entry: Any) -> None:
-        label, event = entry[1]["label"], entry[1]["event"]
-        if label in labels:
-            if event == "start":
-                board.start(label)
-            else:
-                board.event(label, event)
-
-    with client:
+        name = f"layerlab-{environment['LAYERLAB_BATCH']}"
         halt = Event(f"{name}-stop", client=client)
-        client.subscribe_topic(name, tell)
+        client.subscribe_topic(name, partial(_tell, {job.label for job in jobs}, board))
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         resources = {"GPU": 1} if any(worker.get("resources", {}).get("GPU") for worker in workers) else None
         if not workers:
             board.line(f"The scheduler at {address} has no workers yet; the jobs wait for some.")
-        # dask knows a task by its key; one of this batch's own, so that it does not hand out an old result.
+        # dask knows a task by its key; this batch's name in it keeps dask from handing out an old result.
         futures = {
             client.submit(_on_worker, job, dict(environment), dict(limits), name, key=f"{name}-{number}",
                           resources=resources, pure=False): number
             for number, job in enumerate(jobs)
         }
         outcomes: dict[int, Outcome] = {}
-
-        def collect() -> None:
-            for future in as_completed(futures):
-                number = futures[future]
-                try:
-                    outcomes[number] = future.result()
-                except Exception as error:  # whatever dask makes of a worker that died again and again
-                    outcomes[number] = Outcome("failed", f"The notebook of {jobs[number].name!r} was lost: {error}.")
-                board.end(jobs[number].label, outcomes[number].status)
-
         # In a thread, since the main one would not see signals while it waits for dask.
-        collector = threading.Thread(target=collect, daemon=True)
+        collector = threading.Thread(target=_collect, args=(futures, jobs, outcomes, board), daemon=True)
         collector.start()
-        told = False
         while collector.is_alive() and not stop.now.is_set():
             collector.join(0.2)
-            if stop.asked.is_set() and not told:
+            if stop.asked.is_set() and not halt.is_set():
                 halt.set()
-                told = True
         client.unsubscribe_topic(name)
         return [outcomes.get(number, Outcome("stopped")) for number in range(len(jobs))]
+
+
+def _connected(address: str) -> Any:
+    """A client of the scheduler at an address."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise LayerlabError(
+            "A cluster needs dask.distributed; install it with pip install 'layerlab[cluster]'."
+        ) from None
+    try:
+        return Client(address, timeout=10)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise LayerlabError(f"There is no Dask scheduler at {address} ({error}); start one with `dask scheduler`, or "
+                            "leave out --scheduler to run here.") from None
+
+
+def _tell(labels: Collection[str], board: Board, entry: Any) -> None:
+    """Show an event that a worker sent, if it is of one of these jobs."""
+    label, event = entry[1]["label"], entry[1]["event"]
+    if label not in labels:
+        return
+    if event == "start":
+        board.start(label)
+    else:
+        board.event(label, event)
+
+
+def _collect(
+    futures: Mapping[Any, int], jobs: Sequence[Job], outcomes: dict[int, Outcome], board: Board
+) -> None:
+    """Put each job's outcome under its number, as it ends."""
+    from distributed import as_completed
+
+    for future in as_completed(futures):
+        number = futures[future]
+        try:
+            outcomes[number] = future.result()
+        except Exception as error:  # what dask raises for a worker that died again and again
+            outcomes[number] = Outcome("failed", f"The notebook of {jobs[number].name!r} was lost: {error}.")
+        board.end(jobs[number].label, outcomes[number].status)
 
 
 def _on_worker(job: Job, environment: dict[str, str], limits: dict[str, Any], name: str) -> Outcome:

@@ -113,37 +113,15 @@ def step_costs(
     example = next(data.train.batches(2, memory_format=memory_format))[0]
     plan = make_plan(network, example)
     count = min(len(data.train), 8 * batch_size)
-    steps: dict[str, Callable[[], object]] = {}
+    steps = {"whole": _step(copy.deepcopy(network), data.train, batch_size, memory_format)}
     rows: list[dict[str, Any]] = []
-
-    def add(label: str, model: nn.Module, source: Any, frozen: Sequence[nn.Module] = ()) -> None:
-        model.train()
-        for module in frozen:
-            module.eval().requires_grad_(False)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
-        generator = torch.Generator().manual_seed(0)
-
-        def stream() -> Any:
-            while True:
-                yield from source.batches(batch_size, generator, torch.float32, memory_format)
-
-        batches = stream()
-
-        def step() -> None:
-            x, y = next(batches)
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-        steps[label] = step
-
-    add("whole", copy.deepcopy(network), data.train)
     for share in shares:
         cut = max((cut for cut in plan.cuts.values() if cut.flops <= share * plan.flops), key=lambda cut: cut.flops)
         what = {"prefix": f"{cut.layers} of {len(plan.layers)} layers", "FLOPs": cut.flops / plan.flops}
         frozen = copy.deepcopy(network)
         rows.append({**what, "way": "frozen", "label": f"{share} frozen", "MB": 0.0})
-        add(rows[-1]["label"], frozen, data.train, [frozen.get_submodule(name) for name in cut.modules])
+        modules = [frozen.get_submodule(name) for name in cut.modules]
+        steps[rows[-1]["label"]] = _step(frozen, data.train, batch_size, memory_format, modules)
         for storage in storages:
             whole = copy.deepcopy(network)
             prefix, tail = split(whole, cut)
@@ -151,11 +129,36 @@ def step_costs(
             features = making.make(device, math.inf, Path(), limit=count // batch_size)
             rows.append({**what, "way": f"dropped, {_BITS[storage]}", "label": f"{share} {storage}",
                          "MB": features.nbytes / len(features) / 1e3})
-            add(rows[-1]["label"], tail, features)
+            steps[rows[-1]["label"]] = _step(tail, features, batch_size, memory_format)
     turns = measure.time_by_turns(steps, rounds, device=str(device))
     for row in rows:
         row["time"], row["time low"], row["time high"] = turns[row.pop("label")].ratio(turns["whole"])
     return pd.DataFrame(rows)
+
+
+def _step(
+    model: nn.Module, source: Any, batch_size: int, memory_format: torch.memory_format, frozen: Sequence[nn.Module] = ()
+) -> Callable[[], object]:
+    """A training step on the next batch of a source, pass after pass."""
+    model.train()
+    for module in frozen:
+        module.eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def stream() -> Any:
+        while True:
+            yield from source.batches(batch_size, generator, torch.float32, memory_format)
+
+    batches = stream()
+
+    def step() -> None:
+        x, y = next(batches)
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
 
 
 # ---------------------------------------------------------------------------------------------- a run
