@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
 from helpers import Freezer, same_weights, slow
 from torch import fx, nn
 
-from layerlab import LayerlabError, build_model, compare, evaluate, fit, load_dataset
+from layerlab import LayerlabError, Strategy, build_model, compare, evaluate, fit, load_dataset
+from layerlab.training.settings import FitSettings, Settings, shortened
 
 QUICK = dict(epochs=2, batch_size=256, progress=False)
 
@@ -148,8 +151,49 @@ def test_a_network_that_does_not_fit_the_data_is_refused_with_its_shape():
         fit(build_model("mlp", num_classes=7, image_size=8), data, **QUICK)
 
 
-def test_help_shows_every_setting():
-    assert "label_smoothing (0.0): Of the cross-entropy." in (fit.__doc__ or "")
+def test_help_shows_every_setting_with_its_default_and_its_meaning():
+    text = " ".join((fit.__doc__ or "").split())
+    for name, field in Settings.model_fields.items():
+        assert f"{name} ({field.default!r}): {' '.join((field.description or '').split())}" in text
+
+
+def test_type_checkers_know_the_settings_that_are_validated():
+    fields = get_type_hints(Settings)
+    assert get_type_hints(FitSettings) == {name: fields[name] for name in Settings.model_fields}
+
+
+def test_a_training_may_end_within_an_epoch_and_its_cosine_with_it(digits, residual):
+    # 5 steps an epoch: two whole epochs and two steps.
+    rates: list[float] = []
+
+    class Watch(Strategy):
+        name: ClassVar[str] = "watch"
+
+        def on_after_backward(self, run) -> None:
+            rates.append(run.optimizer.param_groups[0]["lr"])
+
+    options = dict(epochs=10, max_steps=12, batch_size=256, lr=0.1, schedule="cosine", progress=False)
+    result = fit(residual, digits, Watch(), schedule_each="step", **options)
+    assert (result.steps, len(result.history)) == (12, 3)
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(12)])
+    first, _, last = [row["cost/forward_flops"] for row in result.history]
+    assert last == pytest.approx(first * 2 / 5)
+    rates.clear()
+    fit(residual, digits, Watch(), **options)
+    # By epochs: the whole is 2.4 of them.
+    wanted = [0.05 * (1 + math.cos(math.pi * (step // 5) / 2.4)) for step in range(12)]
+    assert rates == pytest.approx(wanted)
+
+
+def test_a_shortened_step_schedule_falls_at_the_same_share_of_the_training():
+    settings = Settings(epochs=10, schedule="step", milestones=(5, 8))
+    short = shortened(settings, steps=20, budget=50)
+    # A quarter of 200 steps; the rate falls after 100 and 160 of them.
+    assert (short.epochs, short.max_steps, short.schedule_each, short.milestones) == (3, 50, "step", (25, 40))
+    again = shortened(short, steps=20, budget=100)
+    assert again.milestones == (50, 80)
+    with pytest.raises(LayerlabError, match="cannot be shortened"):
+        shortened(Settings(schedule=lambda optimizer: None), steps=20, budget=50)
 
 
 def test_a_traced_network_is_compiled_although_its_blocks_are_never_called(digits):

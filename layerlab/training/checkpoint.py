@@ -7,13 +7,19 @@ import inspect
 import json
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically, write_json
+from layerlab.contract.run import Run
+from layerlab.contract.strategy import Strategy
+from layerlab.training.settings import Settings, describe
+from layerlab.workload.dataset import Dataset
 
 
 class Checkpoint:
@@ -71,6 +77,53 @@ class Checkpoint:
                 "data, initial weights or versions); give another folder, or delete this one to start anew."
             )
         return state
+
+
+def run_state(run: Run, strategies: Sequence[Strategy]) -> dict[str, Any]:
+    """Everything of a run that its strategies, its optimizer or its data changed up to the end of an epoch."""
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "strategies": {strategy.name: strategy.state_dict() for strategy in strategies},
+        "generator": run.generator.get_state(),
+        "epoch": run.epoch,
+        "step": run.step,
+        "history": run.history,
+    }
+
+
+def restore_run(run: Run, strategies: Sequence[Strategy], state: dict[str, Any]) -> None:
+    """Put a run that has just begun back to where `run_state` was taken."""
+    run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
+    for strategy in strategies:
+        strategy.load_state_dict(state["strategies"][strategy.name])
+    for strategy in strategies:
+        strategy.on_load_checkpoint(run)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.generator.set_state(state["generator"].cpu())
+
+
+def fingerprint(
+    model: nn.Module, data: Dataset, strategies: Sequence[Strategy], settings: Settings, seed: int
+) -> str:
+    """A digest of everything that decides a fit's outcome; `model` is the network before the strategies see it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps(
+        {
+            "settings": describe(settings),
+            "strategies": [[each.name, describe(each), source_digest(type(each))] for each in strategies],
+            "seed": seed,
+            "data": [data.name, data.fingerprint, data.train.augment, data.train.padding],
+        },
+        sort_keys=True,
+    ).encode())
+    return digest.hexdigest()
 
 
 def source_digest(kind: type) -> str:

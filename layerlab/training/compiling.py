@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
+from typing import Any
 
 import torch
 from torch import fx, nn
+
+from layerlab.contract.run import Run
 
 TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -29,3 +34,65 @@ def compiled_blocks(model: nn.Module) -> list[nn.Module]:
         else:
             blocks.append(child)
     return blocks or [model]
+
+
+class Compiler:
+    """Compiles the blocks of the network that a run trains, and takes that back.
+
+    Blocks rather than the whole, because every new pattern of frozen layers compiles anew, and only the blocks at its
+    edge change with it.
+
+    Args:
+        setting: `Settings.compile`: false, true, or the name of a backend.
+
+    Attributes:
+        blocks: the modules that are compiled at present.
+    """
+
+    def __init__(self, setting: bool | str) -> None:
+        self.blocks: list[nn.Module] = []
+        self._eager = not setting
+        self._backend = setting if isinstance(setting, str) else None
+        self._warm: set[str] = set()
+
+    def follow(self, run: Run) -> None:
+        """Compile the blocks of `run.training_model` that are not compiled yet."""
+        if run.frozen and not self._eager and TORCH < (2, 12):
+            self._eager = True
+            warnings.warn(
+                "torch before 2.12 gives a compiled layer that was frozen no gradient after it is thawed; going on "
+                "eagerly. Install torch 2.12 or later to compile with a strategy that freezes.",
+                stacklevel=2,
+            )
+        blocks = [] if self._eager else compiled_blocks(run.training_model)
+        if blocks == self.blocks:
+            return
+        self.release()
+        for block in blocks:
+            block.compile(**self._options(block))
+        self.blocks = blocks
+
+    def release(self) -> None:
+        """Let every block run eagerly again."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        self.blocks = []
+
+    def warms_up(self, key: str) -> bool:
+        """Whether the first step of an epoch compiles, `key` being what learns; says so once for each key."""
+        if not self.blocks or key in self._warm:
+            return False
+        self._warm.add(key)
+        return True
+
+    def _options(self, block: nn.Module) -> dict[str, Any]:
+        takes = inspect.signature(torch.compile).parameters
+        options: dict[str, Any] = {"dynamic": False}
+        if self._backend is not None:
+            options["backend"] = self._backend
+        if "isolate_recompiles" in takes:
+            options["isolate_recompiles"] = True
+        if "recompile_limit" in takes:
+            # One graph a pattern of frozen layers, in training and in evaluation.
+            options["recompile_limit"] = 2 * len(list(block.modules())) + 8
+        return options

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Unpack, overload
 
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.errors import LayerlabError
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
-from layerlab.training.loop import Fit
-from layerlab.training.results import Comparison
-from layerlab.training.settings import Settings, checked_settings
+from layerlab.training.loop import Observer
+from layerlab.training.results import Comparison, FitResult
+from layerlab.training.rounds import Arm, Folders, Rounds
+from layerlab.training.settings import FitSettings, checked_settings
+from layerlab.training.start import Network
 from layerlab.workload.dataset import Dataset
 
-if TYPE_CHECKING:
-    from layerlab.training.loop import Observer
-    from layerlab.training.results import FitResult
+
+@overload
+def fit(
+    model: nn.Module | Callable[[], nn.Module],
+    data: Dataset,
+    strategies: Strategy | Sequence[Strategy] = (),
+    *,
+    seed: int = 0,
+    name: str = "",
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    checkpoint: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+    progress: bool = True,
+    **settings: Unpack[FitSettings],
+) -> FitResult: ...
+
+
+@overload
+def fit(
+    model: nn.Module | Callable[[], nn.Module],
+    data: Dataset,
+    strategies: Strategy | Sequence[Strategy] = (),
+    *,
+    seed: Sequence[int],
+    name: str = "",
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    checkpoint: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+    progress: bool = True,
+    **settings: Unpack[FitSettings],
+) -> list[FitResult]: ...
 
 
 def fit(
@@ -35,8 +62,9 @@ def fit(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
-    **settings: Any,
-) -> Any:
+    **settings: Unpack[FitSettings],
+) -> FitResult | list[FitResult]:
+    # Long because every setting stands in its docstring.
     """Train a network.
 
     Args:
@@ -53,7 +81,27 @@ def fit(
         observers: told of each epoch; `layerlab.track(…)` gives one that logs to MLflow. In a torchrun job those of the
             first process alone are told.
         progress: show bars.
-        settings: any field of `Settings`:
+        settings: any of these:
+            epochs (10): Passes over the training data.
+            max_steps (None): Stop after these many steps, within an epoch if need be; a schedule that is named shortens
+                with it.
+            batch_size (128): Images a step; the uneven rest of each shuffled epoch is left out.
+            optimizer ('sgd'): By name, or a function from parameters to an optimizer.
+            lr (0.05): Learning rate.
+            momentum (0.9): Of SGD.
+            nesterov (False): SGD's momentum in Nesterov's form.
+            weight_decay (0.0005): On all parameters.
+            schedule ('constant'): Of the learning rate, by name, or a function from the optimizer to a torch schedule.
+            milestones (()): Schedule `step`: multiply the rate by `gamma` after these many epochs.
+            gamma (0.1): Schedule `step`: the factor.
+            schedule_each ('epoch'): How often the schedule steps; `milestones` count in the same unit.
+            label_smoothing (0.0): Of the cross-entropy.
+            precision ('float32'): bfloat16: forward and loss under autocast; weights and update stay float32.
+            channels_last (False): Memory format of images and convolutions.
+            compile (False): Run the network's blocks through torch.compile; a text names its backend.
+            deterministic (True): On a GPU: deterministic algorithms only.
+            measure (True): Measure a step whenever the set of learning parameters is a new one.
+            device ('auto'): `auto`: where the data are.
 
     Returns:
         A `FitResult`; a list of them when several seeds are given.
@@ -61,10 +109,18 @@ def fit(
     Raises:
         LayerlabError: settings that do not validate, strategies that cannot run together, a network that does not
             fit the data, a checkpoint of another fit, a loss that is no longer finite.
+
+    Example:
+        >>> from layerlab import build_model, fit, load_dataset
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> result = fit(network, data, epochs=2, lr=0.02, progress=False)
+        >>> len(result.history)
+        2
     """
     seeds = [seed] if isinstance(seed, int) else list(seed)
     comparison = compare(
-        model, data, {name or None: strategies}, seeds=seeds, loss=loss, checkpoint=checkpoint, observers=observers,
+        model, data, {name: strategies}, seeds=seeds, loss=loss, checkpoint=checkpoint, observers=observers,
         progress=progress, **settings,
     )
     results = list(comparison.results.values())
@@ -72,9 +128,9 @@ def fit(
 
 
 def compare(
-    model: nn.Module | Callable[[], nn.Module] | Mapping[Any, nn.Module | Callable[[], nn.Module]],
+    model: nn.Module | Callable[[], nn.Module] | Mapping[str, nn.Module | Callable[[], nn.Module]],
     data: Dataset,
-    arms: Mapping[Any, Strategy | Sequence[Strategy]],
+    arms: Mapping[str, Strategy | Sequence[Strategy]],
     *,
     seeds: Sequence[int] = (0,),
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -82,7 +138,7 @@ def compare(
     observers: Sequence[Observer] = (),
     progress: bool = True,
     keep_going: Collection[str] = (),
-    **settings: Any,
+    **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
 
@@ -99,87 +155,37 @@ def compare(
 
     Returns:
         All results, with tables of them.
+
+    Raises:
+        LayerlabError: as `fit`; no seeds; an arm without a network.
+
+    Example:
+        >>> from layerlab import build_model, compare, load_dataset, strategies
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = lambda: build_model("resnet-cifar", num_classes=10, channels=1, depth=8)
+        >>> arms = {"full": (), "skip": strategies("lars-skip")}
+        >>> compare(network, data, arms, seeds=[0, 1], epochs=1, progress=False).arms
+        ['full', 'skip']
     """
-    if isinstance(model, Mapping) and (missing := [arm for arm in arms if arm not in model]):
-        raise LayerlabError(f"No network is given for arm {missing[0]!r}; give one for each arm.")
     if not seeds:
         raise LayerlabError("seeds is empty; give at least one.")
     checked = checked_settings(settings)
-    bars = Progress(len(arms) * len(seeds) * checked.epochs, progress)
-    results: dict[tuple[str, int], FitResult] = {}
-    failures: dict[str, str] = {}
-    fits: list[Fit] = []
-
-    @contextmanager
-    def attempted(arm: str, seed: int) -> Iterator[None]:
-        """Whatever an arm does, alone: where `keep_going` says so its failure takes it out and nothing else."""
-        try:
-            yield
-        # A strategy may fail in any way; KeyboardInterrupt is the user's.
-        except (Exception, SystemExit) as error:
-            if arm not in keep_going:
-                raise
-            failures[arm] = reason(error)
-            bars.total -= (len(seeds) - seeds.index(seed)) * checked.epochs
-            for each in [each for each in fits if each.name == arm]:
-                bars.total += len(each.run.history)
-                fits.remove(each)
-                each.fail(error)
-            for key in [key for key in results if key[0] == arm]:
-                del results[key]
-
-    try:
+    every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
+    folders = Folders(Path(checkpoint) if checkpoint is not None else None, len(every) * len(seeds) == 1)
+    bars = Progress(len(every) * len(seeds) * checked.epochs, progress)
+    with Rounds(data, loss, folders, observers, keep_going, bars, checked.epochs) as rounds:
         for seed in seeds:
-            fits.clear()
-            for arm, strategies in arms.items():
-                if arm in failures:
-                    continue
-                chosen = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
-                network = model[arm] if isinstance(model, Mapping) else model
-                folder = Path(checkpoint) if checkpoint is not None else None
-                if folder is not None and len(arms) * len(seeds) > 1:
-                    folder /= f"{arm or 'fit'}-seed{seed}"
-                with attempted(arm, seed):
-                    fits.append(Fit(
-                        network, data, [copy.deepcopy(strategy) for strategy in chosen], seed=seed, name=arm or "",
-                        loss=loss, checkpoint=folder, observers=observers, **settings,
-                    ))
-            bars.done += sum(each.run.epoch for each in fits)
-            # Runs that were interrupted at different epochs catch up first.
-            while pending := [each for each in fits if not each.finished]:
-                first = min(each.run.epoch for each in pending)
-                for each in pending:
-                    if each.run.epoch == first:
-                        with attempted(each.name, seed):
-                            each.train_epoch()
-                        if each in fits:
-                            row = each.run.history[-1]
-                            bars.epoch(f"{each.name} seed {seed}", row["epoch"], checked.epochs,
-                                       f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
-            for each in list(fits):
-                with attempted(each.name, seed):
-                    results[each.name, seed] = each.finish()
-    except BaseException as error:
-        for each in fits:
-            if (each.name, each.seed) not in results:
-                each.fail(error)
-        raise
-    finally:
-        bars.close()
-    return Comparison(results, failures)
+            rounds.train(seed, every)
+    return Comparison(rounds.results, rounds.failures)
 
 
-def _document(function: Any) -> None:
-    """Give `fit` its settings as real keyword arguments, in its signature and its text, from their one definition."""
-    lines = []
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for name, item in Settings.model_fields.items():
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=item.default,
-                                            annotation=item.annotation))
-        lines.append(f"            {name} ({item.default!r}): {item.description}")
-    function.__signature__ = inspect.Signature(parameters)
-    marker = "any field of `Settings`:\n"
-    function.__doc__ = function.__doc__.replace(marker, marker + "\n".join(lines) + "\n")
+def _chosen(strategies: Strategy | Sequence[Strategy]) -> tuple[Strategy, ...]:
+    return (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
 
 
-_document(fit)
+def _network(model: Network | Mapping[str, Network], arm: str) -> Network:
+    if not isinstance(model, Mapping):
+        return model
+    if arm not in model:
+        raise LayerlabError(f"No network is given for arm {arm!r}; give one for each arm.")
+    return model[arm]

@@ -95,6 +95,7 @@ class FitResult:
         name: of the arm in a comparison, or the strategies' names.
         strategies: the strategy objects as the fit left them.
         settings: the fit's.
+        steps: of the optimizer, over all epochs.
     """
 
     model: nn.Module
@@ -103,6 +104,7 @@ class FitResult:
     name: str
     strategies: tuple[Strategy, ...]
     settings: Settings
+    steps: int = 0
 
     @property
     def frame(self) -> pd.DataFrame:

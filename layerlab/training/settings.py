@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +16,30 @@ Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
+class FitSettings(TypedDict, total=False):
+    """The keyword arguments of `fit` and `compare` that are `Settings`, for type checkers: a test compares the two."""
+
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    optimizer: Literal["sgd", "adam", "adamw"] | Optimizers
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    schedule: Literal["constant", "cosine", "step"] | Schedules
+    milestones: tuple[int, ...]
+    gamma: float
+    schedule_each: Literal["epoch", "step"]
+    label_smoothing: float
+    precision: Literal["float32", "bfloat16"]
+    channels_last: bool
+    compile: bool | str
+    deterministic: bool
+    measure: bool
+    device: str
+
+
 class Settings(BaseModel):
     """The settings of `fit`."""
 
@@ -23,6 +47,8 @@ class Settings(BaseModel):
 
     epochs: int = Field(10, ge=1)
     """Passes over the training data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after these many steps, within an epoch if need be; a schedule that is named shortens with it."""
     batch_size: int = Field(128, ge=1)
     """Images a step; the uneven rest of each shuffled epoch is left out."""
     optimizer: Literal["sgd", "adam", "adamw"] | Optimizers = "sgd"
@@ -57,6 +83,10 @@ class Settings(BaseModel):
     """Measure a step whenever the set of learning parameters is a new one."""
     device: str = "auto"
     """`auto`: where the data are."""
+
+    def keywords(self) -> FitSettings:
+        """The settings as keyword arguments."""
+        return cast(FitSettings, dict(self))
 
     @field_validator("compile")
     @classmethod
@@ -101,14 +131,50 @@ def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.
     return kind(parameters, **shared)
 
 
+def length(settings: Settings, steps: int) -> tuple[int, int]:
+    """(epochs, steps) of a whole training whose epochs have `steps` steps; the last epoch may be a shorter one."""
+    whole = settings.epochs * steps
+    if settings.max_steps is not None:
+        whole = min(whole, settings.max_steps)
+    return -(-whole // steps), whole
+
+
 def make_schedule(
     settings: Settings, optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule that the settings name; `steps` is the number of steps of an epoch."""
+    """The schedule that the settings name, over the whole training; `steps` is the number of steps of an epoch."""
     if callable(settings.schedule):
         return settings.schedule(optimizer)
-    units = settings.epochs * (steps if settings.schedule_each == "step" else 1)
+    _, whole = length(settings, steps)
     if settings.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=units)
+        units = whole if settings.schedule_each == "step" else whole / steps
+        # A training may end within an epoch; torch's formula takes a fraction, its stubs do not.
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=units)  # type: ignore[arg-type]
     milestones = list(settings.milestones) if settings.schedule == "step" else []
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.gamma)
+
+
+def shortened(settings: Settings, steps: int, budget: int) -> Settings:
+    """The same training in `budget` steps, its whole schedule shortened (or stretched) with it.
+
+    Args:
+        settings: of the whole training.
+        steps: of an epoch.
+        budget: steps of the new training.
+
+    Raises:
+        LayerlabError: a schedule that is a function, which nothing here can shorten.
+    """
+    if callable(settings.schedule):
+        raise LayerlabError(
+            "The schedule is a function, which cannot be shortened for a baseline of equal cost; name one (constant, "
+            "cosine, step), or compare with equal='none'."
+        )
+    _, whole = length(settings, steps)
+    changes: dict[str, Any] = {"epochs": -(-budget // steps), "max_steps": budget}
+    if settings.schedule == "step":
+        # Counted in steps from here on, since a shortened epoch's end is no step's.
+        unit = 1 if settings.schedule_each == "step" else steps
+        changes["schedule_each"] = "step"
+        changes["milestones"] = tuple(round(each * unit * budget / whole) for each in settings.milestones)
+    return settings.model_copy(update=changes)

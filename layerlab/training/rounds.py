@@ -1,0 +1,142 @@
+"""Several arms under the same seed, epoch by epoch by turns, and what becomes of an arm that fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from layerlab.base.errors import reason
+from layerlab.contract.strategy import Strategy
+from layerlab.show.progress import Progress
+from layerlab.training.loop import Fit, Observer
+from layerlab.training.results import FitResult
+from layerlab.training.settings import Settings
+from layerlab.training.start import Loss, Network
+from layerlab.workload.dataset import Dataset
+
+
+class Arm(NamedTuple):
+    """What is trained under a name: a network, with strategies or without, in its settings."""
+
+    name: str
+    network: Network
+    strategies: tuple[Strategy, ...]
+    settings: Settings
+
+
+class Rounds:
+    """Trains arms, one round for each seed and list of arms: `with Rounds(…) as rounds: rounds.train(seed, arms)`.
+
+    Args:
+        data, loss, observers: as `fit`.
+        folder: gives the checkpoint's folder of an arm and seed.
+        keep_going: arms whose failure ends them alone.
+        progress: counts the epochs; its total is what was planned, and is put right where it turns out otherwise.
+        planned: epochs of an arm and seed in that total.
+
+    Attributes:
+        results: (arm, seed) → result.
+        failures: arm that failed → why; it has no results.
+    """
+
+    def __init__(
+        self, data: Dataset, loss: Loss | None, folder: Folders, observers: Sequence[Observer],
+        keep_going: Collection[str], progress: Progress, planned: int,
+    ) -> None:
+        self.data = data
+        self.loss = loss
+        self.folder = folder
+        self.observers = observers
+        self.keep_going = keep_going
+        self.progress = progress
+        self.planned = planned
+        self.results: dict[tuple[str, int], FitResult] = {}
+        self.failures: dict[str, str] = {}
+        self._fits: list[Fit] = []
+
+    def __enter__(self) -> Rounds:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            for each in self._fits:
+                if (each.name, each.seed) not in self.results:
+                    each.fail(error)
+        self.progress.close()
+
+    def train(self, seed: int, arms: Sequence[Arm]) -> None:
+        """Train the arms that have not failed to their end, epoch by epoch by turns."""
+        self._fits = []
+        for arm in arms:
+            self.progress.total -= self.planned
+            if arm.name not in self.failures:
+                with self.attempted(arm.name):
+                    self._fits.append(self._begin(arm, seed))
+        self.progress.done += sum(each.run.epoch for each in self._fits)
+        # Runs that were interrupted at different epochs catch up first.
+        while pending := [each for each in self._fits if not each.finished]:
+            first = min(each.run.epoch for each in pending)
+            for each in pending:
+                if each.run.epoch == first:
+                    with self.attempted(each.name):
+                        each.train_epoch()
+                    self._tell(each)
+        for each in list(self._fits):
+            with self.attempted(each.name):
+                self.results[each.name, seed] = each.finish()
+
+    @contextmanager
+    def attempted(self, arm: str) -> Iterator[None]:
+        """Work for one arm: if it fails and `keep_going` has it, it is taken out and nothing else."""
+        try:
+            yield
+        # A strategy may fail in any way; KeyboardInterrupt is the user's.
+        except (Exception, SystemExit) as error:
+            if arm not in self.keep_going:
+                raise
+            self.failures[arm] = reason(error)
+            for each in [each for each in self._fits if each.name == arm]:
+                self.progress.total -= each.run.epochs - len(each.run.history)
+                self._fits.remove(each)
+                each.fail(error)
+            self.forget(arm)
+
+    def forget(self, arm: str) -> None:
+        """Drop an arm's results, whatever the seed."""
+        for key in [key for key in self.results if key[0] == arm]:
+            del self.results[key]
+
+    def _begin(self, arm: Arm, seed: int) -> Fit:
+        fit = Fit(
+            arm.network, self.data, [copy.deepcopy(strategy) for strategy in arm.strategies], seed=seed, name=arm.name,
+            loss=self.loss, checkpoint=self.folder.of(arm.name, seed), observers=self.observers,
+            **arm.settings.keywords(),
+        )
+        self.progress.total += fit.run.epochs
+        return fit
+
+    def _tell(self, fit: Fit) -> None:
+        """Report the epoch that a fit has finished; nothing if it has failed in it."""
+        if fit in self._fits:
+            row = fit.run.history[-1]
+            self.progress.epoch(f"{fit.name} seed {fit.seed}", row["epoch"], fit.run.epochs,
+                                f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
+
+
+class Folders(NamedTuple):
+    """Where checkpoints lie: one folder for each arm and seed, or the whole for a single one; None for nowhere."""
+
+    root: Path | None
+    single: bool
+
+    def of(self, arm: str, seed: int) -> Path | None:
+        """The folder of an arm and seed."""
+        if self.root is None or self.single:
+            return self.root
+        return self.root / f"{arm or 'fit'}-seed{seed}"
