@@ -111,7 +111,7 @@ def load_dataset(
 
 
 def _split(
-    images: Tensor | Streamed, labels: Tensor, device: torch.device, mean: Tensor, std: Tensor
+    images: Tensor | Streamed, labels: Tensor, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Split:
     """A half on the device; streamed images stay where they are."""
     kept = images if isinstance(images, Streamed) else images.to(device)
