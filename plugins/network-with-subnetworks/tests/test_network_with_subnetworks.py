@@ -533,13 +533,42 @@ def test_tables_and_ratios_of_a_small_run(data):
         for row in result.history:
             row["time/epoch_seconds"] = {"ref-model0": 1.0, "ref-model1": 3.0, "model0-1": 3.0}[result.name]
     references = ["ref-model0", "ref-model1"]
-    assert analysis.time_ratio(run, "model0-1", references) == [0.75]
+    assert analysis.cost_ratio(run, "model0-1", references).values == (0.75,)
     speed = analysis.speed_table({"digits": run}, "model0-1", references)
     # Worked out for a hidden layer of w² and an output of o weights: (2w² + 3o + 2o) for both, with nothing left out.
     assert speed["ratio of FLOPs"]["digits"] == pytest.approx((2 * 64**2 + 5 * 640) / (2 * 64**2 + 5 * 640))
     choice = analysis.cost_and_accuracy(run, torch.rand(2, 1, 8, 8), rounds=2)
     assert choice.groupby("family")["parameters"].apply(list).to_dict() == {
         "trained separately": [650, 4810], "model0-1, trained at once": [650, 4810]}
+
+
+def test_each_reference_takes_the_rate_that_is_best_on_held_out_images_and_gains_are_against_either(data):
+    l2 = {"ref-model0": 0.0, "ref-model1": 0.0, "model0-1": 0.0}
+    arms = analysis.arms(l2)
+    references = ["ref-model0", "ref-model1"]
+    built, regular = analysis.networks(references, data), {name: arms[name] for name in references}
+    tried = {rate: compare(built, data.held_out(), regular, seeds=[5, 6], epochs=1, **{**OPTIONS, "lr": rate})
+             for rate in (0.1, 0.01)}
+    reached = {("ref-model0", 0.01): (0.5, 0.7), ("ref-model0", 0.1): (0.8, 0.3),
+               ("ref-model1", 0.01): (0.4, 0.4), ("ref-model1", 0.1): (0.3, 0.6)}
+    for rate, run in tried.items():
+        for (arm, seed), result in run.results.items():
+            result.history[-1]["test/top1"] = reached[arm, rate][seed - 5]
+    table = analysis.rate_table(tried)
+    assert table["chosen"].to_dict() == {"ref-model0": 0.01, "ref-model1": 0.1}
+    assert table[0.1].to_dict() == pytest.approx({"ref-model0": 0.55, "ref-model1": 0.45})
+    own = {tuned: arms[arm] for arm, tuned in analysis.tuned(references).items()}
+    assert list(own) == ["ref-tuned-model0", "ref-tuned-model1"]
+    run = analysis.merged(
+        compare(analysis.networks(list(arms), data), data, arms, epochs=1, **OPTIONS),
+        compare(analysis.networks(list(own), data), data, own, epochs=1, **{**OPTIONS, "lr": 0.03}))
+    tops = {"ref-model0": 0.5, "ref-model1": 0.6, "ref-tuned-model0": 0.7, "ref-tuned-model1": 0.9, "model0-1": 0.8}
+    for (arm, _), result in run.results.items():
+        result.history[-1]["test/top1"] = tops[arm]
+    assert analysis.gains(run)["model0-1-gain"].values == pytest.approx((20.0,))
+    assert analysis.gains(run, family=analysis.TUNED)["model0-1-gain"].values == pytest.approx((-10.0,))
+    assert analysis.reference_numbers(run) == pytest.approx({
+        "ref-model0_top1": 50, "ref-model1_top1": 60, "ref-tuned-model0_top1": 70, "ref-tuned-model1_top1": 90})
 
 
 def test_the_schedule_is_the_paper_s_scaled():

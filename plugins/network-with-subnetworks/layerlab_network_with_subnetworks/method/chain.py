@@ -158,6 +158,7 @@ def detachable(network: nn.Sequential, example: Tensor) -> list[str]:
         example: images as the network takes them, (batch, channels, height, width).
 
     Example:
+        >>> from layerlab_network_with_subnetworks import convolutional_chain
         >>> detachable(convolutional_chain(depth=2), torch.rand(2, 3, 32, 32))  # the stem halves the image
         ['block1', 'block2']
     """
