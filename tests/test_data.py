@@ -118,6 +118,19 @@ def test_limits_keep_the_classes_in_proportion(root):
     assert data.fingerprint != load_dataset("cifar10", root=root, image_size=8, device="cpu").fingerprint
 
 
+def test_what_is_held_out_is_a_part_of_the_training_images_and_nothing_is_in_both():
+    data = load_dataset("digits", limit=128, test_limit=64, device="cpu")
+    apart = data.held_out(every=4)
+    assert (len(apart.train), len(apart.test)) == (96, 32)
+    assert torch.equal(apart.test.images, data.train.images[3::4])
+    assert torch.equal(apart.test.labels, data.train.labels[3::4])
+    whole = {image.numpy().tobytes() for image in data.train.images}
+    halves = [{image.numpy().tobytes() for image in split.images} for split in (apart.train, apart.test)]
+    assert halves[0] | halves[1] == whole
+    assert not halves[0] & halves[1]
+    assert apart.fingerprint != data.fingerprint
+
+
 def test_what_does_not_fit_is_streamed_with_the_same_pixels(root):
     resident = load_dataset("cifar10", root=root, image_size=8, limit=17, device="cpu").augmented("crop", 1)
     streamed = load_dataset("cifar10", root=root, image_size=8, limit=17, device="cpu", memory_budget=0)

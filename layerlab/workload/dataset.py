@@ -169,6 +169,30 @@ class Dataset:
         """The same data with another augmentation of the training half; `padding` in pixels."""
         return replace(self, train=replace(self.train, augment=augment, padding=padding))
 
+    def held_out(self, every: int = 5) -> Dataset:
+        """The training images alone, in two, so that settings can be chosen without a look at the test images.
+
+        Args:
+            every: each so-many-th training image is held out.
+
+        Returns:
+            A dataset whose `test` is what was held out and whose `train` is the rest.
+
+        Example:
+            >>> from layerlab import load_dataset
+            >>> apart = load_dataset("digits", limit=100, device="cpu").held_out(every=4)
+            >>> len(apart.train), len(apart.test)
+            (75, 25)
+        """
+        split = self.train
+        chosen = torch.arange(len(split), device=split.labels.device) % every == every - 1
+        halves = []
+        for rows in (~chosen, chosen):
+            resident = isinstance(split.images, Tensor)
+            images = split.images[rows] if resident else split.images.subset(rows.nonzero()[:, 0])
+            halves.append(replace(split, images=images, labels=split.labels[rows]))
+        return replace(self, train=halves[0], test=halves[1], fingerprint=f"{self.fingerprint}-held-out-{every}")
+
     def __repr__(self) -> str:
         channels, height, width = self.shape
         return (

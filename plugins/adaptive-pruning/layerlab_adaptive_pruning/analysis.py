@@ -6,7 +6,6 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import Dataset, build_model, figures, measure
+from layerlab import build_model, figures, measure
 from layerlab_adaptive_pruning.method.structure import rebuild, structure
 from layerlab_adaptive_pruning.method.surgery import remove_channels
 from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
@@ -74,23 +73,11 @@ def candidates(sparsities: Sequence[float], share: float, stage_epochs: int, bri
             if arm != BASELINE}
 
 
-def held_out(data: Dataset, every: int = 5) -> Dataset:
-    """The training images alone, in two: every fifth, say, is what the rest is tested on, so that settings can be
-    chosen without a look at the test images."""
-    split = data.train
-    chosen = torch.arange(len(split), device=split.labels.device) % every == every - 1
-    halves = []
-    for rows in (~chosen, chosen):
-        images = split.images[rows] if isinstance(split.images, Tensor) else split.images.subset(rows.nonzero()[:, 0])
-        halves.append(replace(split, images=images, labels=split.labels[rows]))
-    return replace(data, train=halves[0], test=halves[1], fingerprint=f"{data.fingerprint}-held-out-{every}")
-
-
 def sparsity_choice(comparison: Any) -> tuple[pd.DataFrame, float]:
     """Which λ to take: the one with which both methods together are best after the pruning, on what was held out.
 
     Args:
-        comparison: the runs of `candidates` on `held_out` data.
+        comparison: the runs of `candidates` on `Dataset.held_out`.
 
     Returns:
         A row a method and λ: `method`, `λ`, `top-1 dense [%]` before the pruning and `top-1 pruned [%]` at the end

@@ -12,11 +12,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from layerlab import Dataset, evaluate, measure
+from layerlab import Comparison, Dataset, Estimate, FitResult, evaluate, measure
 from layerlab_network_with_subnetworks.method.networks import convolutional_chain, perceptron
 from layerlab_network_with_subnetworks.strategy import NetworkWithSubnetworks
 
 REGULAR = "ref-"
+TUNED = "ref-tuned-"
+"""What the references are called that train at the rate chosen on held-out images; they are regular ones, too."""
 LOGGED = "network-with-subnetworks/{}/top1"
 
 
@@ -46,6 +48,37 @@ def arms(l2: Mapping[str, float], cuda_graph: bool = False) -> dict[str, Network
     }
 
 
+def tuned(references: Sequence[str]) -> dict[str, str]:
+    """The paper's references → what they are called when they train at their own rate."""
+    return {name: TUNED + name.removeprefix(REGULAR) for name in references}
+
+
+def rate_table(tried: Mapping[float, Comparison]) -> pd.DataFrame:
+    """What each reference reaches on held-out images at each learning rate.
+
+    Args:
+        tried: learning rate → the references trained with it on `Dataset.held_out`.
+
+    Returns:
+        A row a reference, a column a rate: `top-1` of the last epoch, a share, mean over seeds; in `chosen` the rate
+        that is best, the smallest of equals.
+    """
+    table = pd.DataFrame({rate: {arm: run.estimate(lambda result: result.final["test/top1"], arm).mean
+                                 for arm in run.arms} for rate, run in sorted(tried.items())})
+    return table.assign(chosen=table.idxmax(axis=1))
+
+
+def merged(*comparisons: Comparison) -> Comparison:
+    """The arms of several comparisons under the same seeds as one comparison."""
+    return Comparison({key: result for each in comparisons for key, result in each.results.items()})
+
+
+def reference_numbers(comparison: Comparison) -> dict[str, float]:
+    """What a gate reads: accuracy of each reference in its last epoch, in per cent, mean over seeds."""
+    return {f"{arm}_top1": round(comparison.estimate("top-1", arm).mean, 2)
+            for arm in comparison.arms if arm.startswith(REGULAR)}
+
+
 def networks(names: Sequence[str], data: Dataset) -> dict[str, Callable[[], nn.Module]]:
     """The perceptron of each arm, as functions that build them."""
     return {name: partial(perceptron, data.classes, data.shape[1], data.shape[0], depth(name)) for name in names}
@@ -57,7 +90,7 @@ def schedule(epochs: int) -> dict[str, Any]:
     return {"epochs": epochs, "schedule": "step", "milestones": milestones, "gamma": 1 / 3}
 
 
-def accuracies(result: Any) -> pd.DataFrame:
+def accuracies(result: FitResult) -> pd.DataFrame:
     """Test accuracy of a fit's base and sub-models, as shares: epochs × models, the base first."""
     *smaller, base = result.strategies[0].models
     smaller.reverse()
@@ -69,7 +102,7 @@ def accuracies(result: Any) -> pd.DataFrame:
     )
 
 
-def accuracy(result: Any, model: str, when: str) -> float:
+def accuracy(result: FitResult, model: str, when: str) -> float:
     """A model's test accuracy, a share.
 
     Args:
@@ -89,50 +122,47 @@ def published(paper: Any, dataset: str, arm: str) -> tuple[str, str, pd.DataFram
     return str(number), "Fashion-MNIST" if dataset == "fashion-mnist" else "MNIST", paper.table(str(number)).frame
 
 
-def gains(comparison: Any, when: str = "best") -> dict[str, list[float]]:
-    """Points of accuracy against the regularly trained network, by the ends of the claims' names, a value a seed."""
+def gains(comparison: Comparison, when: str = "best", family: str = REGULAR) -> dict[str, Estimate]:
+    """Points of accuracy against the regularly trained network, by the ends of the claims' names.
+
+    Args:
+        when: as `accuracy`.
+        family: `REGULAR` for the references at the paper's rate, `TUNED` for those at their own.
+    """
     wanted = {
-        "model2-gain": ("model0-1-2", "model2", "ref-model2"),
-        "model1-gain": ("model0-1-2", "model1", "ref-model1"),
-        "model0-gain": ("model0-1-2", "model0", "ref-model0"),
-        "model0-1-gain": ("model0-1", "model1", "ref-model1"),
+        "model2-gain": ("model0-1-2", "model2"),
+        "model1-gain": ("model0-1-2", "model1"),
+        "model0-gain": ("model0-1-2", "model0"),
+        "model0-1-gain": ("model0-1", "model1"),
     }
-    return {end: gain(comparison, *parts, when) for end, parts in wanted.items()
-            if {parts[0], parts[2]} <= set(comparison.arms)}
+    return {end: gain(comparison, arm, model, family + model, when) for end, (arm, model) in wanted.items()
+            if {arm, family + model} <= set(comparison.arms)}
 
 
-def gain(comparison: Any, arm: str, model: str, reference: str, when: str = "best") -> list[float]:
-    """Points of accuracy that `model` of `arm` has more than the regularly trained `reference`, a value a seed."""
-    return [
-        100 * (accuracy(comparison.results[arm, seed], model, when)
-               - accuracy(comparison.results[reference, seed], f"model{depth(reference)}", when))
-        for seed in comparison.seeds
-    ]
+def gain(comparison: Comparison, arm: str, model: str, reference: str, when: str = "best") -> Estimate:
+    """Points of accuracy that `model` of `arm` has more than the regularly trained `reference`."""
+    mine = comparison.per_seed(lambda result: accuracy(result, model, when), arm)
+    theirs = comparison.per_seed(lambda result: accuracy(result, model, when), reference)
+    return Estimate(tuple(100 * (a - b) for a, b in zip(mine, theirs, strict=True)), "points")
 
 
-def time_ratio(comparison: Any, arm: str, references: Sequence[str], metric: str = "time/epoch_seconds") -> list[float]:
-    """Seconds (or another cost) of training `arm` over those of training the references one after the other."""
-    def spent(name: str, seed: int) -> float:
-        return math.fsum(row[metric] for row in comparison.results[name, seed].history)
+def cost_ratio(comparison: Comparison, arm: str, references: Sequence[str], metric: str = "seconds") -> Estimate:
+    """Seconds (or `TFLOP`) of training `arm` over those of training the references one after the other."""
+    mine = comparison.per_seed(metric, arm)
+    theirs = zip(*(comparison.per_seed(metric, name) for name in references), strict=True)
+    return Estimate(tuple(a / math.fsum(each) for a, each in zip(mine, theirs, strict=True)), "×")
 
-    return [spent(arm, seed) / math.fsum(spent(name, seed) for name in references) for seed in comparison.seeds]
 
-
-def speed_table(comparisons: Mapping[str, Any], arm: str, references: Sequence[str]) -> pd.DataFrame:
+def speed_table(comparisons: Mapping[str, Comparison], arm: str, references: Sequence[str]) -> pd.DataFrame:
     """Seconds an epoch of `arm` and of the references, and the ratios of seconds and FLOPs over the whole run."""
     rows = []
     for name, comparison in comparisons.items():
         row: dict[str, Any] = {"dataset": name}
         for each in [*references, arm]:
-            seconds = [value for seed in comparison.seeds
-                       for value in comparison.results[each, seed].frame["time/epoch_seconds"]]
-            row[f"{each} [s/epoch]"] = sum(seconds) / len(seconds)
-        row["ratio of seconds"], row["±"] = measure.mean_interval(time_ratio(comparison, arm, references))
-        flops = {}
-        for each in [*references, arm]:
-            history = comparison.results[each, comparison.seeds[0]].history
-            flops[each] = math.fsum(r["cost/forward_flops"] + r["cost/backward_flops"] for r in history)
-        row["ratio of FLOPs"] = flops[arm] / math.fsum(flops[each] for each in references)
+            row[f"{each} [s/epoch]"] = comparison.estimate(
+                lambda result: result.total("time/epoch_seconds") / len(result.history), each).mean
+        row["ratio of seconds"], row["±"] = cost_ratio(comparison, arm, references).interval
+        row["ratio of FLOPs"] = cost_ratio(comparison, arm, references, "TFLOP").values[0]
         rows.append(row)
     return pd.DataFrame(rows).set_index("dataset").dropna(axis=1, how="all")
 
@@ -142,7 +172,7 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def table(published: pd.DataFrame, comparison: Any, names: Sequence[str]) -> pd.DataFrame:
+def table(published: pd.DataFrame, comparison: Comparison, names: Sequence[str]) -> pd.DataFrame:
     """One of Tables 1 to 6, published beside measured.
 
     Args:
@@ -155,7 +185,7 @@ def table(published: pd.DataFrame, comparison: Any, names: Sequence[str]) -> pd.
     """
     rows = []
     for name in names:
-        results = [comparison.results[name, seed] for seed in comparison.seeds]
+        results = comparison.of(name)
         for model in accuracies(results[0]).columns:
             label = name if name.startswith(REGULAR) else model
             known = published.loc[label] if label in published.index else {}
@@ -163,14 +193,14 @@ def table(published: pd.DataFrame, comparison: Any, names: Sequence[str]) -> pd.
             size = count(whole if name.startswith(REGULAR) else results[0].strategies[0].networks(whole)[model])
             rows.append({
                 "model": label, "paper": known.get("test accuracy", ""),
-                "best epoch": _spread([accuracy(result, model, "best") for result in results]),
-                "last epoch": _spread([accuracy(result, model, "last") for result in results]),
+                "best epoch": str(Estimate(tuple(accuracy(result, model, "best") for result in results))),
+                "last epoch": str(Estimate(tuple(accuracy(result, model, "last") for result in results))),
                 "parameters (paper)": known.get("parameters", ""), "parameters": f"{size:,}",
             })
     return pd.DataFrame(rows).set_index("model")
 
 
-def learning_curves(comparison: Any) -> pd.DataFrame:
+def learning_curves(comparison: Comparison) -> pd.DataFrame:
     """Every model's accuracy over epochs and seconds, as `layerlab.figures.curves` takes it: an arm a model."""
     frames = []
     for (arm, seed), result in comparison.results.items():
@@ -182,7 +212,7 @@ def learning_curves(comparison: Any) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def cost_and_accuracy(comparison: Any, example: Tensor, rounds: int = 15) -> pd.DataFrame:
+def cost_and_accuracy(comparison: Comparison, example: Tensor, rounds: int = 15) -> pd.DataFrame:
     """What a user chooses from: every detached network of the first seed's runs and every regularly trained one.
 
     Args:
@@ -196,14 +226,15 @@ def cost_and_accuracy(comparison: Any, example: Tensor, rounds: int = 15) -> pd.
     found: list[dict[str, Any]] = []
     built: dict[str, nn.Module] = {}
     for arm in comparison.arms:
-        results = [comparison.results[arm, seed] for seed in comparison.seeds]
+        results = comparison.of(arm)
         regular = arm.startswith(REGULAR)
         alone = results[0].strategies[0].networks(results[0].model)
         for model in reversed(accuracies(results[0]).columns):
-            mean, half = measure.mean_interval([accuracy(result, model, "last") for result in results])
+            mean, half = Estimate(tuple(accuracy(result, model, "last") for result in results)).interval
             network = results[0].model if regular else alone[model]
             built[f"{arm} {model}"] = network.eval()
-            found.append({"family": "trained separately" if regular else f"{arm}, trained at once", "model": model,
+            alike = "trained separately, own rate" if arm.startswith(TUNED) else "trained separately"
+            found.append({"family": alike if regular else f"{arm}, trained at once", "model": model,
                           "parameters": count(network), "top-1": mean, "top-1 ±": half})
     image = example[:1]
 
@@ -246,11 +277,10 @@ def setting_networks(data: Dataset) -> dict[str, Callable[[], nn.Module]]:
     return {name: partial(build, **options.get(name, {})) for name in setting_arms(0.0)}
 
 
-def settings_table(*comparisons: Any) -> pd.DataFrame:
+def settings_table(*comparisons: Comparison) -> pd.DataFrame:
     """Last epoch's accuracy of every model with each setting, mean over seeds, and its change in points against the
     first setting, with half-widths of 95 % intervals where there are several seeds."""
-    results = [(arm, [comparison.results[arm, seed] for seed in comparison.seeds])
-               for comparison in comparisons for arm in comparison.arms]
+    results = [(arm, comparison.of(arm)) for comparison in comparisons for arm in comparison.arms]
     rows = []
     for arm, mine in results:
         row: dict[str, Any] = {"setting": arm}
@@ -258,8 +288,8 @@ def settings_table(*comparisons: Any) -> pd.DataFrame:
             values = [accuracy(result, model, "last") for result in mine]
             changes = [100 * (value - accuracy(result, model, "last"))
                        for value, result in zip(values, results[0][1], strict=True)]
-            row[model] = measure.mean_interval(values)[0]
-            row[f"change of {model}"], row[f"{model} ±"] = measure.mean_interval(changes)
+            row[model] = Estimate(tuple(values)).mean
+            row[f"change of {model}"], row[f"{model} ±"] = Estimate(tuple(changes)).interval
         rows.append(row)
     return pd.DataFrame(rows).set_index("setting").dropna(axis=1, how="all")
 
@@ -296,22 +326,16 @@ def convolutional_arms(
     return built, strategies
 
 
-def seconds_table(comparison: Any) -> pd.DataFrame:
+def seconds_table(comparison: Comparison) -> pd.DataFrame:
     """Seconds of training of each arm, mean over seeds, and how many models come of it."""
     rows = {}
     for arm in comparison.arms:
-        results = [comparison.results[arm, seed] for seed in comparison.seeds]
-        seconds = [result.frame["seconds"].iloc[-1] for result in results]
-        rows[arm] = {"models": len(results[0].strategies[0].models), "seconds": measure.mean_interval(seconds)[0]}
+        strategy = comparison.of(arm)[0].strategies[0]
+        rows[arm] = {"models": len(strategy.models), "seconds": comparison.estimate("seconds", arm).mean}
     return pd.DataFrame(rows).T
 
 
-def detached_accuracy(result: Any, data: Dataset) -> dict[str, float]:
+def detached_accuracy(result: FitResult, data: Dataset) -> dict[str, float]:
     """Test accuracy of each network that `detach` gives, evaluated on its own, as shares."""
     return {name: evaluate(model.to(data.test.labels.device), data.test)["test/top1"]
             for name, model in result.strategies[0].networks(result.model).items()}
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean, half = measure.mean_interval(values)
-    return f"{mean:.4f}" + (f" ± {half:.4f}" if math.isfinite(half) else "")

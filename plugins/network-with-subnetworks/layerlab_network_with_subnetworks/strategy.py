@@ -8,14 +8,15 @@ equations; they are given here as the authors' public code has them.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, Run, Strategy, evaluate
-from layerlab_network_with_subnetworks.method.chain import NAME, check_detachable, layers_of, without
+from layerlab import LayerlabWarning, Refused, Run, Strategy, evaluate
+from layerlab_network_with_subnetworks.method.chain import NAME, check_detachable, detachable, layers_of, without
 from layerlab_network_with_subnetworks.method.networks import perceptron
 
 
@@ -32,8 +33,8 @@ class NetworkWithSubnetworks(Strategy):
     name: ClassVar[str] = NAME
 
     layers: tuple[str, ...] | None = None
-    """The layers that can be detached, in the order in which they go. Default: all but the last, input first, as in
-    the paper; without any, the network is trained regularly."""
+    """The layers that can be detached, in the order in which they go. Default: all that leave their input's shape as
+    it is, input first: in the paper's perceptron all but the last. `()` trains the network regularly."""
     detach_at_once: int = Field(1, ge=1)
     """How many layers go from one sub-network to the next smaller one."""
     momentum_format: Literal["paper", "tensorflow"] = "paper"
@@ -77,15 +78,18 @@ class NetworkWithSubnetworks(Strategy):
         """Find the layers and make the sub-networks.
 
         Raises:
-            LayerlabError: the network is no chain, or has layers that cannot be detached (both are named with their
+            Refused: the network is no chain, or has layers that cannot be detached (both are named with their
                 shapes), or the optimizer has Nesterov's momentum.
         """
         network = run.training_model
         chain = [layer.name for layer in layers_of(network)]
         assert isinstance(network, nn.Sequential)
-        order = list(chain[:-1] if self.layers is None else self.layers)
-        if self.layers is None and not order:
-            raise LayerlabError(f"{NAME} needs a chain of two layers or more, and this one has {len(chain)}; add some.")
+        order = self._order(network, run.example)
+        staying = [name for name in chain[:-1] if name not in order]
+        if self.layers is None and staying:
+            warnings.warn(
+                f"{NAME}: every sub-network keeps {', '.join(staying)}, because it changes the shape; "
+                f"{', '.join(order)} can be detached.", LayerlabWarning, stacklevel=2)
         gone = [*range(0, len(order), self.detach_at_once), len(order)]
         self._detached = [tuple(order[:count]) for count in reversed(gone)]
         self._names = [f"model{len(order) - count}" for count in reversed(gone)]
@@ -102,13 +106,29 @@ class NetworkWithSubnetworks(Strategy):
         self._start_momentum(run.optimizer)
         self._graph = self._graph_key = None
 
+    def _order(self, network: nn.Sequential, example: Tensor) -> list[str]:
+        """The layers that go, in their order.
+
+        Raises:
+            Refused: none can go.
+        """
+        if self.layers is not None:
+            return list(self.layers)
+        chain = layers_of(network)
+        if len(chain) < 2:
+            raise Refused(f"{NAME} needs a chain of two layers or more, and this one has {len(chain)}; add some.")
+        order = detachable(network, example)
+        if not order:
+            check_detachable(network, [chain[0].name], example)
+        return order
+
     def _start_momentum(self, optimizer: torch.optim.Optimizer) -> None:
         """Put torch's SGD into the paper's format: dampening α, and V = 0 to start from, where torch starts from G."""
         if self.momentum_format == "tensorflow" or not isinstance(optimizer, torch.optim.SGD):
             return
         for group in optimizer.param_groups:
             if group["nesterov"]:
-                raise LayerlabError(
+                raise Refused(
                     f"{NAME}: momentum_format 'paper' is not defined for nesterov=True; use "
                     "momentum_format='tensorflow' or nesterov=False."
                 )

@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Run, build_model, compare, evaluate, fit, load_dataset, strategies
+from layerlab import (
+    LayerlabError,
+    LayerlabWarning,
+    Refused,
+    Run,
+    build_model,
+    compare,
+    evaluate,
+    fit,
+    load_dataset,
+    strategies,
+)
 from layerlab.training.loop import Fit
 from layerlab_network_with_subnetworks import (
     NetworkWithSubnetworks,
@@ -307,9 +318,9 @@ def test_sub_networks_drop_in_every_epoch(data):
         (nn.Sequential(OrderedDict(flat=nn.Flatten(), first=nn.Linear(64, 32), second=nn.Linear(32, 10))), {},
          r"cannot detach 'first': it takes shape \(64,\), and the next layer left, 'second', is given \(32,\)"),
         (nn.Sequential(OrderedDict(flat=nn.Flatten(), first=nn.Linear(64, 32), second=nn.Linear(32, 32),
-                                   third=nn.Linear(32, 10))), {},
+                                   third=nn.Linear(32, 10))), {"layers": ("first", "second")},
          r"'first': it takes shape \(64,\), .* 'second', is given \(32,\); layers=\['second'\] can be detached"),
-        (convolutional_chain(channels=1, width=8, depth=2), {},
+        (convolutional_chain(channels=1, width=8, depth=2), {"layers": ("stem", "block1")},
          r"'stem': it takes shape \(1, 8, 8\), .* 'block1', is given \(8, 4, 4\); layers=\['block1', 'block2'\] can"),
         (network(), {"layers": ("fc3",)}, "no layer 'fc3'; it has fc1, fc2, output"),
         (network(), {"layers": ("output",)}, "cannot detach 'output': it is the network's last layer"),
@@ -319,8 +330,99 @@ def test_sub_networks_drop_in_every_epoch(data):
     ],
 )
 def test_what_cannot_be_detached_is_refused_by_name(model, settings, message, data):
-    with pytest.raises(LayerlabError, match=message):
+    with pytest.raises(Refused, match=message):
         fit(model, data, NetworkWithSubnetworks(**settings), epochs=1, **OPTIONS)
+
+
+def with_a_stem() -> nn.Sequential:
+    return nn.Sequential(OrderedDict(flat=nn.Flatten(), stem=nn.Linear(64, 24), wide=nn.Linear(24, 24), act=nn.Tanh(),
+                                     narrow=nn.Linear(24, 16), last=nn.Linear(16, 16), output=nn.Linear(16, 10)))
+
+
+@pytest.mark.parametrize(("build", "kept", "gone"), [
+    (with_a_stem, "stem, narrow", ("wide", "last")),
+    (lambda: convolutional_chain(10, 1, width=8, depth=2), "stem", ("block1", "block2")),
+])
+def test_by_default_the_layers_go_that_keep_the_shape_and_the_others_are_named(build, kept, gone, data):
+    with pytest.warns(LayerlabWarning, match=f"every sub-network keeps {kept}, .* {', '.join(gone)} can be detached"):
+        result = fit(build, data, NetworkWithSubnetworks(l2=0), epochs=1, **OPTIONS)
+    (strategy,) = result.strategies
+    assert strategy.models["model0"] == gone
+    alone, inside = analysis.detached_accuracy(result, data), analysis.accuracies(result).iloc[-1]
+    assert alone == {name: inside[name] for name in alone}
+
+
+# ------------------------------------------------------------------------------- modules that are used several times
+
+
+def chain_of(activation: nn.Module | None, drop: nn.Module | None) -> nn.Sequential:
+    """Three hidden layers, with one activation and one dropout for all of them or one each."""
+    torch.manual_seed(3)
+    children: list[nn.Module] = [nn.Flatten()]
+    for _ in range(3):
+        children += [nn.Linear(64, 64), activation or nn.ReLU(), drop or nn.Dropout(0.3)]
+    return nn.Sequential(*children, nn.Linear(64, 10))
+
+
+def tied_chain() -> nn.Sequential:
+    """One linear layer at two depths."""
+    torch.manual_seed(3)
+    layer = nn.Linear(64, 64)
+    return nn.Sequential(nn.Flatten(), layer, nn.Sigmoid(), layer, nn.Sigmoid(), nn.Linear(64, 10))
+
+
+def tied_convolutions() -> nn.Sequential:
+    """Three blocks that are one block, and a norm between them that is one norm."""
+    torch.manual_seed(3)
+    block, norm = nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), block, norm, block, norm, block, nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(6, 10))
+
+
+def test_an_activation_used_several_times_learns_as_one_for_each_layer_does(data):
+    shared, own = chain_of(nn.ReLU(), nn.Dropout(0.3)), chain_of(None, None)
+    results = [fit(model, data, NetworkWithSubnetworks(l2=0), epochs=2, **OPTIONS) for model in (shared, own)]
+    assert _same(results[0].model, results[1].model)
+    assert [row["network-with-subnetworks/model1/top1"] for row in results[0].history] == [
+        row["network-with-subnetworks/model1/top1"] for row in results[1].history]
+    for count in range(4):
+        apart = [detach(result.model, count) for result in results]
+        assert list(map(type, apart[0])) == list(map(type, apart[1]))
+        x = torch.rand(8, 1, 8, 8)
+        assert torch.equal(apart[0](x), apart[1](x))
+
+
+@pytest.mark.parametrize(("build", "count"), [(tied_chain, 1), (tied_convolutions, 2)])
+def test_what_is_used_at_several_depths_goes_at_one_of_them_and_stays_tied(build, count):
+    model, x = build().eval(), torch.rand(4, 1, 8, 8)
+    assert torch.equal(detach(model, 0)(x), model(x))
+    if build is tied_chain:
+        smaller, left = detach(model, count), nn.Sequential(model[0], *list(model)[3:])
+    else:
+        smaller, left = detach(model, ["1", "3"]), nn.Sequential(model[0], *list(model)[5:])
+    assert torch.equal(smaller(x), left(x))
+    assert [type(child) for child in smaller] == [type(child) for child in left]
+    whole = detach(model, 0)
+    assert whole[1] is whole[3]
+
+
+@pytest.mark.parametrize("build", [tied_chain, tied_convolutions])
+def test_a_tied_layer_gets_the_mean_of_the_smallest_two_models_that_have_it(build, data):
+    x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    names = ("1", "3") if build is tied_chain else ("1", "3", "5")
+    job = Fit(build(), data, NetworkWithSubnetworks(l2=0, layers=names), batch_size=64, weight_decay=0)
+    job.strategies[0].share_gradients(job.run, x, y)
+    model = build()
+    children = list(model)
+    # Without all but one of its uses, and without all but two of them.
+    one, two = ([model[0], *children[3:]], children) if build is tied_chain else (
+        [model[0], *children[5:]], [model[0], *children[3:]])
+    gradients = []
+    for chain in (one, two):
+        model.zero_grad()
+        nn.functional.cross_entropy(nn.Sequential(*chain)(x), y).backward()
+        gradients.append(model[1].weight.grad.clone())
+    torch.testing.assert_close(job.run.model[1].weight.grad, sum(gradients) / 2)
 
 
 def test_a_network_that_is_no_chain_is_refused(data):
@@ -431,13 +533,42 @@ def test_tables_and_ratios_of_a_small_run(data):
         for row in result.history:
             row["time/epoch_seconds"] = {"ref-model0": 1.0, "ref-model1": 3.0, "model0-1": 3.0}[result.name]
     references = ["ref-model0", "ref-model1"]
-    assert analysis.time_ratio(run, "model0-1", references) == [0.75]
+    assert analysis.cost_ratio(run, "model0-1", references).values == (0.75,)
     speed = analysis.speed_table({"digits": run}, "model0-1", references)
     # Worked out for a hidden layer of w² and an output of o weights: (2w² + 3o + 2o) for both, with nothing left out.
     assert speed["ratio of FLOPs"]["digits"] == pytest.approx((2 * 64**2 + 5 * 640) / (2 * 64**2 + 5 * 640))
     choice = analysis.cost_and_accuracy(run, torch.rand(2, 1, 8, 8), rounds=2)
     assert choice.groupby("family")["parameters"].apply(list).to_dict() == {
         "trained separately": [650, 4810], "model0-1, trained at once": [650, 4810]}
+
+
+def test_each_reference_takes_the_rate_that_is_best_on_held_out_images_and_gains_are_against_either(data):
+    l2 = {"ref-model0": 0.0, "ref-model1": 0.0, "model0-1": 0.0}
+    arms = analysis.arms(l2)
+    references = ["ref-model0", "ref-model1"]
+    built, regular = analysis.networks(references, data), {name: arms[name] for name in references}
+    tried = {rate: compare(built, data.held_out(), regular, seeds=[5, 6], epochs=1, **{**OPTIONS, "lr": rate})
+             for rate in (0.1, 0.01)}
+    reached = {("ref-model0", 0.01): (0.5, 0.7), ("ref-model0", 0.1): (0.8, 0.3),
+               ("ref-model1", 0.01): (0.4, 0.4), ("ref-model1", 0.1): (0.3, 0.6)}
+    for rate, run in tried.items():
+        for (arm, seed), result in run.results.items():
+            result.history[-1]["test/top1"] = reached[arm, rate][seed - 5]
+    table = analysis.rate_table(tried)
+    assert table["chosen"].to_dict() == {"ref-model0": 0.01, "ref-model1": 0.1}
+    assert table[0.1].to_dict() == pytest.approx({"ref-model0": 0.55, "ref-model1": 0.45})
+    own = {tuned: arms[arm] for arm, tuned in analysis.tuned(references).items()}
+    assert list(own) == ["ref-tuned-model0", "ref-tuned-model1"]
+    run = analysis.merged(
+        compare(analysis.networks(list(arms), data), data, arms, epochs=1, **OPTIONS),
+        compare(analysis.networks(list(own), data), data, own, epochs=1, **{**OPTIONS, "lr": 0.03}))
+    tops = {"ref-model0": 0.5, "ref-model1": 0.6, "ref-tuned-model0": 0.7, "ref-tuned-model1": 0.9, "model0-1": 0.8}
+    for (arm, _), result in run.results.items():
+        result.history[-1]["test/top1"] = tops[arm]
+    assert analysis.gains(run)["model0-1-gain"].values == pytest.approx((20.0,))
+    assert analysis.gains(run, family=analysis.TUNED)["model0-1-gain"].values == pytest.approx((-10.0,))
+    assert analysis.reference_numbers(run) == pytest.approx({
+        "ref-model0_top1": 50, "ref-model1_top1": 60, "ref-tuned-model0_top1": 70, "ref-tuned-model1_top1": 90})
 
 
 def test_the_schedule_is_the_paper_s_scaled():

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from layerlab import LayerlabError
+from layerlab import Refused
 
 NAME = "network-with-subnetworks"
 DropoutBy = Literal["position", "layer"]
@@ -39,25 +39,34 @@ class Layer:
     children: tuple[str, ...]
 
 
+def children_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children of a network as it calls them: (name, module), one used several times under each of its names.
+
+    `named_children` gives each module once, so that a chain built from it would lack the repetitions.
+    """
+    everything = network.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in everything if name and "." not in name]
+
+
 def layers_of(network: nn.Module) -> list[Layer]:
     """The layers of a chain, input first.
 
     Raises:
-        LayerlabError: the network is no plain `nn.Sequential`, or has batch norms whose statistics would be shared.
+        Refused: the network is no plain `nn.Sequential`, or has batch norms whose statistics would be shared.
     """
     if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:
-        raise LayerlabError(
+        raise Refused(
             f"{NAME} needs a chain of layers, an nn.Sequential, and {type(network).__name__} is none; wrap the parts "
             "of the network in one nn.Sequential."
         )
     for name, module in network.named_modules():
         if isinstance(module, _NormBase) and module.running_mean is not None:
-            raise LayerlabError(
+            raise Refused(
                 f"{NAME} cannot train {name!r}: the base and its sub-networks would share one batch norm's running "
                 "statistics though their activations differ; use nn.GroupNorm."
             )
     layers: list[list[str]] = []
-    for name, child in network.named_children():
+    for name, child in children_of(network):
         if isinstance(child, RESHAPING):
             continue
         if next(child.parameters(), None) is not None and not isinstance(child, NORMALISATION):
@@ -77,19 +86,19 @@ def check_detachable(network: nn.Sequential, names: Collection[str], example: Te
             compared instead of the shapes that really pass.
 
     Raises:
-        LayerlabError: an unknown layer, the last one, or shapes that do not match, naming both layers and shapes.
+        Refused: an unknown layer, the last one, or shapes that do not match, naming both layers and shapes.
     """
     layers = layers_of(network)
     known = [layer.name for layer in layers]
     for name in names:
         if name not in known:
-            raise LayerlabError(f"{NAME}: the network has no layer {name!r}; it has {', '.join(known)}.")
+            raise Refused(f"{NAME}: the network has no layer {name!r}; it has {', '.join(known)}.")
     if known and known[-1] in names:
-        raise LayerlabError(f"{NAME} cannot detach {known[-1]!r}: it is the network's last layer; keep it.")
+        raise Refused(f"{NAME} cannot detach {known[-1]!r}: it is the network's last layer; keep it.")
     gone = {child for layer in layers if layer.name in names for child in layer.children}
     taken = _shapes(network, example) if example is not None else _widths(network)
     before: tuple[str, Shape] | None = None
-    for name, child in network.named_children():
+    for name, child in children_of(network):
         if name in names:
             before = before or (name, taken.get(name, ()))
         elif before and name not in gone and name in taken and not (example is None and isinstance(child, RESHAPING)):
@@ -103,7 +112,7 @@ def check_detachable(network: nn.Sequential, names: Collection[str], example: Te
                     after = next((layer for layer in later if layer not in names), name)
                 fitting = _fitting(network, layers, taken)
                 remedy = f"layers={fitting!r} can be detached" if fitting else "make them equally wide"
-                raise LayerlabError(
+                raise Refused(
                     f"{NAME} cannot detach {before[0]!r}: it takes shape {_text(before[1])}, and the next layer left, "
                     f"{after!r}, is given {_text(wants)}; {remedy}."
                 )
@@ -121,7 +130,7 @@ def _shapes(network: nn.Sequential, example: Tensor) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     x = example[:2]
     with torch.no_grad():
-        for name, child in network.named_children():
+        for name, child in children_of(network):
             shapes[name] = tuple(x.shape[1:])
             x = child(x)
     for module, mode in modes.items():
@@ -132,7 +141,7 @@ def _shapes(network: nn.Sequential, example: Tensor) -> dict[str, Shape]:
 def _widths(network: nn.Sequential) -> dict[str, Shape]:
     """What each child with a linear or convolution layer takes, as far as its weights say."""
     widths: dict[str, Shape] = {}
-    for name, child in network.named_children():
+    for name, child in children_of(network):
         first = next((module for module in child.modules() if isinstance(module, WEIGHTED)), None)
         if isinstance(first, nn.Linear):
             widths[name] = (first.in_features,)
@@ -141,9 +150,23 @@ def _widths(network: nn.Sequential) -> dict[str, Shape]:
     return widths
 
 
+def detachable(network: nn.Sequential, example: Tensor) -> list[str]:
+    """The layers that leave their input's shape as it is, input first; the last one stays in any case.
+
+    Args:
+        network: the chain.
+        example: images as the network takes them, (batch, channels, height, width).
+
+    Example:
+        >>> from layerlab_network_with_subnetworks import convolutional_chain
+        >>> detachable(convolutional_chain(depth=2), torch.rand(2, 3, 32, 32))  # the stem halves the image
+        ['block1', 'block2']
+    """
+    return _fitting(network, layers_of(network), _shapes(network, example))
+
+
 def _fitting(network: nn.Sequential, layers: Sequence[Layer], taken: dict[str, Shape]) -> list[str]:
-    """The layers that leave their input's shape as it is."""
-    names = [name for name, _ in network.named_children()]
+    names = [name for name, _ in children_of(network)]
     fitting = []
     for layer in layers[:-1]:
         last = names.index(layer.children[-1])
@@ -164,7 +187,7 @@ def without(network: nn.Sequential, names: Collection[str], dropout_by: DropoutB
         A chain whose children keep their names. It predicts as the full one would without these layers.
     """
     layers = layers_of(network)
-    children = dict(network.named_children())
+    children = dict(children_of(network))
     gone = {child for layer in layers if layer.name in names for child in layer.children}
     left = OrderedDict((name, child) for name, child in children.items() if name not in gone)
     if dropout_by == "position":
@@ -199,13 +222,13 @@ def detach(
         A network in evaluation mode that predicts what the sub-network did in training.
 
     Raises:
-        LayerlabError: the model is no chain, or the layers left do not fit together, naming both and their shapes.
+        Refused: the model is no chain, or the layers left do not fit together, naming both and their shapes.
     """
     chain = layers_of(model)
     assert isinstance(model, nn.Sequential)
     if isinstance(layers, int):
         if not 0 <= layers < len(chain):
-            raise LayerlabError(f"{NAME} can detach 0 to {len(chain) - 1} of these {len(chain)} layers, got {layers}.")
+            raise Refused(f"{NAME} can detach 0 to {len(chain) - 1} of these {len(chain)} layers, got {layers}.")
         names = [layer.name for layer in chain[:layers]]
     else:
         names = [layers] if isinstance(layers, str) else list(layers)
