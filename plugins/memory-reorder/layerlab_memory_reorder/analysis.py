@@ -10,14 +10,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from layerlab import build_model, measure
+from layerlab import Comparison, Estimate, build_model, measure
 from layerlab_memory_reorder.method import plan as plans
 from layerlab_memory_reorder.method.measuring import (
     ARMS,
     BOTH,
     FUSED,
     IMAGENET,
+    NULL,
     OURS,
+    PAPER,
+    PARTS,
     PLAIN,
     STATES,
     Step,
@@ -28,6 +31,9 @@ from layerlab_memory_reorder.method.measuring import (
     measured_peak,
 )
 from layerlab_memory_reorder.method.trace import Network, trace
+
+# Caffe's static allocation, figure 3.
+PLAN = "conventional plan"
 
 
 def caffe_alexnet(num_classes: int = 1000) -> nn.Sequential:
@@ -131,28 +137,59 @@ def small_example() -> tuple[Network, dict[str, plans.Plan]]:
                     "reordered": plans.reordered(traced, "shared", "larger-first")}
 
 
-def peaks(networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta") -> pd.DataFrame:
-    """Peaks of all arms beside the conventional plan.
+def peaks(
+    networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta", real_gb: float = 0.0,
+    arms: Sequence[str] = ARMS,
+) -> pd.DataFrame:
+    """Peaks of a step of each arm beside the conventional plan.
 
     Args:
         networks: name → batch sizes.
         optimizer, device: as for `Step`.
+        real_gb: without a GPU, steps whose dry runs all need less (10⁹ bytes) are computed for real, too.
+        arms: of `ARMS` and `PARTS`.
 
     Returns:
-        One row a network, batch and arm, `conventional plan` first: `network`, `batch`, `arm`, `peak GB`, and
-        `saved`, in per cent of the conventional plan with the same optimizer state (the paper's own accounting has
-        none; its 0.6 GB are without).
+        One row for each network, batch and arm, `conventional plan` first: `network`, `batch`, `arm`; `peak GB`, of a
+        real step where `real` is true, else of a dry run; `dry run GB`; and `saved`, in per cent of the conventional
+        plan with the same optimizer state (the paper's own accounting has none; its 0.6 GB are without).
     """
     rows = []
     for name, batches in networks.items():
         model, shape = network(name)
         for batch in batches:
             base = plans.conventional(trace(model, shape, batch), STATES[optimizer]).total
-            found = {"conventional plan": base}
-            found |= {arm: measured_peak(model, shape, batch, arm, optimizer=optimizer, device=device) for arm in ARMS}
-            rows += [{"network": name, "batch": batch, "arm": arm, "peak GB": peak / 1e9,
-                      "saved": 100 * (1 - peak / base)} for arm, peak in found.items()]
+            dry = {arm: measured_peak(model, shape, batch, arm, optimizer=optimizer) for arm in arms}
+            where = device
+            if device == "meta" and max(dry.values()) < real_gb * 1e9:
+                where = "cpu"
+            found = dry
+            if where != "meta":
+                found = {arm: measured_peak(model, shape, batch, arm, optimizer=optimizer, device=where)
+                         for arm in arms}
+            rows.append({"network": name, "batch": batch, "arm": PLAN, "peak GB": base / 1e9, "real": False,
+                         "dry run GB": math.nan, "saved": 0.0})
+            rows += [{"network": name, "batch": batch, "arm": arm, "peak GB": peak / 1e9, "real": where != "meta",
+                      "dry run GB": dry[arm] / 1e9, "saved": 100 * (1 - peak / base)} for arm, peak in found.items()]
     return pd.DataFrame(rows)
+
+
+def parts(
+    networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta", real_gb: float = 0.0
+) -> pd.DataFrame:
+    """What each part of memory-reorder saves, one part after the other, from PyTorch's optimizer in backward on.
+
+    Args:
+        networks, optimizer, device, real_gb: as of `peaks`.
+
+    Returns:
+        `peaks` of `FUSED` and of `PARTS`, with `part saves`: what the arm saves more than the one before it, in per
+        cent of the conventional plan.
+    """
+    frame = peaks(networks, optimizer, device, real_gb, (FUSED, *PARTS))
+    frame = frame[frame["arm"] != PLAN]
+    before = frame.groupby(["network", "batch"], sort=False)["saved"].shift()
+    return frame.assign(**{"part saves": frame["saved"] - before}).reset_index(drop=True)
 
 
 def timed(
@@ -168,9 +205,9 @@ def timed(
         optimizer: as for `Step`.
 
     Returns:
-        One row a network and arm: `network`, `batch`, `arm`, `peak MB` as measured, `dry run MB` (the same step on the
-        meta device), `seconds` (median), and `time` with `time low` and `time high`: median and quartiles of the ratio
-        to PyTorch with its optimizer in backward, round by round.
+        One row a network and arm: `network`, `batch`, `arm`, `peak MB` of real steps with their kernels' workspaces,
+        `dry run MB` (the same step on the meta device, without), `seconds` (median), and `time` with `time low` and
+        `time high`: median and quartiles of the ratio to PyTorch with its optimizer in backward, round by round.
     """
     rows = []
     for name, batch in networks.items():
@@ -210,14 +247,15 @@ def targets(measured: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
         others = min(value for arm, value in peak.items() if arm != BOTH)
         where = f"{name}, batch {batch}"
         if ("alexnet" in name and batch == 256) or (name == "vgg16" and batch >= 40):
-            saved = 100 * (1 - peak[OURS] / peak["conventional plan"])
+            saved = 100 * (1 - peak[OURS] / peak[PLAN])
             note("below the conventional plan", where, "≥ 40 %", saved, saved >= 40)
-        note("below PyTorch's own best", where, "> 0 %", 100 * (1 - peak[OURS] / peak[FUSED]), peak[OURS] < peak[FUSED])
+        note("below the optimizer in backward", where, "> 0 %", 100 * (1 - peak[OURS] / peak[FUSED]),
+             peak[OURS] < peak[FUSED])
         note("with checkpointing the lowest of all", where, "> 0 %",
              100 * (1 - peak[BOTH] / others), peak[BOTH] < others)
     for name, part in times.groupby("network", sort=False):
         row: Any = part.set_index("arm").loc[OURS]
-        note("time against PyTorch's own best", f"{name}, batch {row['batch']}", "≤ 1.05 ×", row["time"],
+        note("time against the optimizer in backward", f"{name}, batch {row['batch']}", "≤ 1.05 ×", row["time"],
              row["time"] <= 1.05)
     return pd.DataFrame(rows)
 
@@ -232,7 +270,7 @@ def what_fits(networks: Sequence[str], memory: int, optimizer: str = "sgd", devi
     rows = []
     for name in networks:
         model, shape = network(name)
-        found = {"conventional plan": largest_planned_batch(
+        found = {PLAN: largest_planned_batch(
             model, memory, shape, lambda traced: plans.conventional(traced, STATES[optimizer]))}
         for arm in ARMS:
             found[arm] = largest_batch(model, memory, shape, arm, optimizer=optimizer, device=device)
@@ -284,8 +322,8 @@ def larger_networks(memory: int, batch_size: int, optimizer: str = "sgd", device
                 traced = trace(build(size), IMAGENET, batch_size)
             return plans.conventional(traced, STATES[optimizer]).total
 
-        sizes = {"conventional plan": largest(conventional, memory)}
-        for arm in (PLAIN, FUSED, OURS):
+        sizes = {PLAN: largest(conventional, memory)}
+        for arm in (PLAIN, FUSED, NULL, PAPER, OURS):
             sizes[arm] = largest_network(build, memory, batch_size, IMAGENET, arm, optimizer=optimizer, device=device)
         part: list[dict[str, Any]] = []
         for arm, size in sizes.items():
@@ -302,26 +340,23 @@ def larger_networks(memory: int, batch_size: int, optimizer: str = "sgd", device
     return pd.DataFrame(rows)
 
 
-def gain(first: Any, baseline: str, second: Any, arm: str, metric: str = "test/top1") -> list[float]:
-    """Points of final `metric` (a share) that `arm` of one comparison has more than `baseline` of another, a seed each.
-
-    The two may be the same; they must have the same seeds.
-    """
-    return [100 * (second.results[arm, seed].final[metric] - first.results[baseline, seed].final[metric])
-            for seed in first.seeds]
+def gain(first: Comparison, baseline: str, second: Comparison, arm: str) -> Estimate:
+    """Points of final top-1 that `arm` of one comparison has more than `baseline` of another with the same seeds."""
+    pairs = zip(second.per_seed("top-1", arm), first.per_seed("top-1", baseline), strict=True)
+    return Estimate(tuple(100 * (mine - theirs) for mine, theirs in pairs), "points")
 
 
-def differing_weights(comparison: Any, baseline: str, arm: str) -> list[float]:
-    """The largest difference of any weight after training, relative to its tensor's largest, a seed each."""
+def differing_weights(comparison: Comparison, baseline: str, arm: str) -> list[float]:
+    """The largest difference of any weight after training, relative to its tensor's largest, for each seed."""
     found = []
-    for seed in comparison.seeds:
-        a, b = (comparison.results[name, seed].model.state_dict() for name in (baseline, arm))
+    for mine, theirs in zip(comparison.of(arm), comparison.of(baseline), strict=True):
+        a, b = theirs.model.state_dict(), mine.model.state_dict()
         found.append(max(((a[key] - b[key]).abs().max() / a[key].abs().max().clamp(min=1e-30)).item()
                          for key in a if a[key].is_floating_point()))
     return found
 
 
-def accuracies(runs: Mapping[str, Any]) -> pd.DataFrame:
+def accuracies(runs: Mapping[str, Comparison]) -> pd.DataFrame:
     """Final accuracy and peak of every arm: means with half-widths of 95 % intervals.
 
     Args:
@@ -330,11 +365,9 @@ def accuracies(runs: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for title, comparison in runs.items():
         for arm in comparison.arms:
-            results = [comparison.results[arm, seed] for seed in comparison.seeds]
-            row: dict[str, Any] = {"training": title, "arm": arm, "seeds": len(results)}
-            row["top-1"], row["top-1 ±"] = measure.mean_interval([each.final["test/top1"] for each in results])
-            row["peak MB"] = max(r.get("cost/peak_memory_bytes", math.nan) for r in results[0].history) / 1e6
-            row["seconds"], row["seconds ±"] = measure.mean_interval(
-                [each.frame["seconds"].iloc[-1] for each in results])
+            row: dict[str, Any] = {"training": title, "arm": arm, "seeds": len(comparison.seeds)}
+            row["top-1"], row["top-1 ±"] = comparison.estimate(lambda result: result.final["test/top1"], arm).interval
+            row["peak MB"] = comparison.per_seed("peak MB", arm)[0]
+            row["seconds"], row["seconds ±"] = comparison.estimate("seconds", arm).interval
             rows.append(row)
     return pd.DataFrame(rows)

@@ -77,23 +77,24 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
 
 
 def peak_bars(frame: pd.DataFrame) -> Figure:
-    """Peaks of all ways of training, a panel a network and batch.
+    """Peaks of a step, one panel for each network and batch; the title says whether steps were real or dry runs.
 
     Args:
-        frame: `analysis.peaks`.
+        frame: `analysis.peaks` or `analysis.parts`.
     """
     groups: list[Any] = list(frame.groupby(["network", "batch"], sort=False))
     arms = list(dict.fromkeys(frame["arm"]))
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = figures.canvas(columns, rows, width=3.1 + 2.2 / columns, height=2.5, sharey=True)
+    figure, axes = figures.canvas(columns, rows, width=3.1 + 2.2 / columns, height=2.9, sharey=True)
     flat = list(axes.flat)
     for axis, ((network, batch), part) in zip(flat, groups, strict=False):
         bars = axis.barh(range(len(part)), part["peak GB"], color=[colours[arm] for arm in part["arm"]])
         axis.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=2)
         axis.set_yticks(range(len(part)), part["arm"], fontsize=8)
-        axis.set(title=f"{network}, batch {batch}", xlabel="peak [GB]")
+        kind = "real steps" if part["real"].any() else "dry runs"
+        axis.set(title=f"{network}, batch {batch}, {kind}", xlabel="peak [GB]")
         axis.margins(x=0.18)
         axis.grid(axis="y", visible=False)
     flat[0].invert_yaxis()

@@ -6,14 +6,20 @@ K. Shirahata et al., "Memory reduction method for deep neural network training",
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 from torch import Tensor
 
 from layerlab import LayerlabError, Run, Strategy
-from layerlab_memory_reorder.method.executor import Takeover
+from layerlab_memory_reorder.method.executor import FUSIBLE, Takeover
 from layerlab_memory_reorder.method.plan import Order
+
+
+def _fused(value: Any) -> Any:
+    if isinstance(value, bool):
+        return FUSIBLE if value else ()
+    return value
 
 
 class MemoryReorder(Strategy):
@@ -33,9 +39,10 @@ class MemoryReorder(Strategy):
     """Bytes of a linear layer's weight gradient that exist at a time where it goes last; 0: whole, and first."""
     at_once: int = Field(2**18, ge=0)
     """Weights of at least this many bytes are updated during backward; the small rest at the step's end, together."""
-    fuse: bool = True
-    """ReLU and max pooling keep signs and places (2 bytes a result) instead of activations where nothing else reads
-    these."""
+    fuse: Annotated[tuple[Literal["relu", "pool", "norm"], ...], BeforeValidator(_fused)] = FUSIBLE
+    """Which layers keep less for backward than PyTorch's, which is not in the paper: `relu` nothing (the layer that
+    reads its result knows the sign), `pool` 2 bytes for the place of each winner, `norm` (local response normalisation)
+    its operand alone. True: all three; False: none, and with `slab` = 0 the paper's part alone."""
     checkpointing: bool = False
     """Blocks keep only their input and are computed again in backward: less memory for about a third more time."""
 

@@ -36,7 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "at once, in slabs": {"slab": 512, "at_once": 0},
     "weight first": {"order": "weight-first", "at_once": 0},
     "checkpointing": {"checkpointing": True, "at_once": 0, "slab": 512},
-    "unfused": {"fuse": False, "slab": 0, "at_once": 0},
+    "the paper's part": {"fuse": (), "slab": 0, "at_once": 0},
+    "signs without places": {"fuse": ("relu",), "slab": 0},
+    "places without signs": {"fuse": ("pool", "norm"), "slab": 0},
 }
 # Slabs are products of other shapes than the whole, for which a library may add up in another order: a few ulps of
 # float32 (1.2e-7) of a weight's scale, times the steps. Everything else must be bit for bit.

@@ -1,15 +1,11 @@
-"""The paper's order in PyTorch: backward functions of convolution, linear, ReLU and pooling that need less at once.
-
-Every function computes with the operations that PyTorch's own backward is made of; what changes is when each runs and
-what is let go in between.
-"""
+"""The paper's order in PyTorch: takes over a network's backward and update, and leaves it as it was."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +22,13 @@ from layerlab_memory_reorder.method.operations import (
     relu_forward,
 )
 from layerlab_memory_reorder.method.plan import Order, weight_first
+from layerlab_memory_reorder.method.trace import symbolic
 from layerlab_memory_reorder.method.updater import Updater
+
+FUSIBLE: tuple[Literal["relu", "pool", "norm"], ...] = ("relu", "pool", "norm")
+"""Layers whose backward can keep less than PyTorch's: a ReLU nothing (the reader of its result knows the sign), a max
+pooling two bytes for the place of each winner, a local response normalisation its operand alone."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -46,8 +48,8 @@ class Takeover:
         slab: bytes of a linear layer's weight gradient that exist at a time where it goes last; 0: all of it, and it
             goes first.
         at_once: weights of fewer bytes are updated at the step's end, all together.
-        fuse: ReLU and max pooling keep signs and places instead of activations, where nothing else needs these; local
-            response normalisation keeps its operand alone.
+        fuse: which of `FUSIBLE` keep less than PyTorch's, where nothing else needs what they drop; True: all of them;
+            False: none.
         checkpointing: blocks keep their input only and are computed again in backward.
     """
 
@@ -57,7 +59,7 @@ class Takeover:
     order: Order = "larger-first"
     slab: int = 16 * 2**20
     at_once: int = 2**18
-    fuse: bool = True
+    fuse: bool | Sequence[str] = True
     checkpointing: bool = False
     updater: Updater = field(init=False)
     _undo: list[Callable[[], None]] = field(init=False, default_factory=list)
@@ -83,17 +85,17 @@ class Takeover:
             if parameter.requires_grad and self.updater.holds(parameter):
                 handle = parameter.register_post_accumulate_grad_hook(self._arrived)
                 self._undo.append(handle.remove)
-        masked = _masked_by_reader(self.model) if self.fuse else {}
+        fused = self._fused()
+        masked = _masked_by_reader(self.model, "pool" in fused) if "relu" in fused else {}
         readers = set(masked.values())
         for module in self.model.modules():
             if module in masked:
                 self._patch(module, relu_forward(module, masked[module]))
-            elif type(module) is nn.Linear or (type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-                                               and plain_padding(module)):
+            elif reorders(module):
                 self._patch(module, parametric_forward(Layer(module, self, module in readers)))
-            elif type(module) is nn.MaxPool2d and self.fuse and pool_settings(module) is not None:
+            elif type(module) is nn.MaxPool2d and "pool" in fused and pool_settings(module) is not None:
                 self._patch(module, pool_forward(module, module in readers))
-            elif type(module) is nn.LocalResponseNorm and self.fuse:
+            elif type(module) is nn.LocalResponseNorm and "norm" in fused:
                 self._patch(module, norm_forward(module))
         if self.checkpointing:
             checkpoint_blocks(self.model, self._patch)
@@ -135,6 +137,11 @@ class Takeover:
             part = slice(start, min(start + rows, weight.shape[0]))
             self.updater.apply_rows(weight, part, dy[:, part].t() @ x)
         self.updater.advance(weight)
+
+    def _fused(self) -> tuple[str, ...]:
+        if isinstance(self.fuse, bool):
+            return FUSIBLE if self.fuse else ()
+        return tuple(self.fuse)
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         if parameter.grad is None:
@@ -197,13 +204,16 @@ def weight_uses(model: nn.Module, example: Tensor) -> Counter[nn.Parameter]:
     return uses
 
 
-def _masked_by_reader(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def reorders(module: Any) -> bool:
+    """Whether a module's backward can follow the plan: a linear layer, or a convolution padded with zeros by number."""
+    return type(module) is nn.Linear or (type(module) in CONVOLUTIONS and plain_padding(module))
+
+
+def _masked_by_reader(model: nn.Module, pools: bool) -> dict[nn.Module, nn.Module]:
     """ReLUs whose result exactly one convolution, linear layer or max pooling reads → that reader.
 
-    Both must be called once; a network that cannot be traced has none.
+    Both must be called once; a network that cannot be traced has none. Max poolings are readers only with `pools`.
     """
-    from layerlab_memory_reorder.method.trace import symbolic
-
     try:
         graph = symbolic(model)
     except LayerlabError:
@@ -219,9 +229,8 @@ def _masked_by_reader(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if relu.inplace and any(len(each.users) != 1 for each in node.all_input_nodes):
             continue
         reader = _called(next(iter(node.users)), modules)
-        takes = (type(reader) is nn.Linear or (type(reader) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-                 and plain_padding(reader)) or (type(reader) is nn.MaxPool2d and pool_settings(reader) is not None))
-        if takes and calls[reader] == 1:
+        masking_pool = pools and type(reader) is nn.MaxPool2d and pool_settings(reader) is not None
+        if calls[reader] == 1 and (masking_pool or reorders(reader)):
             found[relu] = reader
     return found
 

@@ -16,17 +16,30 @@ from torch.nn import functional as F
 
 from layerlab import LayerlabError, measure
 from layerlab_memory_reorder.method import plan as plans
+from layerlab_memory_reorder.method.allocator import peak_allocated
 from layerlab_memory_reorder.method.checkpointing import checkpoint_blocks
 from layerlab_memory_reorder.method.executor import Takeover
 from layerlab_memory_reorder.method.trace import Network, trace
 
-# Ways of doing a training step. `PyTorch, gradients kept`: until zero_grad, called after the forward pass as in
+# Ways of doing a training step in plain PyTorch. `gradients kept`: until zero_grad, called after the forward pass as in
 # PyTorch's tutorials; `freed first`: zero_grad before the forward pass, as `layerlab.fit` does; `optimizer in
-# backward`: one optimizer for each parameter, stepped and freed by `register_post_accumulate_grad_hook`, PyTorch's own
-# best; `activation checkpointing`: `torch.utils.checkpoint`, blocks as in `checkpoint_blocks`.
+# backward`: one optimizer for each parameter, stepped and freed by `register_post_accumulate_grad_hook`; `activation
+# checkpointing`: `torch.utils.checkpoint`, blocks as in `checkpoint_blocks`; and the last two together, which is the
+# least that a user reaches without this method.
 USERS, PLAIN, FUSED = "PyTorch, gradients kept", "PyTorch, gradients freed first", "PyTorch, optimizer in backward"
-CHECKPOINTING, OURS, BOTH = "activation checkpointing", "memory-reorder", "memory-reorder + checkpointing"
-ARMS = (USERS, PLAIN, FUSED, CHECKPOINTING, OURS, BOTH)
+CHECKPOINTING, NULL = "activation checkpointing", "checkpointing + optimizer in backward"
+# Ways of this method: the paper's part alone, all of it, and all of it with checkpointing.
+PAPER, OURS, BOTH = "paper's part: order, early update", "memory-reorder", "memory-reorder + checkpointing"
+ARMS = (USERS, PLAIN, FUSED, CHECKPOINTING, NULL, PAPER, OURS, BOTH)
+# The parts of memory-reorder, each on top of those before it → the settings that switch them on. Only the first is in
+# the paper.
+PARTS: dict[str, dict[str, Any]] = {
+    PAPER: {"slab": 0, "fuse": ()},
+    "+ slabs": {"fuse": ()},
+    "+ ReLU's sign": {"fuse": ("relu",)},
+    "+ pooling's places in 2 bytes": {"fuse": ("relu", "pool")},
+    "+ response norm computed again": {},
+}
 # Tensors of a parameter's size that an optimizer keeps for it.
 STATES = {"sgd": 1, "adamw": 2}
 # (channels, height, width)
@@ -34,10 +47,10 @@ IMAGENET = (3, 224, 224)
 
 
 class Step:
-    """A training step of one of `ARMS`, on a network of its own.
+    """A training step of one of `ARMS` or `PARTS`, on a network of its own.
 
     Args:
-        arm: one of `ARMS`.
+        arm: one of `ARMS` or `PARTS`.
         model: copied to `device`.
         input_shape: of one image.
         batch_size: images a step.
@@ -45,6 +58,9 @@ class Step:
         device: `meta` runs the same code without computing or allocating anything, for its peak alone; `cpu`; `cuda`.
         classes: of the random labels.
         settings: for `Takeover`.
+
+    Attributes:
+        each: parameter → its own optimizer, where the optimizer runs in backward.
 
     Raises:
         LayerlabError: unknown arm or optimizer, or a device that is not there.
@@ -54,25 +70,15 @@ class Step:
         self, arm: str, model: nn.Module, input_shape: tuple[int, ...], batch_size: int, optimizer: str = "sgd",
         device: str = "meta", classes: int = 1000, **settings: Any,
     ) -> None:
-        if arm not in ARMS:
-            raise LayerlabError(f"Unknown way of doing a step {arm!r}; known: {', '.join(ARMS)}.")
+        known = dict.fromkeys((*ARMS, *PARTS))
+        if arm not in known:
+            raise LayerlabError(f"Unknown way of doing a step {arm!r}; known: {', '.join(known)}.")
         if optimizer not in STATES:
             raise LayerlabError(f"Peaks are measured with {' or '.join(STATES)}, not {optimizer!r}.")
         if device == "cuda" and not torch.cuda.is_available():
             raise LayerlabError("There is no CUDA device here; use device 'cpu' or 'meta'.")
         self.arm, self.device = arm, torch.device(device)
-        is_meta = next(model.parameters()).is_meta
-        if is_meta and device != "meta":
-            # Weights that were never made: any values do for memory and time.
-            self.model = copy.deepcopy(model).to_empty(device=device)
-            with torch.no_grad():
-                for tensor in (*self.model.parameters(), *self.model.buffers()):
-                    tensor.uniform_(-0.03, 0.03) if tensor.is_floating_point() else tensor.zero_()
-                for name, buffer in self.model.named_buffers():
-                    if name.endswith("running_var"):
-                        buffer.fill_(1)
-        else:
-            self.model = copy.deepcopy(model).to(device)
+        self.model = _on_device(model, device)
         self.model.train()
         self.x = torch.empty(batch_size, *input_shape, device=device)
         self.y = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -83,15 +89,17 @@ class Step:
         self._stack = ExitStack()
         self._takeover: Takeover | None = None
         self.optimizer = _optimizer(optimizer, parameters)
-        if arm == FUSED:
-            self._each = {p: _optimizer(optimizer, [p]) for p in parameters}
+        self.each: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        if arm in (FUSED, NULL):
+            self.each = {p: _optimizer(optimizer, [p]) for p in parameters}
             for parameter in parameters:
                 self._stack.callback(parameter.register_post_accumulate_grad_hook(self._at_once).remove)
-        elif arm in (OURS, BOTH):
+        if arm in (CHECKPOINTING, NULL):
+            checkpoint_blocks(self.model, self._patch, reentrant=False)
+        if arm in (OURS, BOTH) or arm in PARTS:
+            settings = PARTS.get(arm, {}) | settings
             self._takeover = Takeover(self.model, self.optimizer, self.x[:2], checkpointing=arm == BOTH, **settings)
             self._stack.enter_context(self._takeover)
-        elif arm == CHECKPOINTING:
-            checkpoint_blocks(self.model, self._patch, reentrant=False)
 
     def __call__(self) -> Tensor:
         """One step; returns the detached loss."""
@@ -103,17 +111,21 @@ class Step:
         loss.backward()
         if self._takeover is not None:
             self._takeover.finish()
-        elif self.arm != FUSED:
+        elif not self.each:
             self.optimizer.step()
         return loss.detach()
 
     def peak(self) -> int:
         """The most bytes allocated at once in a step after the first: weights, optimizer state, gradients, activations.
 
-        The CUDA allocator's number on a GPU; elsewhere the live tensors', without what a kernel takes for itself.
+        On a GPU by the CUDA allocator, on a CPU by `peak_allocated`: kernels' workspaces count. On the meta device,
+        where no kernel runs, the live tensors' bytes: a dry run.
         """
+        if self.device.type == "cpu":
+            kept = [self.x, self.y, *self.model.parameters(), *self.model.buffers()]
+            return peak_allocated(self, self, kept)
         self()
-        holders = [self.optimizer, *(self._each.values() if self.arm == FUSED else ())]
+        holders = [self.optimizer, *self.each.values()]
         with measure.Meter(self.model, *holders, self.x, self.y) as meter:
             self()
         assert meter.cost is not None
@@ -125,13 +137,27 @@ class Step:
         self._stack.close()
 
     def _at_once(self, parameter: nn.Parameter) -> None:
-        self._each[parameter].step()
+        self.each[parameter].step()
         parameter.grad = None
 
     def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         original = module.forward
         module.forward = lambda *arguments: forward(original, *arguments)
         self._stack.callback(delattr, module, "forward")
+
+
+def _on_device(model: nn.Module, device: str) -> nn.Module:
+    """A copy; of weights that were never made (meta) one with any values, which do for memory and time."""
+    if device == "meta" or not next(model.parameters()).is_meta:
+        return copy.deepcopy(model).to(device)
+    made = copy.deepcopy(model).to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*made.parameters(), *made.buffers()):
+            tensor.uniform_(-0.03, 0.03) if tensor.is_floating_point() else tensor.zero_()
+        for name, buffer in made.named_buffers():
+            if name.endswith("running_var"):
+                buffer.fill_(1)
+    return made
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
