@@ -19,6 +19,7 @@ _PUBLIC = {
     "first_line": "layerlab.base.errors",
     "Estimate": "layerlab.show.interval",
     "LayerMap": "layerlab.show.layer_map",
+    "Table": "layerlab.show.table",
     "Batches": "layerlab.contract.run",
     "Replaced": "layerlab.contract.run",
     "Run": "layerlab.contract.run",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from layerlab.show import figures
     from layerlab.show.interval import Estimate
     from layerlab.show.layer_map import LayerMap
+    from layerlab.show.table import Table
     from layerlab.training.evaluation import evaluate
     from layerlab.training.fit import compare, fit
     from layerlab.training.loop import Fit, Observer
@@ -103,6 +105,7 @@ __all__ = [
     "Split",
     "Strategy",
     "Study",
+    "Table",
     "Wire",
     "build_model",
     "compare",

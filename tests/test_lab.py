@@ -115,21 +115,21 @@ def test_explore_runs_in_jupyterlab_with_bars_and_results(lab, tmp_path):
     click(".lm-MenuBar-itemLabel", "Run")
     click(".lm-Menu-itemLabel", "Run All Cells")
 
-    # While it trains: two bars as widgets, one of them naming the run; and no widget that could not be drawn.
-    bars = _until(lambda: [text for text in texts(".jp-OutputArea-output .jupyter-widgets") if "seed" in text],
+    # While it trains: two bars, that of all runs and one that names the run.
+    bars = _until(lambda: [text for text in texts(".jp-OutputArea-output pre") if "all runs" in text],
                   "progress bars", 240)
-    assert any("loss" in text and "top-1" in text for text in bars)
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output .widget-hprogress, "
-                                                      ".jp-OutputArea-output .jupyter-widget-hprogress")) >= 2
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})",
-                           browser.find_element(By.CSS_SELECTOR, ".jp-OutputArea-output .jupyter-widgets"))
+    assert any("seed" in text and "loss" in text and "top-1" in text for text in bars)
+    assert len(bars[0].splitlines()) == 2
+    (drawn,) = [each for each in browser.find_elements(By.CSS_SELECTOR, ".jp-OutputArea-output pre")
+                if "all runs" in each.text]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", drawn)
     _shot(browser, "jupyterlab-explore-running")
 
     _until(lambda: any("loaded again" in text for text in texts(".jp-OutputArea-output")), "the last cell", 400)
     _until(lambda: not any("[*]" in text for text in texts(".jp-InputPrompt")), "all cells")
     assert not browser.find_elements(By.CSS_SELECTOR, '[data-mime-type="application/vnd.jupyter.stderr"]')
     # The bars are gone, and tables and pictures are there.
-    assert not any("seed" in text for text in texts(".jp-OutputArea-output .jupyter-widgets"))
+    assert not any("all runs" in text for text in texts(".jp-OutputArea-output"))
     shown = "\n".join(texts(".jp-OutputArea-output"))
     for part in ("training images", "own-history", "6 epochs, 3 seeds", "peak memory [MB]", "against the baseline"):
         assert part in shown, part

@@ -166,7 +166,7 @@ def _install_broken(site: Path) -> None:
 @slow
 def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
     _install_broken(site)
-    result = CliRunner().invoke(main, ["list"])
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(main, ["list"])
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line for line in result.output.splitlines()}
     for name, (_, reason) in BROKEN.items():
@@ -301,7 +301,7 @@ class Environment:
         """Run a command of the environment; gives what it wrote."""
         hidden = ("PYTHON", "JUPYTER", "LAYERLAB", "MLFLOW", "VIRTUAL_ENV", "COV", "PYTEST")
         variables = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        variables |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+        variables |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
         ended = subprocess.run([str(self.bin / words[0]), *words[1:]], capture_output=True, text=True, env=variables,
                                cwd=folder or self.home)
         assert ended.returncode == status, ended.stdout + ended.stderr
@@ -360,7 +360,7 @@ def bystanders(clean: Environment) -> Iterator[Callable[[], None]]:
 def test_a_wheel_from_outside_beside_the_installed_wheel(clean):
     where = clean.run("python", "-c", "import layerlab, freezeout; print(layerlab.__file__, freezeout.__file__)")
     assert all(Path(path).is_relative_to(clean.site) for path in where.split())
-    (row,) = clean.run("layerlab", "list").splitlines()
+    _, row = clean.run("layerlab", "list").splitlines()
     assert row.split()[:3] == ["freezeout", "freezeout", "1.0.0"]
     assert "FreezeOut: Accelerate Training by Progressively Freezing Layers" in row
     assert "densenet-saving" in clean.run("layerlab", "describe", "freezeout")
@@ -381,7 +381,7 @@ def test_its_notebook_runs_and_the_scoreboard_shows_it_beside_broken_plugins(cle
     text = clean.run("layerlab", "batch", "plan.yaml", status=1)
     assert "less training time for DenseNets (at most)" in text
     assert "holds at reduced scale" in text
-    assert "freezeout quick: runs/freezeout/quick/freezeout.ipynb" in text
+    assert re.search(r"freezeout quick +runs/freezeout/quick/freezeout.ipynb", text)
     for name in [*BROKEN, "thrower"]:
         assert f"again: layerlab reproduce {name} --profile quick" in text, name
     assert "OSError: thrown" in text

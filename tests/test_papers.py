@@ -11,7 +11,7 @@ from layerlab.contract.claims import Claim, ClaimResult
 from layerlab.contract.paper import Paper, read_paper
 from layerlab.contract.rows import scoreboard
 from layerlab.contract.verdicts import judge
-from layerlab.reporting.scoreboard import scoreboard_markdown, scoreboard_styled, scoreboard_text
+from layerlab.reporting.scoreboard import scoreboard_table
 
 CLAIM = Claim(id="gain", statement="a gain", value=3.0, unit="points", where="Table I", neutral=0.0, tolerance=0.5,
               conditions={"dataset": "imagenet", "epochs": 20})
@@ -88,8 +88,9 @@ def test_the_scoreboard_says_the_same_in_every_form():
                       conditions={"dataset": "cifar10", "network": "vgg-f"}, verdict="holds at reduced scale")
     missing = ClaimResult(paper="mine", claim="other", statement="another", where="Fig. 1", unit="×", paper_value=2.0,
                           profile="cpu")
-    for text in (scoreboard_text([row, missing]), scoreboard_markdown([row, missing]),
-                 scoreboard([row, missing]).to_string(), scoreboard_styled([row, missing]).to_html()):
+    table = scoreboard_table([row, missing])
+    for text in (table.text(), table.text(40), table.markdown(), table.html(), table.csv(), table.latex(), table.json(),
+                 scoreboard([row, missing]).to_string()):
         flat = " ".join(text.split())
         for part in ("a gain", "3 points", "1.25 ± 0.5", "vgg-f", "another", "not run", "2 ×"):
             assert part in flat

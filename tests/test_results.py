@@ -112,7 +112,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, tmp_path):
     study.finish()
     page = publish([study.folder], tmp_path / "results")[0].read_text()
     order = ["### Curves\n\nThin lines are seeds.\n\n![mine, 8](cpu/figures/mine%2C%208.png)\n\n"
-             "And in numbers:\n\nTable [a, ends](cpu/tables/a%2C%20ends.csv):\n\n| x |\n| --- |\n| 1 |\n\n"
+             "And in numbers:\n\nTable [a, ends](cpu/tables/a%2C%20ends.csv):\n\n| x |\n| ---: |\n| 1 |\n\n"
              "So much for that.\n\n",
              "### Costs\n\nSeconds.\n\nTable [costs](cpu/tables/costs.csv):\n\n<details><summary>21 rows</summary>",
              "![rest](cpu/figures/rest.png)"]

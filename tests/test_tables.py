@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import html
+import io
+import json
 import math
+import re
 from typing import ClassVar
 
+import mistune
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 from pydantic import Field
 
-from layerlab import Strategy, compare, fit, load_dataset, load_paper
+from layerlab import LayerlabError, Strategy, Table, compare, fit, load_dataset, load_paper
+from layerlab.cli.main import main
 from layerlab.contract.registry import Plugin, Registry
 from layerlab.show.interval import scale, spread
-from layerlab.show.table import Table
+from layerlab.show.table import Cell
 from layerlab.training.results import EPOCHS
 
 
@@ -33,11 +42,16 @@ def test_a_column_gets_the_unit_that_makes_its_largest_number_readable():
     assert scale([], "B") == (1.0, "B")
 
 
+ROWS = [["one", "9.10", "a short text"], ["another", "10.25 ± 0.10", "word " * 30],
+        ["third", "left out: " + "reason " * 20]]
+TABLE = Table(["arm", "top-1 [%]", "why"], ROWS, "A caption.", ["A note."])
+# What each form would obey if it were not escaped.
+HOSTILE = "a|b <script>x</script> *c* `d` &lt; $5 #1 100% _e_ {f} [g](h) ~~i~~ back\\slash \x1b[31mred\x9b0m\u202e\a"
+SHOWN = HOSTILE.translate({0x1b: "\\x1b", 0x9b: "\\x9b", 0x202e: "\\u202e", 7: "\\x07"})
+
+
 def test_a_table_is_aligned_and_keeps_to_the_width():
-    rows = [["one", "9.10", "a short text"], ["another", "10.25 ± 0.10", "word " * 30],
-            ["third", "left out: " + "reason " * 20]]
-    table = Table(["arm", "top-1 [%]", "why"], rows, "A caption.", ["A note."])
-    lines = table.text(60).splitlines()
+    lines = TABLE.text(60).splitlines()
     assert lines[0] == "A caption."
     assert lines[-1] == "A note."
     assert max(map(len, lines)) <= 60
@@ -48,15 +62,149 @@ def test_a_table_is_aligned_and_keeps_to_the_width():
     # The last cell of a shorter row has the rest to itself.
     (third,) = [line for line in lines if line.startswith("third")]
     assert len(third) > 50
-    assert "colspan" in table._repr_html_()
-    assert str(table) == table.text()
+    assert str(TABLE) == repr(TABLE) == TABLE.text()
 
 
-def test_html_escapes_what_others_write():
-    shown = Table(["a"], [["<script>"]], "<b>", ["<i>"])._repr_html_()
-    assert "<script>" not in shown
-    assert "<b>" not in shown
-    assert "&lt;script&gt;" in shown
+@pytest.mark.parametrize("width", [24, 40, 80, 160])
+def test_at_any_width_each_word_is_there_and_no_line_is_longer(width):
+    text = TABLE.text(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.split().count("word") == 30
+    assert text.split().count("reason") == 20
+    for part in ("A caption.", "top-1", "10.25 ± 0.10", "A note."):
+        assert part in text, part
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_where_columns_have_no_room_side_by_side_each_value_stands_behind_its_heading():
+    table = Table(["name", "path", "note"], [["one", "/a/long/path/to/something", ""], ["two", "/another", "a note"]])
+    assert table.text(40).splitlines() == [
+        "name  path                       note", "one   /a/long/path/to/something",
+        "two   /another                   a note"]
+    assert table.text(34).splitlines() == [
+        "name  one", "path  /a/long/path/to/something", "", "name  two", "path  /another", "note  a note"]
+
+
+def test_rows_stand_apart_where_the_first_column_takes_several_lines():
+    rows = [["several words of a claim", "1"], ["other words of another one", "2"]]
+    assert "" not in Table(["claim", "value"], rows).text(60).splitlines()
+    assert Table(["claim", "value"], rows).text(20).splitlines() == [
+        "claim          value", "several words      1", "of a claim", "", "other words        2", "of another", "one"]
+
+
+def test_wide_characters_count_as_the_columns_that_they_take():
+    lines = Table(["name", "n"], [["層ごと", "1"], ["b", "22"]]).text(40).splitlines()
+    assert lines == ["name     n", "層ごと   1", "b       22"]
+
+
+def test_colours_are_there_when_asked_for_and_never_otherwise():
+    table = Table(["claim", "verdict"], [["gain", Cell("holds", "good")]])
+    assert "\x1b" not in table.text(80)
+    coloured = table.text(80, colour=True)
+    assert "\x1b[32mholds\x1b[0m" in coloured
+    assert re.sub(r"\x1b\[\d*m", "", coloured) == table.text(80)
+    assert "background-color" in table.html()
+
+
+def test_a_command_prints_no_colours_into_a_pipe():
+    assert "\x1b" not in CliRunner().invoke(main, ["data"], color=False).output
+    assert "\x1b" in CliRunner().invoke(main, ["data"], color=True).output
+
+
+def test_every_form_has_every_cell():
+    for text in (TABLE.text(80), TABLE.markdown(), TABLE.html(), TABLE.csv(), TABLE.latex(), TABLE.json()):
+        for part in ("arm", "top-1", "10.25 ± 0.10", "a short text", "left out: reason reason"):
+            assert part in text, (part, text)
+        assert not text.endswith("\n")
+    for text in (TABLE.text(80), TABLE.markdown(), TABLE.html(), TABLE.latex(), TABLE.json()):
+        assert "A caption." in text
+        assert "A note." in text
+    assert TABLE._repr_html_() == TABLE.html()
+
+
+def test_csv_and_json_are_read_back():
+    assert list(csv.reader(io.StringIO(TABLE.csv()))) == [
+        list(TABLE.header), ROWS[0], [*ROWS[1][:2], ROWS[1][2].strip()], ["third", ROWS[2][1].strip(), ""]]
+    content = json.loads(TABLE.json())
+    assert content["columns"] == list(TABLE.header)
+    assert content["rows"][2] == ["third", ROWS[2][1].strip()]
+    assert (content["caption"], content["notes"]) == ("A caption.", ["A note."])
+
+
+def test_a_cell_that_spans_columns_does_so_in_each_form():
+    assert '<td colspan="2" style="text-align: left' in TABLE.html()
+    assert r"third & \multicolumn{2}{l}{left out: reason" in TABLE.latex()
+    (line,) = [line for line in TABLE.markdown().splitlines() if line.startswith("| third")]
+    assert line.endswith("reason |  |")
+
+
+def test_numbers_are_aligned_at_the_right_in_each_form():
+    table = Table(["arm", "top-1 [%]", "note"], [["one", "9.10", ""], ["two", "—", ""]])
+    assert table.text(80).splitlines()[1:] == ["one       9.10", "two          —"]
+    assert "| --- | ---: | --- |" in table.markdown()
+    assert r"\begin{tabular}{lrl}" in table.latex()
+    assert '<td style="text-align: right; vertical-align: top">9.10</td>' in table.html()
+
+
+@pytest.mark.parametrize("where", ["cell", "heading", "caption", "note"])
+def test_each_form_shows_a_text_and_obeys_none_of_it(where):
+    table = {
+        "cell": Table(["a", "b"], [[HOSTILE, ""]]), "heading": Table([HOSTILE, "b"], [["1", "2"]]),
+        "caption": Table(["a", "b"], [["1", "2"]], HOSTILE), "note": Table(["a", "b"], [["1", "2"]], "", [HOSTILE]),
+    }[where]
+    for text in (table.text(200), table.text(200, colour=True), table.markdown(), table.html(), table.csv(),
+                 table.latex(), table.json()):
+        assert not set(text) & {"\x9b", "\u202e", "\a"}
+        assert "\x1b[31m" not in text
+    assert SHOWN in table.text(200)
+    assert html.escape(SHOWN) in table.html()
+    assert "<script>" not in table.html()
+    if where in ("cell", "heading"):
+        assert any(SHOWN in row for row in csv.reader(io.StringIO(table.csv())))
+    found = json.loads(table.json())
+    assert SHOWN in (*found["columns"], *found["rows"][0], found["caption"], *found["notes"])
+
+
+def test_markdown_reads_as_the_text():
+    """Through the reader of Jupyter, which knows GitHub's tables."""
+    read = mistune.create_markdown(plugins=["table", "strikethrough"])
+    (cell,) = re.findall(r"<td>(.*)</td>", read(Table(["a"], [[HOSTILE]]).markdown()))
+    assert html.unescape(cell) == SHOWN
+
+
+def test_latex_has_no_character_that_it_would_obey():
+    (line,) = [line for line in Table(["a", "b"], [[HOSTILE, "x"]]).latex().splitlines() if line.endswith(r" & x \\")]
+    rest = re.sub(r"\\(text\w+\{\}|[&%$#_{}])", "", line.removesuffix(r" & x \\"))
+    assert not set(rest) & set("&%$#_{}~^\\")
+
+
+def test_a_link_leads_somewhere_in_markdown_and_html():
+    table = Table(["run"], [[Cell("a & b", link="http://here/?a=1&b=2")]])
+    assert "[a & b](http://here/?a=1&b=2)" in table.markdown()
+    assert '<a href="http://here/?a=1&amp;b=2">a &amp; b</a>' in table.html()
+    assert table.csv().splitlines() == ["run", "a & b"]
+
+
+def test_a_table_without_rows_is_its_heading_in_each_form():
+    table = Table(["a", "b"], [])
+    assert table.text(80) == "a  b"
+    assert table.markdown() == "| a | b |\n| --- | --- |"
+    assert table.csv() == "a,b"
+    assert json.loads(table.json())["rows"] == []
+    assert "<tbody></tbody>" in table.html()
+    assert r"a & b \\" in table.latex()
+
+
+def test_a_row_that_does_not_fit_the_heading_is_named():
+    for rows in ([["1"], ["1", "2", "3"]], [["1"], []]):
+        with pytest.raises(LayerlabError, match=r"Row 2 of a table has (3|0) cells under 2 headings"):
+            Table(["a", "b"], rows)
+
+
+def test_a_pandas_table_shows_four_digits_and_nothing_for_what_is_missing():
+    frame = pd.DataFrame({"name": ["x", None], "value": [0.123456, math.nan], "count": [123456, 2]})
+    assert list(csv.reader(io.StringIO(Table.from_frame(frame).csv()))) == [
+        ["name", "value", "count"], ["x", "0.1235", "123456"], ["", "", "2"]]
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning
+from layerlab.show.table import Cell, Table, Tone
 
+FORMS = ("text", "markdown", "html", "csv", "latex", "json")
 NOTHING_INSTALLED = "No strategies are installed; install a plugin with pip, such as a folder of plugins/."
 
 
@@ -40,6 +42,11 @@ def _show_warning(
         click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
+def _print(table: Table) -> None:
+    """Print a table; click leaves the colours out where there is no terminal."""
+    click.echo(table.text(colour=True))
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="layerlab")
 def main() -> None:
@@ -54,41 +61,41 @@ def list_() -> None:
     from layerlab.contract.registry import strategies
 
     plugins = strategies.every()
-    rows = [plugin_row(plugin, broken) for plugin, broken in zip(plugins, import_errors(plugins), strict=True)]
-    if not rows:
+    if not plugins:
         click.echo(NOTHING_INSTALLED)
         return
-    sizes = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    for name, owner, text in rows:
-        if text.startswith((BROKEN, NO_PAPER)):
-            text = click.style(text, fg="red" if text.startswith(BROKEN) else "yellow")
-        click.echo(f"{click.style(name.ljust(sizes[0]), bold=True)}  {owner.ljust(sizes[1])}  {text}")
+    tones: dict[str, Tone] = {BROKEN: "bad", NO_PAPER: "warning"}
+    rows = []
+    for plugin, broken in zip(plugins, import_errors(plugins), strict=True):
+        name, owner, text = plugin_row(plugin, broken)
+        tone = next((tone for start, tone in tones.items() if text.startswith(start)), "")
+        rows.append([Cell(name, "strong"), owner, Cell(text, tone)])
+    _print(Table(("strategy", "installed by", "paper"), rows))
 
 
 @main.command()
 @click.argument("name")
 def describe(name: str) -> None:
     """Show a strategy: its paper, settings, profiles and claims."""
-    from layerlab.contract.paper import load_paper
+    from layerlab.contract.paper import load_paper, paper_table
     from layerlab.contract.registry import strategies
-
     plugin = strategies[name]
     strategy, paper = plugin.load(), load_paper(plugin)
-    bold: Callable[[str], str] = lambda text: click.style(text, bold=True)  # noqa: E731
-    click.echo(f"{bold(paper.title)}\n{paper.authors}. {paper.venue}, {paper.year}.\n\n{paper.summary.strip()}\n")
-    click.echo(bold("Settings"))
-    for field, info in strategy.model_fields.items():
-        click.echo(f"  {field} = {info.default!r}")
-        click.echo(click.wrap_text(" ".join((info.description or "").split()), 96, "      ", "      "))
-    click.echo(bold("\nProfiles"))
+    about = f"{paper.authors}. {paper.venue}, {paper.year}."
+    _print(Table(("",), [[Cell(paper.title, "strong")], [about], [""], [paper.summary]]))
+    settings = [[field, repr(info.default), info.description or ""] for field, info in strategy.model_fields.items()]
+    profiles: list[list[str | Cell]] = []
     for profile, content in paper.profiles.items():
-        click.echo(f"  {profile}: {content.description}")
-        for parameter, value in content.parameters.items():
-            click.echo(f"      {parameter} = {value!r}")
-    click.echo(bold("\nClaims"))
-    for claim in paper.claims:
-        click.echo(f"  {claim.id}: {claim.statement}: {claim.value:g} {claim.unit} ({claim.where})")
-    click.echo(f"\n{bold('Notebook')}  {paper.notebook_file}")
+        profiles.append([Cell(profile, "strong"), content.description])
+        profiles += [["", parameter, repr(value)] for parameter, value in content.parameters.items()]
+    for table in (
+        Table(("setting", "default", "meaning"), settings, notes=() if settings else ("It has no settings.",)),
+        Table(("profile", "parameter", "value"), profiles),
+        replace(paper_table(paper), caption="", notes=()),
+        Table(("",), [[f"Notebook: {paper.notebook_file}"]]),
+    ):
+        click.echo()
+        _print(table)
 
 
 def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
@@ -175,9 +182,8 @@ def _run(
 
     jobs = jobs_of(plan, beside, output)
     if dry_run:
-        size = max(len(job.label) for job in jobs)
-        for job, status, last in preview(jobs, float("inf") if rerun else 0.0):
-            click.echo(f"{job.label.ljust(size)}  {status.ljust(11)}  {last}")
+        rows = [[job.label, status, last] for job, status, last in preview(jobs, float("inf") if rerun else 0.0)]
+        _print(Table(("notebook", "what happens", "last time"), rows))
         return
     minutes = time_limit or plan.time_limit
     outcomes = run_batch(
@@ -185,7 +191,7 @@ def _run(
         retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
     )
     # Not before: it imports pandas, for which the first kernel need not wait.
-    from layerlab.reporting.scoreboard import scoreboard_text
+    from layerlab.reporting.scoreboard import scoreboard_table
     from layerlab.runs.record import read_results
 
     ended = list(zip(jobs, outcomes, strict=True))
@@ -198,11 +204,13 @@ def _run(
         except LayerlabError as error:
             unreadable.append((job, Outcome("failed", str(error))))
     if results:
-        width = min(160, shutil.get_terminal_size((120, 24)).columns)
-        click.echo("\n" + scoreboard_text(results, width))
-    for job, outcome in done:
-        again = ", finished before; --rerun runs it again" if outcome.status == "done before" else ""
-        click.echo(f"{job.label}: {os.path.relpath(job.file)}{again}")
+        click.echo()
+        _print(scoreboard_table(results))
+    if done:
+        again = {"done before": "finished before; --rerun runs it again"}
+        click.echo()
+        _print(Table(("notebook", "file", ""), [
+            [job.label, os.path.relpath(job.file), again.get(outcome.status, "")] for job, outcome in done]))
     failed = [(job, outcome) for job, outcome in ended if outcome.status in ("failed", "refused")] + unreadable
     stopped = [job for job, outcome in ended if outcome.status == "stopped"]
     if stopped:
@@ -217,24 +225,27 @@ def _run(
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[NAME]…")
-@click.option("--format", "form", type=click.Choice(["text", "markdown", "html"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(FORMS), default="text", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
 def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
-    """Show every claim of the installed papers with what MLflow holds of it."""
+    """Show every claim of the installed papers with what MLflow holds of it.
+
+    The runs behind them follow in text, Markdown and HTML.
+    """
     from layerlab.base.files import write_atomically
-    from layerlab.reporting.scoreboard import RUNS, collect, page, run_table, scoreboard_markdown, scoreboard_text
-    from layerlab.show.table import markdown_table
+    from layerlab.reporting.scoreboard import collect, page, run_table, scoreboard_table
 
     results = collect(names)
-    runs = run_table(results)
+    claims, runs = scoreboard_table(results), run_table(results)
     if form == "html":
-        text = page(results, runs)
+        text = page(results)
     elif form == "markdown":
-        text = scoreboard_markdown(results) + "\n" + markdown_table(RUNS, runs.to_numpy()) + "\n"
+        text = f"{claims.markdown()}\n\n{runs.markdown()}\n"
+    elif form == "text":
+        # A file has no colours; click leaves them out of what goes there.
+        text = f"{claims.text(colour=not output)}\n\n{runs.text(colour=not output)}\n"
     else:
-        text = scoreboard_text(results, min(160, shutil.get_terminal_size((120, 24)).columns)) + "\n\n"
-        text += "".join(f"{row.paper} {row.profile}: {row.machine}; commit {row.commit}\n  {row.run}\n"
-                        for row in runs.itertuples())
+        text = getattr(claims, form)() + "\n"
     if output:
         write_atomically(output, lambda stream: stream.write(text.encode()))
         click.echo(output)
@@ -259,10 +270,12 @@ def data(root: Path | None) -> None:
     """List the known datasets and which of them are here."""
     from layerlab.workload.loading import DATASETS, available
 
+    rows = []
     for name in DATASETS:
         place = available(name, root)
-        mark = click.style("here   ", fg="green") if place else click.style("missing", fg="yellow")
-        click.echo(f"{name:14} {mark}  {place or 'set LAYERLAB_DATA to the folder that holds it'}")
+        mark = Cell("here", "good") if place else Cell("missing", "warning")
+        rows.append([name, mark, str(place or "set LAYERLAB_DATA to the folder that holds it")])
+    _print(Table(("dataset", "", "where"), rows))
 
 
 @main.command()
@@ -272,25 +285,41 @@ def data(root: Path | None) -> None:
 def check(name: str, settings: dict[str, Any]) -> None:
     """Check an installed strategy against the contract; some seconds for each check."""
     from layerlab.contract.registry import strategies
-    from layerlab.testing.kit import check_strategy, finding
+    from layerlab.show.progress import Bar, Bars
+    from layerlab.testing.checks import CHECKS
+    from layerlab.testing.kit import check_strategy
 
-    marks = {"passed": ("passed ", "green"), "failed": ("FAILED ", "red"), "xfail": ("known  ", "yellow"),
-             "skipped": ("skipped", "yellow")}
+    strategy = strategies(name, **settings)
+    results: list[dict[str, Any]] = []
+    bars = Bars()
 
     def tell(result: dict[str, Any]) -> None:
-        word, colour = marks[result["status"]]
-        text = finding(result["exception"]) if result["exception"] else ""
-        if result["status"] == "xfail":
-            text = f"{result['expected_to_fail_reason']} ({text})"
-        elif result["expected_to_fail"]:
-            text = "is expected to fail and does not; take it off expected_failed_checks"
-        click.echo(f"{click.style(word, fg=colour)}  {result['check_name']}" + (f": {text}" if text else ""))
+        results.append(result)
+        # `CHECKS`, and that of composition.
+        bars.show({"": Bar("checks", len(results) / (len(CHECKS) + 1), f"{result['check_name']} is done")})
 
-    results = check_strategy(strategies(name, **settings), on_fail=None, callback=tell)
+    try:
+        check_strategy(strategy, on_fail=None, callback=tell)
+    finally:
+        bars.close()
+        _print(Table(("result", "check", "finding"), [_check_row(result) for result in results]))
     failed = sum(result["status"] == "failed" for result in results)
     click.echo(f"{len(results) - failed} of {len(results)} checks hold." if failed else "The contract holds.")
     if failed:
         raise SystemExit(1)
+
+
+def _check_row(result: dict[str, Any]) -> list[str | Cell]:
+    from layerlab.testing.kit import finding
+
+    marks: dict[str, Cell] = {"passed": Cell("passed", "good"), "failed": Cell("FAILED", "bad"),
+                              "xfail": Cell("known", "warning"), "skipped": Cell("skipped", "warning")}
+    text = finding(result["exception"]) if result["exception"] else ""
+    if result["status"] == "xfail":
+        text = f"{result['expected_to_fail_reason']} ({text})"
+    elif result["expected_to_fail"]:
+        text = "is expected to fail and does not; take it off expected_failed_checks"
+    return [marks[result["status"]], result["check_name"], text]
 
 
 @main.command()
@@ -304,9 +333,7 @@ def publish(what: tuple[str, ...], target: Path) -> None:
     A FOLDER is one that `layerlab reproduce` wrote.
     """
     from layerlab.reporting.publish import publish as keep
-
-    for page in keep(what, target):
-        click.echo(page)
+    _print(Table(("page written",), [[str(page)] for page in keep(what, target)]))
 
 
 @main.command()

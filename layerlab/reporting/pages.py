@@ -20,9 +20,9 @@ from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
-from layerlab.reporting.scoreboard import scoreboard_markdown
+from layerlab.reporting.scoreboard import scoreboard_table
 from layerlab.runs.record import PARAMETERS, PARTS, RESULTS, read_results
-from layerlab.show.table import markdown_table
+from layerlab.show.table import Cell, Table, markdown_text
 
 SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
 # Of a plugin that lies beside the results.
@@ -52,18 +52,18 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
 def scoreboard_page(target: Path) -> str:
     """Every claim of every installed paper, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
-    lines = [[f"[{paper.strategy}](#{paper.strategy})", *counts(rows).values()] for paper, rows in claims]
+    lines = [[Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = ["# Results", about, markdown_table(("paper", *get_args(Verdict)), lines)]
+    text = ["# Results", about, Table(("paper", *get_args(Verdict)), lines).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
             text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
-        text.append(scoreboard_markdown(rows).strip())
+        text.append(scoreboard_table(rows).markdown())
     return "\n\n".join(text) + "\n"
 
 
@@ -81,11 +81,13 @@ def with_papers(readme: str, target: Path) -> str | None:
     for paper in readable_papers():
         name, rows = paper.strategy, kept(target, paper)
         card = f"[`{name}`]({CARD.format(name)})" if _card(target, name) else f"`{name}`"
-        text = f"{paper.short_authors}, *{paper.title}*, {paper.year}"
-        page = target / name / "README.md"
-        link = f"[claims and figures]({target.name}/{name}/README.md)" if page.exists() else "`quick` only"
-        lines.append([card, text, *counts(rows).values(), link])
-    table = markdown_table(("plugin", "paper", *get_args(Verdict), ""), lines)
+        title = f"{paper.short_authors}, {paper.title}, {paper.year}"
+        source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
+        page = Cell("quick only", markdown="`quick` only")
+        if (target / name / "README.md").exists():
+            page = Cell("claims and figures", link=f"{target.name}/{name}/README.md")
+        lines.append([Cell(name, markdown=card), Cell(title, markdown=source), *counts(rows).values(), page])
+    table = Table(("plugin", "paper", *get_args(Verdict), ""), lines).markdown()
     return f"{before}{mark}\n{table}\n{end}{after}"
 
 
@@ -97,7 +99,7 @@ def paper_page(folder: Path, paper: Paper) -> str:
     if _card(folder.parent, paper.strategy):
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
-    text += ["## Claims", scoreboard_markdown(merged(chain.from_iterable(profiles.values()))).strip()]
+    text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
     sections = _sections(paper)
     for profile, rows in profiles.items():
         some = next((row for row in rows if row.machine), None)
@@ -191,19 +193,8 @@ def _entry(file: Path, address: str) -> str:
     if file.suffix != ".csv":
         return f"![{file.stem}]({address})"
     frame = pd.read_csv(file)
-    table = _markdown(frame)
+    frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
+    table = Table.from_frame(frame.loc[:, frame.notna().any()]).markdown()
     if len(frame) > LONG:
         table = f"<details><summary>{len(frame)} rows</summary>\n\n{table}\n\n</details>"
     return f"Table [{file.stem}]({address}):\n\n{table}"
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
-    frame = frame.loc[:, frame.notna().any()]
-
-    def cell(value: object) -> object:
-        if isinstance(value, float):
-            return "" if pd.isna(value) else f"{value:.4g}"
-        return value
-
-    return markdown_table(list(frame.columns), [map(cell, row) for row in frame.itertuples(index=False)])

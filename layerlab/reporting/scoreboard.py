@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import click
-import pandas as pd
 from pydantic import ValidationError
 
 from layerlab.base.errors import LayerlabWarning, first_line
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
-from layerlab.contract.rows import SCOREBOARD, completed, scoreboard
+from layerlab.contract.rows import completed, scoreboard
 from layerlab.contract.rows import tally as tally
 from layerlab.runs import tracking
-from layerlab.show.table import markdown_table
+from layerlab.show.table import Cell, Table, Tone
 
-COLOURS = {"reproduced": "green", "holds": "cyan", "differs": "yellow", "not": "bright_black"}
+# First word of a verdict → how its cell looks.
+VERDICT_TONES: dict[str, Tone] = {"reproduced": "good", "holds": "fair", "differs": "warning", "not": "faint"}
 
 
-def scoreboard_text(results: Sequence[ClaimResult], width: int = 120) -> str:
-    """The scoreboard for a terminal of that many columns, verdicts in colour."""
+def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
+    """The scoreboard: one row a claim, published beside measured, verdicts in colour."""
     frame = scoreboard(results)
-    fixed = {"where": 9, "paper": 11, "measured": 15, "run": 18, "verdict": 24}
-    widths = {"claim": max(24, width - sum(fixed.values()) - 2 * len(fixed))} | fixed
-    lines = ["  ".join(click.style(name.ljust(size), bold=True) for name, size in widths.items())]
-    for _, row in frame.iterrows():
-        cells = {name: textwrap.wrap(str(row[name]), size) or [""] for name, size in widths.items()}
-        colour = COLOURS[str(row["verdict"]).split()[0]]
-        for line in range(max(len(cell) for cell in cells.values())):
-            parts = []
-            for name, size in widths.items():
-                text = (cells[name][line] if line < len(cells[name]) else "").ljust(size)
-                parts.append(click.style(text, fg=colour) if name == "verdict" else text)
-            lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
-
-
-def scoreboard_markdown(results: Sequence[ClaimResult]) -> str:
-    """The scoreboard as a Markdown table."""
-    return markdown_table(SCOREBOARD, scoreboard(results).to_numpy()) + "\n"
-
-
-def scoreboard_styled(results: Sequence[ClaimResult]) -> Any:
-    """The scoreboard as a pandas Styler, for a notebook or, by its `to_html`, a page; verdicts in colour."""
-    paint = {"reproduced": "#c7e9c0", "holds": "#c6dbef", "differs": "#fdd0a2", "not": "#eeeeee"}
-    style = scoreboard(results).style.hide(axis="index").format(escape="html")
-    style = style.map(lambda text: f"background-color: {paint[str(text).split()[0]]}", subset=["verdict"])
-    return style.set_properties(**{"text-align": "left", "vertical-align": "top"})
+    rows: list[list[str | Cell]] = []
+    for texts in frame.itertuples(index=False):
+        row = dict(zip(frame.columns, map(str, texts), strict=True))
+        tone = VERDICT_TONES.get(row["verdict"].split()[0], "")
+        rows.append([Cell(text, tone) if name == "verdict" else text for name, text in row.items()])
+    return Table(list(frame.columns), rows)
 
 
 def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
@@ -87,27 +65,23 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     return rows
 
 
-RUNS = ("paper", "profile", "machine", "commit", "run")
-
-
-def run_table(results: Sequence[ClaimResult]) -> pd.DataFrame:
-    """The runs behind a scoreboard, a row each: paper, profile, machine, commit, address in the UI."""
-    rows = {}
+def run_table(results: Sequence[ClaimResult]) -> Table:
+    """The runs behind a scoreboard, one row a run: paper, profile, machine, commit, address in MLflow's UI."""
+    rows: dict[str, list[str | Cell]] = {}
     for result in results:
         if result.mlflow_run and result.mlflow_run not in rows:
-            number = tracking.experiment_id(result.paper)
-            rows[result.mlflow_run] = (result.paper, result.profile, result.machine, result.commit,
-                                       tracking.run_url(number, result.mlflow_run))
-    return pd.DataFrame(list(rows.values()), columns=list(RUNS))
+            address = tracking.run_url(tracking.experiment_id(result.paper), result.mlflow_run)
+            rows[result.mlflow_run] = [result.paper, result.profile, result.machine, result.commit,
+                                       Cell(address, link=address)]
+    return Table(("paper", "profile", "machine", "commit", "run"), list(rows.values()))
 
 
-def page(results: Sequence[ClaimResult], runs: pd.DataFrame) -> str:
+def page(results: Sequence[ClaimResult]) -> str:
     """The scoreboard and its runs as an HTML page that needs nothing else."""
-    linked = runs.style.hide(axis="index").format(hyperlinks="html").set_properties(**{"text-align": "left"})
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>layerlab: scoreboard</title><style>'
         "body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em } "
-        "table { border-collapse: collapse } th, td { border-bottom: 1px solid #ddd; padding: .35em .6em } "
-        "th { text-align: left }</style></head><body><h1>Scoreboard</h1>"
+        "table { border-collapse: collapse } th, td { border-bottom: 1px solid #ddd; padding: .35em .6em }"
+        "</style></head><body><h1>Scoreboard</h1>"
     )
-    return f"{head}{scoreboard_styled(results).to_html()}<h2>Runs</h2>{linked.to_html()}</body></html>\n"
+    return f"{head}{scoreboard_table(results).html()}<h2>Runs</h2>{run_table(results).html()}</body></html>\n"

@@ -7,17 +7,23 @@ appended, one a cell and one an epoch; the starter draws them.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+from layerlab.show.table import printable
 
 VARIABLE = "LAYERLAB_PROGRESS"
+# Characters: the longest label, the shortest and the longest bar.
+_LABEL, _SHORTEST, _LONGEST = 28, 8, 40
+_HTML = '<pre style="line-height: normal">{code}</pre>'
 
 
 def first_process() -> bool:
@@ -94,36 +100,162 @@ def clock(seconds: float) -> str:
     return (f"{hours}:" if hours else "") + f"{minutes}:{rest % 60:02}"
 
 
+def time_left(share: float, spent: float) -> str:
+    """`3:05 left`, where the share that is done and the seconds spent so far tell."""
+    return f"{clock(spent * (1 - share) / share)} left" if 0 < share < 1 else ""
+
+
+class Bar(NamedTuple):
+    """A line of progress.
+
+    Attributes:
+        label: names it.
+        share: how much is done, from 0 to 1.
+        text: what is going on.
+        left: the time left, in words.
+    """
+
+    label: str
+    share: float
+    text: str = ""
+    left: str = ""
+
+
+class Bars:
+    """Bars below what a terminal or a notebook's cell shows; nothing but lines elsewhere.
+
+    They are drawn when something has happened and by the thread that says so: one that draws all the time would take
+    time from what is measured.
+
+    Args:
+        file: where to draw; standard error by default.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        from rich.console import Console
+
+        self._file = file or sys.stderr
+        self._terminal = self._file.isatty()
+        # Not what `FORCE_COLOR` says: bars in a log file help nobody.
+        self._console = Console(file=self._file, force_terminal=self._terminal, highlight=False)
+        self._notebook = self._console.is_jupyter
+        if self._notebook:
+            # It is asked for its HTML, and its lines are as long as a cell of JupyterLab has room for.
+            self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False,
+                                    color_system="truecolor", record=True, width=100)
+        self.drawn = self._terminal or self._notebook
+        self._bars: dict[str, Bar] = {}
+        self._live: Any = None
+
+    def show(self, bars: Mapping[str, Bar]) -> None:
+        """Draw bars, each under the key that it is changed and removed by."""
+        self._bars |= bars
+        self._refresh()
+
+    def remove(self, key: str) -> None:
+        """Take a bar away."""
+        if self._bars.pop(key, None):
+            self._refresh()
+
+    def line(self, text: str) -> None:
+        """Write a line above the bars."""
+        if self._terminal:
+            self._console.print(printable(text), markup=False, emoji=False, soft_wrap=True)
+        else:
+            self._file.write(f"{printable(text)}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Take the bars away."""
+        self._bars = {}
+        if self._live is None:
+            return
+        if self._notebook:
+            self._live.update({"text/plain": "", "text/html": ""}, raw=True)
+        else:
+            self._live.stop()
+        self._live = None
+
+    def _refresh(self) -> None:
+        if self._notebook:
+            self._draw_in_notebook()
+        elif self._terminal:
+            self._draw_at_terminal()
+
+    def _draw_at_terminal(self) -> None:
+        if self._live is None:
+            from rich.live import Live
+
+            # What others print goes above the bars, unless it goes to a file.
+            self._live = Live(
+                console=self._console, get_renderable=self._drawing, auto_refresh=False, transient=True,
+                redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty(),
+            )
+            self._live.start()
+        self._live.refresh()
+
+    def _draw_in_notebook(self) -> None:
+        """Show HTML that is changed in place. rich's own way needs a widget, which leaves an empty output behind."""
+        from IPython.display import display
+
+        self._console.print(self._drawing())
+        text = self._console.export_text(clear=False)
+        shown = {"text/plain": text, "text/html": self._console.export_html(inline_styles=True, code_format=_HTML)}
+        if self._live is None:
+            self._live = display(shown, raw=True, display_id=True)
+        else:
+            self._live.update(shown, raw=True)
+
+    def _drawing(self) -> Any:
+        """The bars as a grid of label, bar, text and time left; the text is cut where the width is short."""
+        from rich.cells import cell_len
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        bars = list(self._bars.values())
+        labels = min(_LABEL, max((cell_len(bar.label) for bar in bars), default=0))
+        lefts = max((cell_len(bar.left) for bar in bars), default=0)
+        # Three blanks stand between the four columns.
+        room = max(2 * _SHORTEST, self._console.width - labels - lefts - 3)
+        length = min(_LONGEST, max(_SHORTEST, room // 4))
+        grid = Grid.grid(padding=(0, 1, 0, 0))
+        for width in (labels, length, room - length, lefts):
+            grid.add_column(width=width, no_wrap=True, overflow="ellipsis")
+        for bar in bars:
+            drawn = ProgressBar(1.0, min(bar.share, 1.0), complete_style="green", finished_style="green")
+            grid.add_row(Text(printable(bar.label)), drawn, Text(printable(bar.text)), Text(bar.left))
+        return grid
+
+
 class Board:
     """Several notebooks at once: one bar each with cell, epoch and time left; lines where there is no terminal.
 
     Args:
         file: where to draw; standard error by default.
-        total: notebooks of the whole batch, for a last bar; none for a single one.
+        total: notebooks of the whole batch, for a first bar; none for a single one.
     """
 
     def __init__(self, file: TextIO | None = None, total: int = 0) -> None:
-        self._file = file or sys.stderr
-        self._terminal = self._file.isatty()
+        self._bars = Bars(file)
         self._lock = threading.RLock()
         self._rows: dict[str, dict[str, Any]] = {}
-        self._batch: Any = None
-        if total > 1 and self._terminal:
-            self._batch = self._bar(0, "batch", total, "{desc} {bar} {n_fmt} of {total_fmt} notebooks, {elapsed}")
+        self._begin = time.monotonic()
+        self._total = total if total > 1 else 0
+        self._done = 0
 
-    def _bar(self, position: int, label: str, total: float, form: str) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(total=total, desc=f"{label[:28]:28}", position=position, leave=False, dynamic_ncols=True,
-                    file=self._file, bar_format=form, unit="starting")
+    def _draw(self, bars: Mapping[str, Bar]) -> None:
+        """Draw bars of notebooks, by label, and that of the batch above them."""
+        batch = {}
+        if self._total:
+            text = f"{self._done} of {self._total} notebooks"
+            batch[""] = Bar("batch", self._done / self._total, text, clock(time.monotonic() - self._begin))
+        self._bars.show({**batch, **bars})
 
     def line(self, text: str) -> None:
         """Write a line above the bars."""
-        from tqdm import tqdm
-
         with self._lock:
-            tqdm.write(text, file=self._file)
-            self._file.flush()
+            self._bars.line(text)
 
     def start(self, label: str, last: float | None = None) -> None:
         """A notebook begins.
@@ -133,14 +265,11 @@ class Board:
             last: how many seconds it took last time.
         """
         with self._lock:
-            row: dict[str, Any] = {"begin": time.monotonic(), "last": last, "cell": 0, "cells": 1, "inner": 0.0}
-            if self._terminal:
-                taken = {other["position"] for other in self._rows.values()}
-                row["position"] = next(n for n in range(1, len(taken) + 2) if n not in taken)
-                row["bar"] = self._bar(row["position"], label, 1.0, "{desc} {bar} {unit}")
+            self._rows[label] = {"begin": time.monotonic(), "last": last, "cell": 0, "cells": 1, "inner": 0.0}
+            if self._bars.drawn:
+                self._draw({label: Bar(label, 0.0, "starting")})
             else:
                 self.line(f"{label}: started" + (f", last time {clock(last)}" if last else ""))
-            self._rows[label] = row
 
     def event(self, label: str, event: dict[str, Any]) -> None:
         """Draw one event as `report` writes it."""
@@ -153,19 +282,15 @@ class Board:
             elif "epoch" in event:
                 row["inner"] = event["done"] / event["total"]
                 row["text"] = f", {event['run']}, epoch {event['epoch']} of {event['epochs']}"
-                if not self._terminal and event["epoch"] == event["epochs"]:
+                if not self._bars.drawn and event["epoch"] == event["epochs"]:
                     self.line(f"{label}: {event['run']}: {event['text']}")
-            if self._terminal:
-                share = (row["cell"] + row["inner"]) / row["cells"]
-                spent = time.monotonic() - row["begin"]
-                left = row["last"] - spent if row["last"] else spent * (1 - share) / share if share else 0.0
-                row["bar"].n = min(share, 1.0)
-                # Not as a postfix, before which tqdm writes a comma.
-                row["bar"].unit = f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}" + (
-                    f", {clock(left)} left" if left > 0 else "")
-                row["bar"].refresh()
-                if self._batch is not None:
-                    self._batch.refresh()
+            share = (row["cell"] + row["inner"]) / row["cells"]
+            spent = time.monotonic() - row["begin"]
+            left = time_left(share, spent)
+            if row["last"]:
+                left = f"{clock(row['last'] - spent)} left" if row["last"] > spent else ""
+            text = f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}"
+            self._draw({label: Bar(label, share, text, left)})
 
     def end(self, label: str, text: str) -> None:
         """A notebook has ended, as the text says."""
@@ -173,79 +298,54 @@ class Board:
             row = self._rows.pop(label, None)
             if row is None:
                 return
-            if "bar" in row:
-                row["bar"].close()
+            self._bars.remove(label)
             self.line(f"{label}: {text} after {clock(time.monotonic() - row['begin'])}")
             self.step()
 
     def step(self) -> None:
         """One notebook of the batch is done with."""
-        if self._batch is not None:
-            self._batch.update()
+        with self._lock:
+            self._done += 1
+            self._draw({})
 
     def close(self) -> None:
         """Take the bars away."""
         with self._lock:
-            for row in self._rows.values():
-                if "bar" in row:
-                    row["bar"].close()
             self._rows = {}
-            if self._batch is not None:
-                self._batch.close()
-                self._batch = None
-
-
-class Bars:
-    """Two bars for a comparison in a terminal or a notebook of one's own: its epochs, and those of the current run."""
-
-    def __init__(self) -> None:
-        self._runs: Any = None
-        self._epochs: Any = None
-
-    def update(self, event: dict[str, Any]) -> None:
-        """Draw one event as `report` writes it."""
-        from tqdm.auto import tqdm
-
-        if self._runs is None or self._runs.total != event["total"]:
-            self.close()
-            options: dict[str, Any] = {"unit": "epoch", "leave": False, "dynamic_ncols": True}
-            self._runs = tqdm(total=event["total"], desc="runs  ", position=0, **options)
-            self._epochs = tqdm(total=event["epochs"], desc="epochs", position=1, **options)
-        self._runs.n = event["done"]
-        self._runs.refresh()
-        self._epochs.total = event["epochs"]
-        self._epochs.n = event["epoch"]
-        self._epochs.set_description(event["run"], refresh=False)
-        self._epochs.set_postfix_str(event["text"])
-
-    def close(self) -> None:
-        """Take the bars away."""
-        for bar in (self._runs, self._epochs):
-            if bar is not None:
-                bar.close()
-        self._runs = self._epochs = None
+            self._bars.close()
 
 
 class Progress:
-    """Progress over the epochs of several runs.
+    """Progress over the epochs of several runs: a bar for all of them, and one for the current run.
 
     Args:
         total: epochs of all runs together.
-        show: draw bars when there is no event file.
+        show: draw it, or write a line a run where there is no terminal, when there is no event file.
     """
 
     def __init__(self, total: int, show: bool = True) -> None:
         self.total = total
         self.done = 0
+        self._begin = time.monotonic()
         self._reports = first_process()
-        self._bars = Bars() if show and self._reports else None
+        self._show = show and self._reports
+        self._bars: Bars | None = None
 
     def epoch(self, run: str, epoch: int, epochs: int, text: str) -> None:
         """Report that `run` has finished `epoch` of `epochs`."""
         self.done += 1
         event = {"total": self.total, "done": self.done, "run": run, "epoch": epoch, "epochs": epochs, "text": text}
-        if self._reports and not report(event) and self._bars is not None:
-            self._bars.update(event)
+        if not self._reports or report(event) or not self._show:
+            return
+        self._bars = self._bars or Bars()
+        if not self._bars.drawn:
+            if epoch == epochs:
+                self._bars.line(f"{run}: {text}")
+            return
+        share = self.done / self.total
+        left = time_left(share, time.monotonic() - self._begin)
+        self._bars.show({"runs": Bar("all runs", share, f"{self.done} of {self.total} epochs", left),
+                         "run": Bar(run, epoch / epochs, f"epoch {epoch} of {epochs}, {text}")})
 
     def close(self) -> None:
         """Take the bars away."""
