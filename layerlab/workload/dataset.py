@@ -188,8 +188,8 @@ class Dataset:
         chosen = torch.arange(len(split), device=split.labels.device) % every == every - 1
         halves = []
         for rows in (~chosen, chosen):
-            resident = isinstance(split.images, Tensor)
-            images = split.images[rows] if resident else split.images.subset(rows.nonzero()[:, 0])
+            whole = split.images
+            images = whole[rows] if isinstance(whole, Tensor) else whole.subset(rows.nonzero()[:, 0])
             halves.append(replace(split, images=images, labels=split.labels[rows]))
         return replace(self, train=halves[0], test=halves[1], fingerprint=f"{self.fingerprint}-held-out-{every}")
 

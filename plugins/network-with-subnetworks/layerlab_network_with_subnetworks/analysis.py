@@ -90,9 +90,16 @@ def schedule(epochs: int) -> dict[str, Any]:
     return {"epochs": epochs, "schedule": "step", "milestones": milestones, "gamma": 1 / 3}
 
 
+def strategy_of(result: FitResult) -> NetworkWithSubnetworks:
+    """The strategy that a fit was trained with, as it left it."""
+    (strategy,) = result.strategies
+    assert isinstance(strategy, NetworkWithSubnetworks)
+    return strategy
+
+
 def accuracies(result: FitResult) -> pd.DataFrame:
     """Test accuracy of a fit's base and sub-models, as shares: epochs × models, the base first."""
-    *smaller, base = result.strategies[0].models
+    *smaller, base = strategy_of(result).models
     smaller.reverse()
     if result.name.startswith(REGULAR):
         base = f"model{depth(result.name)}"
@@ -190,7 +197,7 @@ def table(published: pd.DataFrame, comparison: Comparison, names: Sequence[str])
             label = name if name.startswith(REGULAR) else model
             known = published.loc[label] if label in published.index else {}
             whole = results[0].model
-            size = count(whole if name.startswith(REGULAR) else results[0].strategies[0].networks(whole)[model])
+            size = count(whole if name.startswith(REGULAR) else strategy_of(results[0]).networks(whole)[model])
             rows.append({
                 "model": label, "paper": known.get("test accuracy", ""),
                 "best epoch": str(Estimate(tuple(accuracy(result, model, "best") for result in results))),
@@ -228,7 +235,7 @@ def cost_and_accuracy(comparison: Comparison, example: Tensor, rounds: int = 15)
     for arm in comparison.arms:
         results = comparison.of(arm)
         regular = arm.startswith(REGULAR)
-        alone = results[0].strategies[0].networks(results[0].model)
+        alone = strategy_of(results[0]).networks(results[0].model)
         for model in reversed(accuracies(results[0]).columns):
             mean, half = Estimate(tuple(accuracy(result, model, "last") for result in results)).interval
             network = results[0].model if regular else alone[model]
@@ -330,12 +337,11 @@ def seconds_table(comparison: Comparison) -> pd.DataFrame:
     """Seconds of training of each arm, mean over seeds, and how many models come of it."""
     rows = {}
     for arm in comparison.arms:
-        strategy = comparison.of(arm)[0].strategies[0]
-        rows[arm] = {"models": len(strategy.models), "seconds": comparison.estimate("seconds", arm).mean}
+        rows[arm] = {"models": len(strategy_of(comparison.of(arm)[0]).models), "seconds": comparison.estimate("seconds", arm).mean}
     return pd.DataFrame(rows).T
 
 
 def detached_accuracy(result: FitResult, data: Dataset) -> dict[str, float]:
     """Test accuracy of each network that `detach` gives, evaluated on its own, as shares."""
     return {name: evaluate(model.to(data.test.labels.device), data.test)["test/top1"]
-            for name, model in result.strategies[0].networks(result.model).items()}
+            for name, model in strategy_of(result).networks(result.model).items()}
