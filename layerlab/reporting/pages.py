@@ -52,7 +52,8 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
 def scoreboard_page(target: Path) -> str:
     """Every claim of every installed paper, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
-    lines = [[Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
+    lines: list[list[str | Cell]] = [
+        [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
@@ -77,7 +78,7 @@ def with_papers(readme: str, target: Path) -> str | None:
     _, end, after = rest.partition(SUMMARY[1])
     if not (mark and end):
         return None
-    lines = []
+    lines: list[list[str | Cell]] = []
     for paper in readable_papers():
         name, rows = paper.strategy, kept(target, paper)
         card = f"[`{name}`]({CARD.format(name)})" if _card(target, name) else f"`{name}`"
