@@ -64,11 +64,14 @@ def list_() -> None:
     if not plugins:
         click.echo(NOTHING_INSTALLED)
         return
-    tones: dict[str, Tone] = {BROKEN: "bad", NO_PAPER: "warning"}
     rows: list[list[str | Cell]] = []
     for plugin, broken in zip(plugins, import_errors(plugins), strict=True):
         name, owner, text = plugin_row(plugin, broken)
-        tone: Tone = next((tone for start, tone in tones.items() if text.startswith(start)), "")
+        tone: Tone = ""
+        if text.startswith(BROKEN):
+            tone = "bad"
+        elif text.startswith(NO_PAPER):
+            tone = "warning"
         rows.append([Cell(name, "strong"), owner, Cell(text, tone)])
     _print(Table(("strategy", "installed by", "paper"), rows))
 
@@ -182,8 +185,8 @@ def _run(
 
     jobs = jobs_of(plan, beside, output)
     if dry_run:
-        planned = [[job.label, status, last] for job, status, last in preview(jobs, float("inf") if rerun else 0.0)]
-        _print(Table(("notebook", "what happens", "last time"), planned))
+        listed = [[job.label, status, last] for job, status, last in preview(jobs, float("inf") if rerun else 0.0)]
+        _print(Table(("notebook", "what happens", "last time"), listed))
         return
     minutes = time_limit or plan.time_limit
     outcomes = run_batch(

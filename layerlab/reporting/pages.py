@@ -53,8 +53,7 @@ def scoreboard_page(target: Path) -> str:
     """Every claim of every installed paper, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
     lines: list[list[str | Cell]] = [
-        [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims
-    ]
+        [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "

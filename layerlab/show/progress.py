@@ -136,8 +136,7 @@ class Bars:
 
         self._file = file or sys.stderr
         self._terminal = self._file.isatty()
-        # Not what `FORCE_COLOR` says: bars in a log file help nobody.
-        self._console = Console(file=self._file, force_terminal=self._terminal, highlight=False)
+        self._console = Console(file=self._file, highlight=False)
         self._notebook = self._console.is_jupyter
         if self._notebook:
             # It is asked for its HTML, and its lines are as long as a cell of JupyterLab has room for.
@@ -214,7 +213,7 @@ class Bars:
         from rich.text import Text
 
         bars = list(self._bars.values())
-        labels = min(_LABEL, max((cell_len(bar.label) for bar in bars), default=0))
+        labels = min(_LABEL, self._console.width // 3, max((cell_len(bar.label) for bar in bars), default=0))
         lefts = max((cell_len(bar.left) for bar in bars), default=0)
         # Three blanks stand between the four columns.
         room = max(2 * _SHORTEST, self._console.width - labels - lefts - 3)

@@ -1,0 +1,115 @@
+"""Progress: bars at a terminal and in a notebook, lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+from layerlab.show.progress import Board, Progress, report
+
+
+class Terminal(io.StringIO):
+    """What calls itself a terminal and keeps what is written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def events(board: Board, label: str) -> None:
+    """A notebook of two cells, in the second of which two runs train for two epochs each."""
+    board.start(label, last=3600.0)
+    board.event(label, {"cell": 0, "cells": 2})
+    board.event(label, {"cell": 1, "cells": 2})
+    for done, (run, epoch) in enumerate([("plain seed 0", 1), ("plain seed 0", 2), ("mine seed 0", 1)], start=1):
+        board.event(label, {"total": 4, "done": done, "run": run, "epoch": epoch, "epochs": 2,
+                            "text": "loss 1.25, top-1 30.00%"})
+
+
+def drawings(text: str) -> list[list[str]]:
+    """What stood at the terminal one after the other, as lines without colours."""
+    shown = re.split(r"\r?(?:\x1b\[2K|\x1b\[1A)+", text)
+    return [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]|\r", "", part).splitlines() for part in shown]
+
+
+@pytest.mark.parametrize("variable", ["", "FORCE_COLOR", "TTY_INTERACTIVE"])
+def test_where_there_is_no_terminal_a_notebook_is_a_few_lines(monkeypatch, variable):
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    stream = io.StringIO()
+    board = Board(stream, total=2)
+    events(board, "mine quick")
+    board.event("somebody else", {"cell": 1, "cells": 2})
+    board.end("mine quick", "finished")
+    board.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["mine quick: started, last time 1:00:00", "mine quick: plain seed 0: loss 1.25, top-1 30.00%"]
+    assert [re.sub(r"\d+ s", "n s", line) for line in lines[2:]] == ["mine quick: finished after n s"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_terminal_shows_a_bar_for_the_batch_and_one_for_each_notebook(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    board = Board(stream, total=3)
+    events(board, "mine quick")
+    events(board, "another-with-a-very-long-name cpu seed=3")
+    shown = drawings(stream.getvalue())[-1]
+    assert [line.split()[0].rstrip("…") for line in shown][:2] == ["batch", "mine"]
+    assert shown[2].startswith("another-with-a-very")
+    assert "0 of 3 notebooks" in shown[0]
+    assert "cell 2 of 2, mi" in shown[1]
+    assert re.search(r"\d+:\d\d left$", shown[1].rstrip())
+    assert all(len(line) <= width for lines in drawings(stream.getvalue()) for line in lines)
+    board.end("mine quick", "finished")
+    board.line("A line [bold] \x1b[31m")
+    board.close()
+    text = stream.getvalue()
+    assert "mine quick: finished after" in text
+    assert "A line [bold] \\x1b[31m" in text
+    assert any("1 of 3 notebooks" in line for lines in drawings(text) for line in lines)
+    # Nothing is left of the bars, and the cursor is back.
+    assert drawings(text)[-1] == []
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_a_comparison_outside_a_terminal_writes_a_line_a_run(capsys):
+    progress = Progress(4)
+    for run in ("plain seed 0", "mine seed 0"):
+        for epoch in (1, 2):
+            progress.epoch(run, epoch, 2, f"loss {epoch}")
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == ["plain seed 0: loss 2", "mine seed 0: loss 2"]
+
+
+def test_nothing_is_shown_when_asked_so_or_when_somebody_follows_the_events(capsys, monkeypatch, tmp_path):
+    Progress(1, show=False).epoch("plain", 1, 1, "loss")
+    monkeypatch.setenv("LAYERLAB_PROGRESS", str(tmp_path / "events"))
+    assert report({"cell": 1})
+    Progress(1).epoch("plain", 1, 1, "loss")
+    assert capsys.readouterr().err == ""
+    assert len((tmp_path / "events").read_text().splitlines()) == 2
+
+
+def test_a_notebook_shows_two_bars_while_it_trains_and_keeps_nothing_of_them(monkeypatch):
+    monkeypatch.delenv("LAYERLAB_PROGRESS", raising=False)
+    cells = ["from layerlab.show.progress import Progress\nprogress = Progress(4)\n"
+             "progress.epoch('mine <seed 0>', 1, 2, 'loss 1.25')\nprogress.epoch('mine <seed 0>', 2, 2, 'loss 1.10')",
+             "progress.close()"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(book)
+    with client.setup_kernel():
+        client.execute_cell(book.cells[0], 0)
+        (output,) = book.cells[0].outputs
+        lines = output.data["text/plain"].splitlines()
+        assert [line.split()[0] for line in lines] == ["all", "mine"]
+        assert "2 of 4 epochs" in lines[0]
+        assert "epoch 2 of 2, loss 1.10" in lines[1]
+        assert "mine &lt;seed 0&gt;" in output.data["text/html"]
+        client.execute_cell(book.cells[1], 1)
+    (output,) = book.cells[0].outputs
+    assert set(output.data.values()) == {""}
+    assert "widgets" not in book.metadata
