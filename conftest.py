@@ -63,7 +63,8 @@ def real_data() -> Path:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
-    """Install a strategy `fake` whose paper's notebook has the given cells after the parameters."""
+    """Install a strategy `fake` whose paper's notebook has the given cells, or cells of the given code, after the
+    parameters."""
     site = tmp_path / "site"
     package = site / "fake_plugin"
     package.mkdir(parents=True)
@@ -82,13 +83,17 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     layerlab.strategies.refresh()
     monkeypatch.delitem(sys.modules, "fake_plugin", raising=False)
 
-    def write(*cells: str) -> Path:
+    def cell(given: str | nbformat.NotebookNode) -> nbformat.NotebookNode:
+        if isinstance(given, str):
+            return nbformat.v4.new_code_cell(given.replace("TESTS", repr(TESTS)))
+        return given
+
+    def write(*cells: str | nbformat.NotebookNode) -> Path:
         parameters = nbformat.v4.new_code_cell(
             "profile = 'quick'  # profile\nepochs = None  # epochs\npause = None  # seconds a step",
             metadata={"tags": ["parameters"]})
         book = nbformat.v4.new_notebook(
-            cells=[parameters, *(nbformat.v4.new_code_cell(c.replace("TESTS", repr(TESTS)))
-                                 for c in cells)],
+            cells=[parameters, *map(cell, cells)],
             metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
         nbformat.write(book, package / "notebook.ipynb")
         return site

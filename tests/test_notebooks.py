@@ -20,6 +20,7 @@ from layerlab.contract.claims import ClaimResult
 from layerlab.runs import tracking
 from layerlab.runs.execution import execute
 from layerlab.runs.jobs import paper_job
+from layerlab.runs.manifest import Section, Shown, read_manifest
 from layerlab.runs.record import read_results
 
 
@@ -34,7 +35,8 @@ def reproduce(strategy: str, **options) -> list[ClaimResult]:
 
 
 def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
-    fake(OPEN, TRAIN, FINISH)
+    text = nbformat.v4.new_markdown_cell("## Accuracy\n\nBy epoch.")
+    fake(OPEN, TRAIN, text, "study.table('rows', run.frame)", FINISH)
     out = tmp_path / "out"
     (result,) = reproduce("fake", output=out)
     assert result.claim == "gain"
@@ -42,7 +44,9 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert result.machine
     assert result.versions["torch"]
     assert read_results(out) == [result]
-    assert _files(out) == {"fake.ipynb", "claims.json", "parameters.json", "study.json"}
+    assert read_manifest(out) == [
+        Section(heading="## Accuracy", text="By epoch.", shows=[Shown(kind="table", name="rows")])]
+    assert _files(out) == {"fake.ipynb", "claims.json", "manifest.json", "parameters.json", "study.json"}
     client = tracking.client()
     runs = client.search_runs([tracking.experiment_id("fake")])
     (notebook,) = [run for run in runs if run.data.tags.get("kind") == "notebook"]
@@ -50,7 +54,7 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert sorted(run.data.tags["arm"] for run in children) == ["frozen", "plain"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {item.path for item in client.list_artifacts(notebook.info.run_id)} == {
-        "claims.json", "fake.ipynb", "parameters.json"}
+        "claims.json", "fake.ipynb", "manifest.json", "parameters.json", "tables"}
     executed = nbformat.read(out / "fake.ipynb", 4)
     assert executed.cells[-1].outputs
 
@@ -71,7 +75,7 @@ def test_a_notebook_that_ends_without_its_claims_has_failed(fake, tmp_path, endi
     fake(OPEN, ending)
     with pytest.raises(LayerlabError, match=r"(ended before its claims were written|SystemExit).*fake.failed.ipynb"):
         reproduce("fake", output=tmp_path / "out")
-    assert _files(tmp_path / "out") == {"fake.failed.ipynb", "parameters.json", "study.json"}
+    assert _files(tmp_path / "out") == {"fake.failed.ipynb", "manifest.json", "parameters.json", "study.json"}
     (run,) = tracking.client().search_runs([tracking.experiment_id("fake")])
     assert run.info.status == "FAILED"
 
@@ -104,7 +108,7 @@ def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finishe
     fake(OPEN, "from layerlab import load_dataset\nload_dataset('no-such-data')", FINISH)
     with pytest.raises(LayerlabError, match=r"^Unknown dataset 'no-such-data'"):
         reproduce("fake", output=tmp_path / "out")
-    assert _files(tmp_path / "out") == {"parameters.json", "study.json"}
+    assert _files(tmp_path / "out") == {"manifest.json", "parameters.json", "study.json"}
     assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import nbformat
 import pandas as pd
 import pytest
+from fake_paper import OPEN
 from IPython.core.formatters import DisplayFormatter
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
+from traitlets.config import Config
 
 from layerlab import LayerlabError, Study, load_paper, strategies
 from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
@@ -69,7 +74,7 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
         "results/fake/README.md", "results/README.md", "README.md"]
     there = tmp_path / "results" / "fake"
     assert {file.name for file in (there / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "digests.json", "I.csv", "fig-1.png"}
+        "claims.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
     assert "a gain | Table I | 3 points | 3 ± 13 points | cpu, digits, 2 seeds" in (there / "README.md").read_text()
     assert "## fake\n\nA paper (Author, 2020). [Tables and figures](fake/README.md).\n" in pages[1].read_text()
     readme = pages[2].read_text()
@@ -90,34 +95,45 @@ def test_a_page_of_tables_alone_says_where_they_were_made(fake, tmp_path):
     assert "Command: `layerlab reproduce fake --profile cpu`. Machine: " in page
 
 
-def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, tmp_path):
-    file = fake() / "fake_plugin" / "notebook.ipynb"
-    book = nbformat.read(file, 4)
-    book.cells += [
-        nbformat.v4.new_markdown_cell("## Curves\n\nThin lines are seeds."),
-        nbformat.v4.new_code_cell("for name in runs:\n    study.figure(f\"{name}, {size}\", curves(name))"),
-        nbformat.v4.new_markdown_cell("And in numbers:"),
-        nbformat.v4.new_code_cell("%time\nstudy.table('never seen', frame)"),
-        nbformat.v4.new_code_cell("display(study.table('a, ends', frame).round(2))"),
-        nbformat.v4.new_markdown_cell("So much for that.\n\n## Costs\n\nSeconds."),
-        nbformat.v4.new_code_cell("study.table(f'{name}', frame)"),
-    ]
-    nbformat.write(book, file)
-    study = Study("fake", "cpu")
-    study.claim("gain", [2.0], seeds=[0])
-    study.figure("mine, 8", Figure())
-    study.table("a, ends", pd.DataFrame({"x": [1]}))
-    study.table("costs", pd.DataFrame({"x": range(LONG + 1)}))
-    study.figure("rest", Figure())
-    study.finish()
-    page = publish([study.folder], tmp_path / "results")[0].read_text()
-    order = ["### Curves\n\nThin lines are seeds.\n\n![mine, 8](cpu/figures/mine%2C%208.png)\n\n"
-             "And in numbers:\n\nTable [a, ends](cpu/tables/a%2C%20ends.csv):\n\n| x |\n| ---: |\n| 1 |\n\n"
-             "So much for that.\n\n",
-             "### Costs\n\nSeconds.\n\nTable [costs](cpu/tables/costs.csv):\n\n<details><summary>21 rows</summary>",
-             "![rest](cpu/figures/rest.png)"]
-    assert [page.count(part) for part in order] == [1, 1, 1]
-    assert sorted(order, key=page.index) == order
+@pytest.fixture
+def ipython(monkeypatch) -> Iterator[InteractiveShell]:
+    """IPython in this process, as a notebook's kernel has it."""
+    # It takes the place of the main module.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    yield InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
+    InteractiveShell.clear_instance()
+
+
+def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path):
+    text, again = nbformat.v4.new_markdown_cell, "keep(next(names))"
+    file = fake(
+        "profile = 'cpu'", OPEN.replace(", epochs=epochs, pause=pause", ""), "import pandas as pd",
+        "def keep(name, rows=1):\n    study.table(name, pd.DataFrame({'x': range(rows)}))", "names = iter('cd')",
+        text("## Curves\n\nThin lines are seeds."),
+        "from matplotlib.figure import Figure\nstudy.figure(f'{profile}, 8', Figure());",
+        text("And in numbers:"), "%who str\nfor name in ('b', 'a, ends'):\n    keep(name)", again,
+        text("So much for that.\n\n## Costs\n\nSeconds."), f"for _ in range(2):\n    keep('costs', {LONG + 1})", again,
+        "study.claim('gain', [2.0], seeds=[0]); study.finish();",
+    ) / "fake_plugin" / "notebook.ipynb"
+    for cell in nbformat.read(file, 4).cells[1:]:
+        if cell.cell_type == "code":
+            ipython.run_cell(cell.source, store_history=True).raise_error()
+    page = publish([ipython.user_ns["study"].folder], tmp_path / "results")[0].read_text()
+
+    def table(name):
+        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| --- |\n| 0 |\n\n"
+
+    shown, _, costs = page.partition("### Curves")[2].partition("### Costs")
+    assert shown == ("\n\nThin lines are seeds.\n\n![cpu, 8](cpu/figures/cpu%2C%208.png)\n\nAnd in numbers:\n\n"
+                     + table("b") + table("a, ends") + table("c") + "So much for that.\n\n")
+    assert costs.startswith("\n\nSeconds.\n\nTable [costs](cpu/tables/costs.csv):\n\n<details><summary>21 rows<")
+    assert costs.endswith("</details>\n\n" + table("d").removesuffix("\n"))
+    assert page.count("Table [") == 5
+
+
+def test_what_no_cell_of_the_notebook_keeps_stands_at_the_end_of_the_page(study, tmp_path):
+    page = publish([study.folder], tmp_path)[0].read_text()
+    assert page.endswith("| gain |\n| --- |\n| 2 |\n| 4 |\n\n![fig-1](cpu/figures/fig-1.png)\n")
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("results/*/README.md")), ids=lambda page: page.parent.name)
@@ -164,7 +180,7 @@ def test_what_a_newer_run_makes_no_more_is_not_published_as_its_own(study, tmp_p
     again.finish()
     publish([again.folder], tmp_path)
     assert {file.name for file in (tmp_path / "fake" / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "digests.json"}
+        "claims.json", "parameters.json", "manifest.json", "digests.json"}
 
 
 def test_a_run_leaves_alone_what_somebody_else_has_in_its_folder(fake, tmp_path):
@@ -185,6 +201,18 @@ def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
     (tmp_path / "claims.json").write_text("[]")
     with pytest.raises(LayerlabError, match="holds a run without any claim"):
         publish([tmp_path], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("figures/fig-1.png", "lacks figures/fig-1.png, which its manifest.json lists; run `layerlab reproduce` again"),
+     ("manifest.json", "lacks its manifest.json; run `layerlab reproduce` again")],
+)
+def test_a_run_that_lost_what_it_showed_is_not_published(study, tmp_path, lost, message):
+    (study.folder / lost).unlink()
+    with pytest.raises(LayerlabError, match=message):
+        publish([study.folder], tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 

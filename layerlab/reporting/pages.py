@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -14,14 +11,14 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from layerlab.base.errors import LayerlabError
 from layerlab.base.provenance import versions_text
 from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
 from layerlab.reporting.scoreboard import scoreboard_table
-from layerlab.runs.record import PARAMETERS, PARTS, RESULTS, read_results
+from layerlab.runs.manifest import read_manifest
+from layerlab.runs.record import PARAMETERS, RESULTS, read_results
 from layerlab.show.table import Cell, Table, markdown_text
 
 SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
@@ -101,7 +98,6 @@ def paper_page(folder: Path, paper: Paper) -> str:
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
     text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
-    sections = _sections(paper)
     for profile, rows in profiles.items():
         some = next((row for row in rows if row.machine), None)
         parameters = json.loads((profile / PARAMETERS).read_text())
@@ -112,7 +108,7 @@ def paper_page(folder: Path, paper: Paper) -> str:
                         f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
         text.append("<details><summary>Parameters</summary>\n\n```json\n"
                     + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
-        text += _shown(profile, sections)
+        text += _shown(profile)
     return "\n\n".join(text) + "\n"
 
 
@@ -122,72 +118,15 @@ def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
     return reproduce_command(paper.strategy, profile, changed)
 
 
-@dataclass
-class _Section:
-    """A part of a notebook: its heading and text; of all that the cells behind it keep, the part of the folder and a
-    pattern of the name; and what is said of that afterwards."""
-
-    heading: str = ""
-    text: str = ""
-    keeps: list[tuple[str, str]] = field(default_factory=list)
-    after: str = ""
-
-
-def _sections(paper: Paper) -> list[_Section]:
-    try:
-        cells = json.loads(paper.notebook_file.read_text(encoding="utf-8"))["cells"]
-    except (LayerlabError, OSError, ValueError, KeyError):
-        return []
-    sections = [_Section()]
-    for cell in cells:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code":
-            sections[-1].keeps += _keeps(source)
-            continue
-        last, found = sections[-1], re.search(r"(?m)^#+ .*$", source)
-        if found:
-            last.after = source[: found.start()].strip()
-            sections.append(_Section(found[0], source[found.end() :].strip()))
-        else:
-            sections.append(_Section(last.heading, source.strip()))
-    return sections
-
-
-def _keeps(source: str) -> Iterator[tuple[str, str]]:
-    """The tables and figures that a cell's code keeps; of a name that is put together, what stands still."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:  # a magic
-        return
-    for node in ast.walk(tree):
-        match node:
-            case ast.Call(func=ast.Attribute(attr="table" | "figure" as kind), args=[name, *_]):
-                match name:
-                    case ast.Constant(value=str(fixed)):
-                        yield f"{kind}s", re.escape(fixed)
-                    case ast.JoinedStr(values=parts):
-                        yield f"{kind}s", "".join(
-                            re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".+" for part in parts)
-
-
-def _shown(profile: Path, sections: Sequence[_Section]) -> Iterator[str]:
-    """The tables and figures of a profile's folder under the texts that belong to them."""
-    files = [file for part in PARTS for file in sorted((profile / part).glob("*.*")) if file.stat().st_size > 1]
-    # The more of a name stands still, the surer that it is meant.
-    places = sorted(((-len(pattern.replace(".+", "")), number, part, pattern)
-                     for number, section in enumerate(sections) for part, pattern in section.keeps))
-    placed: dict[int, list[Path]] = {}
-    for file in files:
-        number = next((number for _, number, part, pattern in places
-                       if part == file.parent.name and re.fullmatch(pattern, file.stem)), len(sections))
-        placed.setdefault(number, []).append(file)
+def _shown(profile: Path) -> Iterator[str]:
+    """The tables and figures of a profile's folder, under the texts that its notebook had when it ran."""
     last = ""
-    for number in sorted(placed):
-        section = sections[number] if number < len(sections) else _Section()
-        heading = f"#{section.heading}" if section.heading not in ("", last) else ""
+    for section in read_manifest(profile):
+        if section.heading not in ("", last):
+            yield f"#{section.heading}"
         last = section.heading
-        entries = [_entry(file, quote(file.relative_to(profile.parent).as_posix())) for file in placed[number]]
-        yield from filter(None, [heading, section.text, *entries, section.after])
+        entries = [_entry(profile / shown.file, quote(f"{profile.name}/{shown.file}")) for shown in section.shows]
+        yield from filter(None, [section.text, *entries, section.after])
 
 
 def _entry(file: Path, address: str) -> str:

@@ -3,8 +3,8 @@ of them the scoreboard.
 
     results/README.md                      every claim of every paper
     results/<paper>/README.md              a page that reads by itself; claims.json: its rows
-    results/<paper>/<profile>/             claims.json, parameters.json, tables/, figures/, and
-                                           digests.json: what all of these were when they were published together
+    results/<paper>/<profile>/             claims.json, parameters.json, manifest.json, tables/, figures/,
+                                           and digests.json: what all of these were when they were published together
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
 from layerlab.reporting.pages import kept_profiles, paper_page, scoreboard_page, with_papers
 from layerlab.runs import tracking
-from layerlab.runs.record import PARAMETERS, PARTS, RESULTS, read_results
+from layerlab.runs.manifest import read_manifest
+from layerlab.runs.record import MANIFEST, PARAMETERS, PARTS, RESULTS, read_results
 
 DIGESTS = "digests.json"
 # Of a run at this profile no more is said than that the notebook runs.
@@ -70,6 +71,7 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
                 raise LayerlabError(f"{folder} holds a run without any claim; list some in its plugin's paper.toml.")
             if not (folder / PARAMETERS).exists():
                 raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
+            read_manifest(folder)
         for folder, results in loaded:
             _keep(folder, results, target / results[0].paper / results[0].profile)
     return _write_pages(target)
@@ -105,7 +107,8 @@ def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
         for part in PARTS:
             if (run / part).is_dir():
                 shutil.copytree(run / part, new / part)
-        write_json(new / PARAMETERS, json.loads((run / PARAMETERS).read_text()))
+        for name in (PARAMETERS, MANIFEST):
+            write_json(new / name, json.loads((run / name).read_text()))
         paper = load_paper(results[0].paper)
         write_json(new / RESULTS, [paper.judged(result).model_dump() for result in results])
         write_json(new / DIGESTS, digests(new))

@@ -38,6 +38,7 @@ RESULTS = "claims.json"
 # Folders of what a session shows.
 PARTS = ("tables", "figures")
 PARAMETERS = "parameters.json"
+MANIFEST = "manifest.json"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
@@ -63,6 +64,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 
+def notebook_cells(notebook: Path) -> list[tuple[str, str]]:
+    """Type and source of each cell of a notebook's file.
+
+    Raises:
+        LayerlabError: the file is no notebook.
+    """
+    try:
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+        return [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
+
+
 def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
     """Changes when a notebook would do something else: its cells, its parameters' values, the versions of everything
     that decides about numbers, and the sources of its plugin, whose version a developer does not raise at each edit.
@@ -75,11 +89,7 @@ def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | 
     Raises:
         LayerlabError: the file is no notebook.
     """
-    try:
-        content = json.loads(notebook.read_text(encoding="utf-8"))
-        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
+    cells = notebook_cells(notebook)
     sources = sorted(package.rglob("*.py")) if package else []
     # Another plugin that is installed meanwhile changes nothing for this one.
     known = versions(plugins=package is None)

@@ -24,7 +24,9 @@ from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.contract.verdicts import judge
 from layerlab.runs import tracking
+from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.record import (
+    MANIFEST,
     OUTPUT,
     PARAMETERS,
     PARTS,
@@ -97,6 +99,7 @@ class Session:
         parameters: the values in force.
         tags: of its runs.
         notes: what else its record keeps.
+        notebook: its file, whose texts the manifest keeps; None where it is unknown.
 
     Attributes:
         folder: the output folder.
@@ -109,11 +112,12 @@ class Session:
 
     def __init__(
         self, experiment: str, title: str, folder: Path, parameters: Mapping[str, Any],
-        tags: Mapping[str, str] | None = None, notes: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None, notes: Mapping[str, Any] | None = None, notebook: Path | None = None,
     ) -> None:
         self.experiment = experiment
         self.folder = folder.resolve()
         _enter(self.folder)
+        self._manifest = Manifest(notebook)
         values = json.loads(json.dumps(dict(parameters), default=str))
         self._opened = time.monotonic()
         record = read_record(self.folder)
@@ -144,7 +148,8 @@ class Session:
         self._artifacts = tracking.artifact_folder(self.run_id)
         self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
         write_json(self.folder / RECORD, self._record)
-        self._keep(PARAMETERS, json.dumps(values, indent=2, ensure_ascii=False).encode())
+        self._keep_json(PARAMETERS, values)
+        self._keep_json(MANIFEST, self._manifest.content())
 
     def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
         """`layerlab.compare`, checkpointed in the session's folder and logged with its run's id.
@@ -174,7 +179,7 @@ class Session:
         # Named in any case: MLflow's preview leaves out a column without a name.
         labels = [name or "row" for name in frame.index.names]
         text = frame.to_csv(index=not isinstance(frame.index, pd.RangeIndex), index_label=labels)
-        self._keep(f"tables/{name}.csv", text.encode())
+        self._show("table", name, text.encode())
         return frame
 
     def figure(self, name: str, figure: Figure) -> Picture:
@@ -182,7 +187,7 @@ class Session:
         from layerlab.show.figures import Picture, png
 
         picture = Picture(figure, png(figure, 144), 144)
-        self._keep(f"figures/{name}.png", picture.content)
+        self._show("figure", name, picture.content)
         return picture
 
     def close(self) -> None:
@@ -195,6 +200,14 @@ class Session:
         self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds}
         write_json(self.folder / RECORD, self._record)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
+
+    def _show(self, kind: Kind, name: str, content: bytes) -> None:
+        shown = self._manifest.add(kind, name)
+        self._keep(shown.file, content)
+        self._keep_json(MANIFEST, self._manifest.content())
+
+    def _keep_json(self, name: str, content: Any) -> None:
+        self._keep(name, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
     def _keep(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, lambda stream: stream.write(content))
@@ -238,6 +251,7 @@ class Study(Session):
             Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)), values,
             {"paper": strategy, "profile": profile},
             {"profile": profile, "key": notebook_key(self.paper.notebook_file, values, self.paper.folder)},
+            self.paper.notebook_file,
         )
 
     def claim(
