@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import layerlab
-from layerlab import Batches, Replaced, Run, Strategy, Wire
+from layerlab import Batches, Preflight, Replaced, Run, Strategy, Wire
 from layerlab.contract import strategy
 from layerlab.contract.strategy import check_composition
 from layerlab.testing import CHECKS
@@ -38,7 +38,7 @@ def page() -> str:
     others = [name for name in methods(Strategy) if not name.startswith("on_")]
     parts += ["### What else a strategy may define or use", *(hook(name) for name in others)]
     parts += ["## Run", described(Run), *(member(Run, name) for name in methods(Run))]
-    for kind in (Replaced, Batches, Wire):
+    for kind in (Replaced, Batches, Wire, Preflight):
         parts += [f"## {kind.__name__}", described(kind), *(member(kind, name) for name in methods(kind))]
     parts += ["## Which strategies run together", text(check_composition)]
     parts += ["## The checks of the contract", "Run by `layerlab.testing.check_strategy` and `layerlab check NAME`."]

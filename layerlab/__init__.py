@@ -21,6 +21,7 @@ _PUBLIC = {
     "LayerMap": "layerlab.show.layer_map",
     "Table": "layerlab.show.table",
     "Batches": "layerlab.contract.run",
+    "Preflight": "layerlab.contract.preflight",
     "Replaced": "layerlab.contract.run",
     "Run": "layerlab.contract.run",
     "Wire": "layerlab.contract.run",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from layerlab.base import devices, files
     from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning, Refused, first_line
     from layerlab.contract.paper import load_paper
+    from layerlab.contract.preflight import Preflight
     from layerlab.contract.registry import strategies
     from layerlab.contract.run import Batches, Replaced, Run, Wire
     from layerlab.contract.strategy import Strategy
@@ -98,6 +100,7 @@ __all__ = [
     "LayerlabError",
     "LayerlabWarning",
     "Observer",
+    "Preflight",
     "Refused",
     "Replaced",
     "Run",

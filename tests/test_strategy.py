@@ -193,7 +193,8 @@ def test_a_strategy_knows_where_the_checkpoint_lies(digits, residual, tmp_path):
 
     for folder in (None, tmp_path):
         fit(residual(), digits, Looking(), epochs=1, batch_size=512, checkpoint=folder, progress=False)
-    assert seen == [None, tmp_path]
+        # The pre-flight, which has no folder, comes before.
+        assert seen[-1] == folder
 
 
 def test_one_strategy_twice_is_refused(digits, residual):
@@ -330,7 +331,9 @@ def test_a_strategy_says_how_gradients_travel_and_another_sends_them_so(digits, 
         name: ClassVar[str] = "sender"
 
         def on_after_backward(self, run: Run) -> None:
-            assert run.wire is not None
+            # Alone, as in its pre-flight, there is none.
+            if run.wire is None:
+                return
             for name, parameter in run.training_model.named_parameters():
                 parameter.grad.copy_(run.wire.decode(*run.wire.encode(name, parameter.grad)))
 

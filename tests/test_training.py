@@ -11,7 +11,7 @@ import torch
 from helpers import Freezer, same_weights, slow
 from torch import fx, nn
 
-from layerlab import LayerlabError, Strategy, build_model, compare, evaluate, fit, load_dataset
+from layerlab import LayerlabError, Preflight, Strategy, build_model, compare, evaluate, fit, load_dataset
 from layerlab.training.settings import FitSettings, Settings, shortened
 
 QUICK = dict(epochs=2, batch_size=256, progress=False)
@@ -168,6 +168,10 @@ def test_a_training_may_end_within_an_epoch_and_its_cosine_with_it(digits, resid
 
     class Watch(Strategy):
         name: ClassVar[str] = "watch"
+
+        def preflight(self, network, example) -> Preflight:
+            # Watch the steps of the fit alone.
+            return Preflight.of(network)
 
         def on_after_backward(self, run) -> None:
             rates.append(run.optimizer.param_groups[0]["lr"])

@@ -326,6 +326,31 @@ def _check_row(result: dict[str, Any]) -> list[str | Cell]:
 
 
 @main.command()
+@click.argument("name", metavar="STRATEGY")
+@click.argument("network")
+@click.option("--classes", type=click.IntRange(1), default=10, show_default=True, help="Logits of the network.")
+@click.option("--size", type=click.IntRange(1), default=32, show_default=True, help="Side of the images, in pixels.")
+@click.option("--channels", type=click.IntRange(1), default=3, show_default=True, help="Of the images.")
+@click.option("-p", "settings", multiple=True, callback=_pairs, metavar="KEY=VALUE",
+              help="A setting of the strategy; values are YAML.")
+def preflight(
+    name: str, network: str, classes: int, size: int, channels: int, settings: dict[str, Any]
+) -> None:
+    """Show what a STRATEGY can do with a NETWORK, before any training.
+
+    NETWORK is a name such as resnet18, or your own: file.py:function or module:function.
+    """
+    import torch
+
+    from layerlab.contract.registry import strategies
+    from layerlab.workload.builders import network_builder
+
+    strategy = strategies(name, **settings)
+    build = network_builder(network, classes, (channels, size, size))
+    click.echo(strategy.preflight(build(), torch.randn(2, channels, size, size)).table.text())
+
+
+@main.command()
 @click.argument("what", nargs=-1, metavar="[NAME|FOLDER]…")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
               help="The folder of results.")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlab.base.errors import LayerlabError
+from layerlab.contract.preflight import Preflight
 
 
 class Batches(Protocol):
@@ -90,6 +91,7 @@ class Run:
         batch_size: images a step.
         after_backward: every strategy's `on_after_backward`, as `backward` calls them.
         wire: how gradients travel where a strategy says so; None: as they are.
+        preflights: what each strategy said before the first step, by its name.
     """
 
     model: nn.Module
@@ -114,6 +116,7 @@ class Run:
     logged: dict[str, float] = field(default_factory=dict)
     after_backward: list[Callable[[Run], None]] = field(default_factory=list)
     wire: Wire | None = None
+    preflights: dict[str, Preflight] = field(default_factory=dict)
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
 

@@ -6,13 +6,17 @@ that a strategy does not define is never called, so it costs nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError, sentence
+from layerlab.base.errors import LayerlabError, first_line, sentence
+from layerlab.contract.preflight import Preflight
+from layerlab.contract.rehearsal import rehearsal
 from layerlab.show.table import Table
 
 if TYPE_CHECKING:
@@ -57,6 +61,46 @@ class Strategy(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise LayerlabError(sentence(error, type(self).name or type(self).__name__)) from None
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Say what this strategy can do with a network, before any training; `fit` asks each of its strategies.
+
+        As it stands it goes through one epoch of one step on copies of the network and of this object, and takes every
+        layer that learns for covered. A strategy that acts on some layers alone says so with `Preflight.of`, and does
+        here, on a copy, whatever it does once in a training and may not be able to do.
+
+        Args:
+            network: in any mode; it is not changed.
+            example: images as the network takes them, (batch, channels, height, width).
+
+        Raises:
+            Refused: the method cannot train this network, in one sentence with the remedy.
+        """
+        with rehearsal(network, example) as (run, said):
+            copy.deepcopy(self)._rehearse(run)
+        notes = (f"{self.name} does not say on which layers it acts; these are all that learn.", *said)
+        return Preflight.of(network, notes=notes)
+
+    def _rehearse(self, run: Run) -> None:
+        """Every hook once, in the order in which `fit` calls them."""
+        if self.defines("on_after_backward"):
+            run.after_backward = [self.on_after_backward]
+        self.on_fit_start(run)
+        run.epoch = 1
+        run.training_model.train()
+        run.apply_freezing()
+        self.on_epoch_start(run)
+        for x, y in run.data.batches(run.batch_size, run.generator, torch.float32, torch.contiguous_format):
+            if self.defines("training_step"):
+                assert isinstance(x, Tensor)
+                self.training_step(run, x, y)
+            else:
+                run.plain_step(x, y)
+            run.step += 1
+        self.on_epoch_end(run)
+        run.model.eval()
+        self.on_validation_end(run)
+        self.on_fit_end(run)
 
     def on_fit_start(self, run: Run) -> None:
         """Once, before the first epoch and again after an interruption: adapt the model, the data, the optimizer."""
@@ -184,3 +228,21 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
             f"Strategies {replacing[0]!r} and {stepping[0]!r} cannot run together: the one replaces the network that "
             "trains and its data between epochs, the other the training step; use one of them at a time."
         )
+
+
+def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tensor) -> dict[str, Preflight]:
+    """What each strategy says of a network before the first step, by its name; each is given a copy.
+
+    Raises:
+        Refused: one of them cannot train it.
+    """
+    found = {}
+    for strategy in strategies:
+        try:
+            own = copy.deepcopy(network)
+        except (RuntimeError, TypeError) as error:
+            note = f"The network cannot be copied ({first_line(error)}), so nothing was tried."
+            found[strategy.name] = Preflight.of(network, notes=(note,))
+        else:
+            found[strategy.name] = strategy.preflight(own, example)
+    return found

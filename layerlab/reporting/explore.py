@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from layerlab.base.errors import LayerlabError, reason
-from layerlab.contract.strategy import Strategy, check_composition
+from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.reporting.advice import COSTS as COSTS
 from layerlab.reporting.advice import advise as advise
 from layerlab.reporting.advice import against as against
@@ -19,6 +19,7 @@ from layerlab.reporting.advice import against_table as against_table
 from layerlab.reporting.advice import pareto_front as pareto_front
 from layerlab.runs.record import default_folder
 from layerlab.runs.session import Session
+from layerlab.show.table import Table
 from layerlab.training.results import BASELINE as BASELINE
 from layerlab.training.results import Comparison
 from layerlab.training.results import in_units as in_units
@@ -167,3 +168,34 @@ def survey(
     runs = session.compare(session.experiment, network, data, every, keep_going=tuple(arms.chosen), **settings)
     runs.failures |= arms.refused
     return runs
+
+
+def preflight_table(
+    network: Callable[[], nn.Module], data: Dataset, arms: Mapping[str, Sequence[Strategy]]
+) -> Table:
+    """What each strategy can do with a network before anything is trained: one row a strategy of each arm.
+
+    Args:
+        network: builds it.
+        data: whose images it takes.
+        arms: name → strategies; one that refuses the network stands there with its reason.
+    """
+    example = next(data.test.batches(2))[0]
+    own = network().to(example.device)
+    rows: list[Sequence[str]] = []
+    notes: list[str] = []
+    for arm, chosen in arms.items():
+        try:
+            found = preflights(chosen, own, example)
+        # A third party's strategy may fail in any way.
+        except (Exception, SystemExit) as error:
+            rows.append((arm, reason(error)))
+            continue
+        for name, each in found.items():
+            acts = f"{len(each.covered)} of {len(each.covered) + len(each.left_out)} layers"
+            reasons = "; ".join(dict.fromkeys(each.left_out.values()))
+            saves = ", ".join(f"{100 * share:.1f} % of {what}" for what, share in each.saves.items())
+            rows.append((arm if len(chosen) == 1 else f"{arm}: {name}", acts, reasons or "nothing", saves or "unknown"))
+            notes += each.notes
+    header = ("arm", "acts on", "leaves out", "saves at most")
+    return Table(header, rows, "Before the first step", tuple(dict.fromkeys(notes)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged
-from layerlab.contract.strategy import Strategy, check_composition
+from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.show.progress import first_process
 from layerlab.training.checkpoint import Checkpoint, fingerprint, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
@@ -90,6 +90,7 @@ class Fit:
         """Let the strategies adapt the run and, where its folder holds a state, go on from it, which is returned."""
         self.run.folder = folder
         self.fingerprint = fingerprint(self.run.model, self.data, self.strategies, self.settings, self.seed)
+        self.run.preflights = preflights(self.strategies, self.run.model, self.run.example)
         self._call("on_fit_start")
         self.checkpoint = Checkpoint(folder, self.fingerprint) if folder is not None else None
         state = self.checkpoint.load(self.device) if self.checkpoint else None
@@ -134,7 +135,9 @@ class Fit:
             self._compiler.release()
             run.optimizer.zero_grad(set_to_none=True)
             run.model.eval()
-        result = FitResult(run.model, run.history, self.seed, self.name, self.strategies, self.settings, run.step)
+        result = FitResult(
+            run.model, run.history, self.seed, self.name, self.strategies, self.settings, run.step, run.preflights
+        )
         for observer in self.observers:
             observer.on_fit_end(self, result)
         return result

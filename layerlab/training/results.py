@@ -11,6 +11,7 @@ import pandas as pd
 from torch import nn
 
 from layerlab.base.errors import unknown
+from layerlab.contract.preflight import Preflight
 from layerlab.contract.strategy import Strategy
 from layerlab.show.figures import picture
 from layerlab.show.interval import Estimate, mean_interval, scale, spread
@@ -96,6 +97,7 @@ class FitResult:
         strategies: the strategy objects as the fit left them.
         settings: the fit's.
         steps: of the optimizer, over all epochs.
+        preflights: what each strategy said before the first step, by its name.
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ class FitResult:
     strategies: tuple[Strategy, ...]
     settings: Settings
     steps: int = 0
+    preflights: dict[str, Preflight] = field(default_factory=dict)
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from pydantic import Field, PrivateAttr
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerlab import LayerlabError, Run, Split, Strategy, devices
+from layerlab import LayerlabError, Preflight, Run, Split, Strategy, devices
 from layerlab_comm_overlap.method.engine import Engine
 from layerlab_comm_overlap.method.transport import Link, Transport
 
@@ -68,6 +68,10 @@ class CommOverlap(Strategy):
     _done: int = PrivateAttr(0)
     _loss: Tensor | None = PrivateAttr(None)
     _synchronised: bool = PrivateAttr(False)
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Every layer's gradients travel; nothing is tried, which would take the other processes."""
+        return Preflight.of(network)
 
     def on_fit_start(self, run: Run) -> None:
         """Join the other processes, and read no more than this one's share of each batch.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from helpers import Freezer, Residual
 from torch import nn
 
-from layerlab import LayerlabError, Run, Strategy, build_model, fit, load_dataset
+from layerlab import LayerlabError, Run, Split, Strategy, build_model, fit, load_dataset
 from layerlab_comm_overlap import CommOverlap, launch
 from layerlab_comm_overlap.method.model import AllReduce, fit_link, step_seconds
 from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
@@ -107,7 +107,8 @@ class Whole(Strategy):
     name: ClassVar[str] = "whole"
 
     def on_epoch_start(self, run: Run) -> None:
-        run.data = replace(run.data, share=(0, 1), padding=2)
+        if isinstance(run.data, Split):
+            run.data = replace(run.data, share=(0, 1), padding=2)
 
 
 class Hooked(Strategy):
