@@ -121,7 +121,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path
     page = publish([ipython.user_ns["study"].folder], tmp_path / "results")[0].read_text()
 
     def table(name):
-        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| --- |\n| 0 |\n\n"
+        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| ---: |\n| 0 |\n\n"
 
     shown, _, costs = page.partition("### Curves")[2].partition("### Costs")
     assert shown == ("\n\nThin lines are seeds.\n\n![cpu, 8](cpu/figures/cpu%2C%208.png)\n\nAnd in numbers:\n\n"
