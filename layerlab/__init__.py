@@ -40,6 +40,7 @@ _PUBLIC = {
     "forward_order": "layerlab.workload.order",
     "prefixes": "layerlab.workload.order",
     "Comparison": "layerlab.training.results",
+    "Pays": "layerlab.training.pays",
     "FitResult": "layerlab.training.results",
     "Fit": "layerlab.training.loop",
     "Observer": "layerlab.training.loop",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from layerlab.training.fit import compare, fit
     from layerlab.training.loop import Fit, Observer
     from layerlab.training.model_file import load_model, save_model
+    from layerlab.training.pays import Pays
     from layerlab.training.results import Comparison, FitResult
     from layerlab.workload.builders import build_model, model_names
     from layerlab.workload.dataset import Augment, Dataset, Split, noise, pass_order
@@ -100,6 +102,7 @@ __all__ = [
     "LayerlabError",
     "LayerlabWarning",
     "Observer",
+    "Pays",
     "Preflight",
     "Refused",
     "Replaced",

@@ -133,7 +133,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path
 
 def test_what_no_cell_of_the_notebook_keeps_stands_at_the_end_of_the_page(study, tmp_path):
     page = publish([study.folder], tmp_path)[0].read_text()
-    assert page.endswith("| gain |\n| --- |\n| 2 |\n| 4 |\n\n![fig-1](cpu/figures/fig-1.png)\n")
+    assert page.endswith("| gain |\n| ---: |\n| 2 |\n| 4 |\n\n![fig-1](cpu/figures/fig-1.png)\n")
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("results/*/README.md")), ids=lambda page: page.parent.name)

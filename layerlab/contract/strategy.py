@@ -164,6 +164,18 @@ class Strategy(BaseModel):
         """
         return {}
 
+    # Any rather than a protocol: a plugin writes `result: FitResult`, which a parameter of any other type forbids.
+    def placebo(self, result: Any) -> Strategy | None:
+        """A strategy that saves the same without this method's decision; None where it names none.
+
+        Called on the object that the run was trained with: the same layers frozen at the epochs at which this one froze
+        them, for example, or as many random channels in the place of the chosen ones.
+
+        Args:
+            result: the run's `FitResult`, with everything that was logged in `result.history`.
+        """
+        return None
+
     @classmethod
     def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module | None:
         """A new small network that this strategy can train, for whatever runs over all strategies, tests say.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerlab.base.errors import LayerlabError
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
+from layerlab.training.companions import Companions, Equal
 from layerlab.training.loop import Observer
 from layerlab.training.results import Comparison, FitResult
 from layerlab.training.rounds import Arm, Folders, Rounds
@@ -138,6 +139,8 @@ def compare(
     observers: Sequence[Observer] = (),
     progress: bool = True,
     keep_going: Collection[str] = (),
+    equal: Equal = "none",
+    placebo: bool = False,
     **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -151,13 +154,17 @@ def compare(
         checkpoint: a folder; every run gets a folder of its own in it.
         keep_going: arms that are left out when they refuse the network or fail in whatever way, with the reason in the
             result's `failures`. The error of any other ends the comparison.
+        equal: `flops` or `seconds`: beside each arm with strategies, train the first arm without any once more, for as
+            many steps as the arm's cost buys, with its whole schedule, under the same seeds; as `ARM · equal flops`.
+            `Comparison.pays` says whether the arm beats it.
+        placebo: train beside each arm, as `ARM · placebo`, what its strategy names as its placebo.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
         All results, with tables of them.
 
     Raises:
-        LayerlabError: as `fit`; no seeds; an arm without a network.
+        LayerlabError: as `fit`; no seeds; an arm without a network; `equal` without a baseline or measured costs.
 
     Example:
         >>> from layerlab import build_model, compare, load_dataset, strategies
@@ -171,12 +178,16 @@ def compare(
         raise LayerlabError("seeds is empty; give at least one.")
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
-    folders = Folders(Path(checkpoint) if checkpoint is not None else None, len(every) * len(seeds) == 1)
-    bars = Progress(len(every) * len(seeds) * checked.epochs, progress)
-    with Rounds(data, loss, folders, observers, keep_going, bars, checked.epochs) as rounds:
+    companions = Companions(every, equal, placebo)
+    going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
+    runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
+    folders = Folders(Path(checkpoint) if checkpoint is not None else None, runs == 1)
+    bars = Progress(runs * checked.epochs, progress)
+    with Rounds(data, loss, folders, observers, going, bars, checked.epochs) as rounds:
         for seed in seeds:
             rounds.train(seed, every)
-    return Comparison(rounds.results, rounds.failures)
+            companions.train(rounds, seed)
+    return companions.comparison(rounds)
 
 
 def _chosen(strategies: Strategy | Sequence[Strategy]) -> tuple[Strategy, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged
+from layerlab.contract.run import Batches
 from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.show.progress import first_process
 from layerlab.training.checkpoint import Checkpoint, fingerprint, restore_run, run_state
@@ -136,7 +137,8 @@ class Fit:
             run.optimizer.zero_grad(set_to_none=True)
             run.model.eval()
         result = FitResult(
-            run.model, run.history, self.seed, self.name, self.strategies, self.settings, run.step, run.preflights
+            run.model, run.history, self.seed, self.name, self.strategies, self.settings, run.step,
+            self.data.test.chance, run.preflights
         )
         for observer in self.observers:
             observer.on_fit_end(self, result)
@@ -165,8 +167,9 @@ class Fit:
             run.schedule.step()
         loss = self._finite(total.item() / run.steps_per_epoch)
         row: dict[str, Any] = {"epoch": run.epoch, "timestamp": time.time_ns() // 1_000_000, "train/loss": loss}
-        row |= evaluate(run.model, run.test_data, run.loss, autocast=run.autocast,
-                        memory_format=memory_format(self.settings))
+        row |= self._evaluate(run.test_data, "test")
+        if self.data.validation is not None:
+            row |= self._evaluate(self.data.validation, "validation")
         self._call("on_validation_end")
         row["time/epoch_seconds"] = seconds
         row |= costs
@@ -257,6 +260,13 @@ class Fit:
             f"Training diverged: the loss of {self.name!r} (seed {self.seed}) is {loss} in epoch {self.run.epoch}; "
             f"lower the learning rate ({self.settings.lr:g}) or start from other weights."
         )
+
+    def _evaluate(self, data: Batches, half: str) -> dict[str, float]:
+        """`half/loss`, `half/top1` and `half/top5` of the network that predicts."""
+        run = self.run
+        reached = evaluate(run.model, data, run.loss, autocast=run.autocast,
+                           memory_format=memory_format(self.settings))
+        return {name.replace("test/", f"{half}/"): value for name, value in reached.items()}
 
     def _call(self, hook: str) -> None:
         for strategy in self.strategies:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
-from layerlab.base.errors import unknown
+from layerlab.base.errors import LayerlabError, unknown
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.strategy import Strategy
 from layerlab.show.figures import picture
 from layerlab.show.interval import Estimate, mean_interval, scale, spread
 from layerlab.show.layer_map import LayerMap
 from layerlab.show.table import Table
+from layerlab.training.pays import Pays
 from layerlab.training.settings import Settings
 
 # The arm without a strategy, where nobody has named it.
@@ -56,7 +57,8 @@ def comparison_table(comparison: Comparison) -> Table:
     rows = [[row["arm"], *(spread(row[name], row[f"{name} ±"]) for name in headings)]
             for _, row in frame.iterrows()] if frame is not None else []
     rows += [[arm, f"left out: {reason}"] for arm, reason in comparison.failures.items()]
-    return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison))
+    notes = [f"{arm}: {comparison.pays(arm)}" for arm in comparison.equal]
+    return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
 
 
 def _caption(comparison: Comparison) -> str:
@@ -97,6 +99,7 @@ class FitResult:
         strategies: the strategy objects as the fit left them.
         settings: the fit's.
         steps: of the optimizer, over all epochs.
+        chance: the test accuracy of always naming the most frequent class, a share.
         preflights: what each strategy said before the first step, by its name.
     """
 
@@ -107,6 +110,7 @@ class FitResult:
     strategies: tuple[Strategy, ...]
     settings: Settings
     steps: int = 0
+    chance: float = math.nan
     preflights: dict[str, Preflight] = field(default_factory=dict)
 
     @property
@@ -181,7 +185,7 @@ def _value_of(metric: Metric) -> Callable[[FitResult], float]:
 
 
 def _is_accuracy(metric: Metric) -> bool:
-    return isinstance(metric, str) and metric.startswith(("top-", "best top-", "test/top"))
+    return isinstance(metric, str) and metric.startswith(("top-", "best top-", "test/top", "validation/top"))
 
 
 def _ratio(value: float, whole: float) -> float:
@@ -195,6 +199,9 @@ class Comparison:
     Attributes:
         results: (arm, seed) → result.
         failures: arm that was left out of them → why.
+        baseline: name of the arm without strategies; empty where there is none.
+        equal: arm → name of the baseline that costs as much as the arm, where one was trained.
+        placebos: arm → name of its placebo, where one was trained.
 
     Example:
         >>> from layerlab import build_model, compare, load_dataset
@@ -207,11 +214,21 @@ class Comparison:
 
     results: dict[tuple[str, int], FitResult]
     failures: dict[str, str] = field(default_factory=dict)
+    baseline: str = ""
+    equal: Mapping[str, str] = field(default_factory=dict)
+    placebos: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
-        """In the order given."""
+        """In the order given, with those that were trained beside them at the end."""
         return list(dict.fromkeys(arm for arm, _ in self.results))
+
+    @property
+    def given(self) -> Comparison:
+        """The arms that were asked for, without those that were trained beside them to judge them."""
+        beside = {*self.equal.values(), *self.placebos.values()}
+        results = {key: result for key, result in self.results.items() if key[0] not in beside}
+        return Comparison(results, self.failures, self.baseline)
 
     @property
     def seeds(self) -> list[int]:
@@ -323,6 +340,35 @@ class Comparison:
             ratio = theirs.time_to(wanted, metric) / mine.time_to(wanted, metric)
             ratios.append(ratio if math.isfinite(ratio) and ratio > 0 else math.nan)
         return Estimate(tuple(ratios), "×")
+
+    def pays(self, arm: str, metric: Metric = "top-1") -> Pays:
+        """Whether an arm is more accurate than plain training that costs as much.
+
+        Args:
+            arm: one that `compare(…, equal="flops")` trained such a baseline beside.
+            metric: an accuracy, as `per_seed`.
+
+        Raises:
+            LayerlabError: no such baseline was trained.
+
+        Example:
+            >>> from layerlab import build_model, compare, load_dataset, strategies
+            >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+            >>> arms = {"full": (), "skip": strategies("lars-skip")}
+            >>> network = lambda: build_model("resnet-cifar", num_classes=10, channels=1, depth=8)
+            >>> runs = compare(network, data, arms, epochs=1, equal="flops", progress=False)
+            >>> runs.pays("skip").verdict
+            'undecided'
+        """
+        self.of(arm)
+        if arm not in self.equal:
+            raise LayerlabError(
+                f"No baseline of equal cost was trained beside {arm!r}; pass equal='flops' to compare."
+            )
+        plain = self.equal[arm]
+        pairs = zip(self.of(plain), self.of(self.baseline), strict=True)
+        shares = [short.steps / whole.steps for short, whole in pairs]
+        return Pays(self.paired(metric, arm, plain), math.fsum(shares) / len(shares))
 
     @property
     def summary(self) -> pd.DataFrame:

@@ -21,7 +21,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def on_device(data: Dataset, device: torch.device) -> Dataset:
     """The dataset with labels and resident images on a device; streamed images stay where they are."""
-    return replace(data, train=_moved(data.train, device), test=_moved(data.test, device))
+    validation = _moved(data.validation, device) if data.validation is not None else None
+    return replace(
+        data, train=_moved(data.train, device), test=_moved(data.test, device), validation=validation
+    )
 
 
 def _moved(split: Split, device: torch.device) -> Split:

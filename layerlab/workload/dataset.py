@@ -71,6 +71,19 @@ class Split:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @property
+    def chance(self) -> float:
+        """The share of the most frequent class: what always naming it would reach."""
+        return self.labels.cpu().bincount().max().item() / len(self)
+
+    def rows(self, chosen: Tensor) -> Split:
+        """The images that a mask, bool (n,), chooses."""
+        if isinstance(self.images, Streamed):
+            images: Tensor | Streamed = self.images.subset(chosen.nonzero()[:, 0])
+        else:
+            images = self.images[chosen]
+        return replace(self, images=images, labels=self.labels[chosen])
+
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.mean, device=self.labels.device).view(1, -1, 1, 1)
@@ -149,6 +162,7 @@ class Dataset:
         source: the folder or package it came from.
         class_names: of the class folders, in the labels' order; empty where a source has none.
         note: what a reader of its numbers should know, such as a test half that was split off.
+        validation: images that are neither trained on nor reported: what is chosen is chosen by them.
     """
 
     name: str
@@ -159,6 +173,7 @@ class Dataset:
     source: str
     class_names: tuple[str, ...] = ()
     note: str = ""
+    validation: Split | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -184,14 +199,28 @@ class Dataset:
             >>> len(apart.train), len(apart.test)
             (75, 25)
         """
-        split = self.train
-        chosen = torch.arange(len(split), device=split.labels.device) % every == every - 1
-        halves = []
-        for rows in (~chosen, chosen):
-            whole = split.images
-            images = whole[rows] if isinstance(whole, Tensor) else whole.subset(rows.nonzero()[:, 0])
-            halves.append(replace(split, images=images, labels=split.labels[rows]))
-        return replace(self, train=halves[0], test=halves[1], fingerprint=f"{self.fingerprint}-held-out-{every}")
+        train, chosen = self._apart(every)
+        return replace(self, train=train, test=chosen, fingerprint=f"{self.fingerprint}-held-out-{every}")
+
+    def with_validation(self, every: int = 5) -> Dataset:
+        """The same data with a part of the training images set apart, to choose by; the test images stay.
+
+        Args:
+            every: each so-many-th training image is set apart.
+
+        Example:
+            >>> from layerlab import load_dataset
+            >>> data = load_dataset("digits", limit=100, device="cpu").with_validation(every=5)
+            >>> len(data.train), len(data.validation)
+            (80, 20)
+        """
+        train, chosen = self._apart(every)
+        return replace(self, train=train, validation=chosen, fingerprint=f"{self.fingerprint}-validation-{every}")
+
+    def _apart(self, every: int) -> tuple[Split, Split]:
+        """(the other training images, each so-many-th one)."""
+        chosen = torch.arange(len(self.train), device=self.train.labels.device) % every == every - 1
+        return self.train.rows(~chosen), self.train.rows(chosen)
 
     def __repr__(self) -> str:
         channels, height, width = self.shape
