@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import cloudpickle
 import pandas as pd
@@ -214,32 +214,63 @@ fit(lambda: build_model("lenet", num_classes=10, channels=1, image_size=16), dat
 """
 
 
+HANG = """
+import os, signal, sys
+import torch.distributed as dist
+from layerlab import LayerlabError, Strategy, build_model, fit, load_dataset
+from layerlab_comm_overlap import CommOverlap, launch
+
+class Stopped(Strategy):
+    def on_epoch_start(self, run):
+        if run.epoch == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+def job(name, options):
+    data = load_dataset("digits", image_size=16, limit=200, device="cpu")
+    network = build_model(name, num_classes=10, channels=1, image_size=16)
+    fit(network, data, [Stopped(), CommOverlap(time_limit_s=4, **options)], epochs=3, batch_size=50, progress=False)
+
+if __name__ == "__main__":
+    for name, options in (("lenet", {}), ("mlp", {"pipeline_segments": False})):
+        try:
+            launch(job, 2, name, options, threads=1, time_limit=60)
+        except LayerlabError as error:
+            print(error)
+"""
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Two jobs at once on this machine: one by torchrun, whose first worker is killed once, and one by `launch`.
+    """Jobs that run at once on this machine: one by `launch`, one by torchrun, whose first worker is killed once, and
+    one whose second worker stops.
 
-    Two in all, because every worker imports torch anew.
+    No more, because every worker imports torch anew.
     """
     folder = tmp_path_factory.mktemp("jobs")
     (folder / "job.py").write_text(JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-               "--monitor-interval=0.1", str(folder / "job.py"), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as job:
+    (folder / "hang.py").write_text(HANG)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+                "--monitor-interval=0.1", str(folder / "job.py"), str(folder)]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+                               "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    with (subprocess.Popen([sys.executable, *torchrun], **options) as job,
+          subprocess.Popen([sys.executable, str(folder / "hang.py")], **options) as hang):
         try:
             with pytest.raises(LayerlabError) as raised:
                 launch(all_cases, WORKERS, folder, threads=1)
             output, _ = job.communicate(timeout=180)
+            hung, _ = hang.communicate(timeout=180)
         finally:
             job.kill()
-    return {"folder": folder, "error": str(raised.value), "output": output, "code": job.returncode}
+            hang.kill()
+    return {"folder": folder, "error": raised.value, "output": output, "code": job.returncode, "hung": hung}
 
 
 @pytest.fixture(scope="module")
 def workers(jobs) -> list[dict]:
     """What every worker of the launched job found before one of them failed."""
     files = [jobs["folder"] / f"{rank}.pt" for rank in range(WORKERS)]
-    assert all(file.exists() for file in files), jobs["error"]
+    assert all(file.exists() for file in files), str(jobs["error"])
     return [torch.load(file) for file in files]
 
 
@@ -297,8 +328,17 @@ def test_running_statistics_are_the_same_in_all_workers(workers):
 # ------------------------------------------------------------------------------------ jobs that die
 
 
-def test_a_worker_that_fails_ends_the_job_with_its_rank_and_its_error(jobs, workers):
-    assert jobs["error"].startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
+def test_a_worker_that_fails_ends_the_job_with_its_rank_its_error_and_its_traceback(jobs, workers):
+    assert str(jobs["error"]).startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
+    assert 'raise ValueError("the disk of this machine is full")' in str(jobs["error"].__cause__)
+
+
+def test_a_worker_that_stops_ends_the_job_with_its_rank_after_the_time_limit(jobs):
+    # Nothing else is printed: neither the launcher's logs nor the other worker's traceback.
+    first, second = jobs["hung"].splitlines()
+    for line in (first, second):
+        assert line.startswith("Worker 1 of 2 does not answer: worker 0 waited 4 s for it.")
+        assert "CommOverlap(time_limit_s=…)" in line
 
 
 def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(jobs):
