@@ -19,8 +19,9 @@ from helpers import Freezer, Residual
 from torch import nn
 
 from layerlab import LayerlabError, Run, Split, Strategy, build_model, fit, load_dataset
-from layerlab_comm_overlap import CommOverlap, launch
-from layerlab_comm_overlap.method.model import AllReduce, fit_link, step_seconds
+from layerlab_comm_overlap import CommOverlap, analysis, launch
+from layerlab_comm_overlap.method.model import AllReduce, Measured, fit_link, margins, scaling, step_seconds
+from layerlab_comm_overlap.method.stock import STOCK, StockDDP
 from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
 
 # Workers cannot import a test module.
@@ -153,6 +154,9 @@ CASES = {
     "hooked": (lenet, [Hooked()], CommOverlap(**SMALL), {}),
     "frozen": (chain, [Freezer()], CommOverlap(bucket_mb=0.004), {"epochs": 4, "measure": True}),
     "unused": (Changing, [], CommOverlap(find_unused_parameters=True, **SMALL), {}),
+    "DDP as it comes": (lenet, [], StockDDP(bucket_mb=0.05), {"batch_size": 30}),
+    "DDP over a slow link": (chain, [], StockDDP(bucket_mb=0.02, link_megabits=100, link_latency_ms=2),
+                             {"batch_size": 30}),
 } | {f"switches {number}": (lenet, [], CommOverlap(**on, **SMALL), {}) for number, on in enumerate(COMBINATIONS)}
 ALONE = {
     "wire": (lenet, [Sixteenths()], CommOverlap(**SMALL), {}),
@@ -296,7 +300,8 @@ def test_workers_end_with_the_weights_of_one_process(name, workers, one_process)
     for key, weight in alone["weights"].items():
         torch.testing.assert_close(first["weights"][key], weight, rtol=2e-4, atol=2e-6)
         assert all(torch.equal(first["weights"][key], other[name]["weights"][key]) for other in workers)
-    if name not in ("uneven", "unused"):  # their losses are means over other batches, and of other networks
+    # The losses of some are means over other batches, or a share's alone, or of other networks.
+    if name not in ("uneven", "unused", "DDP as it comes", "DDP over a slow link"):
         for row, wanted in zip(first["history"], alone["history"], strict=True):
             assert row["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-4)
             assert row["test/top1"] == pytest.approx(wanted["test/top1"], abs=0.01)
@@ -395,3 +400,68 @@ def test_latency_and_bandwidth_are_found_again_in_times_of_rings():
     tree = AllReduce(1e-3, 1e7, "tree")
     assert tree.delay(4096) == pytest.approx(24e-3)
     assert true.delay(4096) == pytest.approx(8.19)
+
+
+def measured(layers: pd.DataFrame, workers: int, factors: dict[str, float]) -> Measured:
+    """Steps that take so many times what the model says of them, and `STOCK` between the two."""
+    link = AllReduce(1e-3, 1e7)
+    sizes = (2**12, 2**18, 2**22)
+    times = [{"bytes": size, "seconds": link.delay(workers) + link.busy(size, workers)} for size in sizes]
+    buckets = [[size if number == layer else 0 for number in range(len(layers))]
+               for layer, size in reversed(list(enumerate(layers["bytes"])))]
+    seconds = {"compute alone": [layers[["forward", "backward"]].to_numpy().sum()], "communicate alone": [0.5]}
+    results = {"layers": layers, "link": pd.DataFrame(times), "buckets": buckets, "seconds": seconds}
+    found = Measured(workers, results, {"segment_mb": 0.25, "in_flight": 2})
+    for name, factor in factors.items():
+        seconds[name] = [factor * found.predict(name)]
+    for part, name in enumerate(STOCK):
+        seconds[name] = [seconds["no overlap"][0] * (0.8 - 0.1 * part)]
+    return found
+
+
+TWO_LAYERS = pd.DataFrame({"layer": ["a", "b"], "forward": [0.1, 0.1], "backward": [0.2, 0.2],
+                           "bytes": [2**20, 2**22]})
+FOUR_LAYERS = pd.DataFrame({"layer": list("abcd"), "forward": [0.2, 0.1, 0.05, 0.02],
+                            "backward": [0.4, 0.2, 0.1, 0.04], "bytes": [2**16, 2**19, 2**21, 2**23]})
+PAIR = ("no overlap", "all together")
+
+
+@pytest.mark.parametrize("layers", [TWO_LAYERS, FOUR_LAYERS])
+def test_what_the_model_says_is_as_uncertain_as_it_was_wrong(layers):
+    found = [measured(layers, 2, {"no overlap": 1.1, "all together": 1.4}),
+             measured(layers, 4, {"no overlap": 1.2, "all together": 0.9})]
+    off = margins(found, PAIR)
+    assert off.seconds == (pytest.approx(0.9), pytest.approx(1.4))
+    assert off.gain == (pytest.approx(1.1 / 1.4), pytest.approx(1.2 / 0.9))
+    curves = scaling(found[0], [1, 16, 64], PAIR, off)
+    at = curves[(curves["variant"] == "all together") & (curves["algorithm"] == "ring")].set_index("workers")
+    assert at["speed low"][16] == pytest.approx(at["speed"][16] / 1.4)
+    assert at["speed high"][16] == pytest.approx(at["speed"][16] / 0.9)
+    assert at["gain low"][64] == pytest.approx(at["gain"][64] * 1.1 / 1.4)
+    assert at["speed low"][1] == at["speed high"][1] == pytest.approx(1.0)
+    # A model that was never wrong is still only a model: its own word is within.
+    assert margins([measured(layers, 2, dict.fromkeys(PAIR, 1.3))], PAIR).seconds[0] == 1.0
+
+
+@pytest.mark.parametrize("layers", [TWO_LAYERS, FOUR_LAYERS])
+def test_the_announced_speeds_and_their_trend_stand_beside_the_models(layers):
+    found = measured(layers, 2, {"no overlap": 1.0, "all together": 1.25})
+    published = pd.DataFrame({"GPUs": [16, 64], "speed": [14.7, 27.0], "more than without [%]": [46, 71]})
+    off = margins([found], PAIR)
+    table = analysis.announced(scaling(found, [16, 64], PAIR, off), published.set_index("GPUs"))
+    assert table["quantity"].tolist() == ["speed", "gain [%]", "speed", "gain [%]", "trend [points]"]
+    assert table["published"].tolist() == [14.7, 46, 27.0, 71, 25]
+    assert (table["low"] <= table["model"]).all()
+    assert (table["model"] <= table["high"]).all()
+    gain = table[table["quantity"] == "gain [%]"].set_index("GPUs")["model"]
+    assert table["model"].iloc[-1] == pytest.approx(gain[64] - gain[16])
+
+
+@pytest.mark.parametrize("layers", [TWO_LAYERS, FOUR_LAYERS])
+def test_gains_over_ddp_are_over_its_fastest_buckets(layers):
+    found = measured(layers, 2, dict.fromkeys(PAIR, 1.0))
+    assert analysis.best_stock(found) == "DDP, 25 MB buckets"
+    table = analysis.against_bounds({2: found}).set_index("variant")
+    assert table["over DDP"]["DDP, 25 MB buckets"] == pytest.approx(1.0)
+    assert table["over DDP"]["no overlap"] == pytest.approx(0.6)
+    assert table["gain"]["DDP, 5 MB buckets"] == pytest.approx(1 / 0.7)
