@@ -17,6 +17,7 @@ from layerlab_comm_overlap.method.launcher import launch
 from layerlab_comm_overlap.method.measuring import COMPUTE, CUT, OFF, VARIANTS, WHOLE
 from layerlab_comm_overlap.method.model import Measured
 from layerlab_comm_overlap.method.networks import LimitedLink, limited_link
+from layerlab_comm_overlap.method.stock import STOCK
 from layerlab_comm_overlap.strategy import CommOverlap
 
 
@@ -68,7 +69,8 @@ def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
     Returns:
         One row a number of workers and variant: `workers`, `variant`, `seconds` (median over rounds), `low` and `high`
         (quartiles), `max` and `sum` (the two bounds), `gain` (seconds without overlap over seconds, median of rounds),
-        `share` (of the way from the sum to the max, in per cent).
+        `over DDP` (seconds of the fastest of `STOCK` over seconds, median of rounds), `share` (of the way from the sum
+        to the max, in per cent). `STOCK` are the null arms.
     """
     rows = []
     for workers, each in found.items():
@@ -76,14 +78,14 @@ def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
         compute, communicate = each.seconds[COMPUTE], each.seconds[WHOLE]
         upper, lower = compute + communicate, max(compute, communicate)
         for name, values in seconds.items():
-            if name not in VARIANTS:
+            if name not in VARIANTS and name not in STOCK:
                 continue
             quartiles = (
                 statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3)
-            ratios = [base / value for base, value in zip(seconds["no overlap"], values, strict=True)]
             rows.append({
                 "workers": workers, "variant": name, "seconds": statistics.median(values), "low": quartiles[0],
-                "high": quartiles[2], "max": lower, "sum": upper, "gain": statistics.median(ratios),
+                "high": quartiles[2], "max": lower, "sum": upper, "gain": statistics.median(gains(each, name)),
+                "over DDP": statistics.median(gains(each, name, best_stock(each))),
                 "share": 100 * (upper - statistics.median(values)) / (upper - lower),
             })
     return pd.DataFrame(rows)
@@ -103,10 +105,45 @@ def parts(found: Mapping[int, Measured]) -> pd.DataFrame:
     ])
 
 
-def gains(each: Measured, variant: str = "all together") -> list[float]:
-    """Seconds without overlap over a variant's, a value a round."""
+def gains(each: Measured, variant: str = "all together", base: str = "no overlap") -> list[float]:
+    """Seconds of `base` over those of a variant, one value a round."""
     seconds = each.results["seconds"]
-    return [base / value for base, value in zip(seconds["no overlap"], seconds[variant], strict=True)]
+    return [slow / fast for slow, fast in zip(seconds[base], seconds[variant], strict=True)]
+
+
+def best_stock(each: Measured) -> str:
+    """The bucket size with which DistributedDataParallel as it comes is fastest, a name of `STOCK`."""
+    return min(STOCK, key=lambda name: each.seconds[name])
+
+
+def announced(curves: pd.DataFrame, published: pd.DataFrame, variant: str = "all together") -> pd.DataFrame:
+    """The published speeds and gains beside the model's; nothing of it is measured at these numbers of workers.
+
+    Args:
+        curves: `model.scaling`.
+        published: indexed by the number of GPUs, with `speed` and `more than without [%]`.
+        variant: the one with overlap.
+
+    Returns:
+        One row a number of GPUs and quantity: `GPUs`, `quantity` (`speed`, one = 1; `gain [%]`), `published`, `model`
+        with `low` and `high` as far as the model may be off; and at last `trend`, the points by which the gain grows
+        from the first number to the last. Ring all-reduce.
+    """
+    ring = curves[(curves["variant"] == variant) & (curves["algorithm"] == "ring")].set_index("workers")
+    rows = []
+    for count, row in published.iterrows():
+        at = ring.loc[count]
+        rows.append({"GPUs": count, "quantity": "speed", "published": row["speed"], "model": at["speed"],
+                     "low": at["speed low"], "high": at["speed high"]})
+        rows.append({"GPUs": count, "quantity": "gain [%]", "published": row["more than without [%]"],
+                     **{name: 100 * (at[column] - 1)
+                        for name, column in (("model", "gain"), ("low", "gain low"), ("high", "gain high"))}})
+    first, last = rows[1], rows[-1]
+    trend = {name: last[name] - first[name] for name in ("published", "model", "low", "high")}
+    # One factor for both numbers, so that its ends are the trend's, in either order.
+    trend["low"], trend["high"] = sorted((trend["low"], trend["high"]))
+    rows.append({"GPUs": last["GPUs"], "quantity": "trend [points]", **trend})
+    return pd.DataFrame(rows)
 
 
 def same_weights(

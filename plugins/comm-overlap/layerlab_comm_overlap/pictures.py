@@ -14,13 +14,15 @@ from layerlab import figures
 
 
 def bars(frame: pd.DataFrame) -> Figure:
-    """Seconds a step of each variant with quartiles, between the two bounds; a panel a number of workers.
+    """Seconds a step of each variant and of DDP as it comes, with quartiles, between the two bounds.
+
+    One panel for each number of workers.
 
     Args:
         frame: `analysis.against_bounds`.
     """
     groups = list(frame.groupby("workers"))
-    figure, axes = figures.canvas(len(groups), width=6.4, height=3.4)
+    figure, axes = figures.canvas(len(groups), width=6.4, height=4.2)
     colours = sns.color_palette("colorblind")
     for axis, (workers, part) in zip(axes[0], groups, strict=True):
         errors = [part["seconds"] - part["low"], part["high"] - part["seconds"]]
@@ -72,7 +74,9 @@ def timelines(spans: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def figure_1(frame: pd.DataFrame, sweep: pd.DataFrame, announced: pd.DataFrame, claimed: float, at: int) -> Figure:
-    """Learning speed against the number of GPUs; what overlap gains; what it gains on other links.
+    """Learning speed against the number of GPUs; what overlap gains; what it gains on other links; all by the model.
+
+    Bands: as far as the model was off where there is a measurement.
 
     Args:
         frame: `model.scaling`.
@@ -89,8 +93,11 @@ def figure_1(frame: pd.DataFrame, sweep: pd.DataFrame, announced: pd.DataFrame, 
     for (variant, algorithm), part in frame.groupby(["variant", "algorithm"], sort=False):
         speed.plot(part["workers"], part["speed"], styles[algorithm], color=colours[variant],
                    label=f"{variant}, {algorithm}")
+        band = {"color": colours[variant], "alpha": 0.15 if algorithm == "ring" else 0.0}
+        speed.fill_between(part["workers"], part["speed low"], part["speed high"], **band)
         if variant != variants[0]:
             gain.plot(part["workers"], part["gain"], styles[algorithm], color=colours[variant])
+            gain.fill_between(part["workers"], part["gain low"], part["gain high"], **band)
     numbers = sorted(set(frame["workers"]))
     speed.plot(numbers, numbers, color="0.6", linewidth=0.9, label="ideal")
     published = {variants[0]: announced["speed"] / (1 + announced["more than without [%]"] / 100),

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from layerlab import LayerlabError, Preflight, Run, Split, Strategy, devices
 from layerlab_comm_overlap.method.engine import Engine
+from layerlab_comm_overlap.method.peers import TIME_LIMIT, watched
 from layerlab_comm_overlap.method.transport import Link, Transport
 
 
@@ -59,6 +61,9 @@ class CommOverlap(Strategy):
     link_latency_ms: float = Field(0.0, ge=0)
     """For measurements: a delay makes every message between two workers take so much longer (milliseconds)."""
 
+    time_limit_s: float = Field(TIME_LIMIT, gt=0)
+    """Seconds that a worker waits for the others; then the job ends and names the one that does not answer."""
+
     _transport: Transport | None = PrivateAttr(None)
     _engine: Engine | None = PrivateAttr(None)
     _key: list[Any] = PrivateAttr(default_factory=list)
@@ -82,7 +87,7 @@ class CommOverlap(Strategy):
         self._release()
         self._epoch, self._key, self._synchronised = 0, [], False
         self._seed = run.generator.initial_seed()
-        join(run.device)
+        join(run.device, self.time_limit_s)
         if _workers() == 1:
             return
         if run.batch_size < _workers():
@@ -100,7 +105,8 @@ class CommOverlap(Strategy):
             return
         if not self._synchronised:
             epochs: list[Any] = [None] * _workers()
-            dist.all_gather_object(epochs, run.epoch)
+            with watched(self.time_limit_s):
+                dist.all_gather_object(epochs, run.epoch)
             if len(set(epochs)) > 1:
                 raise LayerlabError(f"The workers would go on from different epochs ({epochs}); give a checkpoint "
                                     "folder that all of them read.")
@@ -111,14 +117,15 @@ class CommOverlap(Strategy):
         """One step on this worker's share."""
         if _workers() == 1:
             return run.plain_step(x, y)
-        if self._epoch != run.epoch:
-            self._begin_epoch(run)
-        assert self._engine is not None
-        assert self._loss is not None
-        x, y, weight = self._share(run, x, y)
-        self._done += 1
-        last = self._done >= run.steps_per_epoch
-        loss = self._engine.step(run, x, y, weight, last)
+        with watched(self.time_limit_s):
+            if self._epoch != run.epoch:
+                self._begin_epoch(run)
+            assert self._engine is not None
+            assert self._loss is not None
+            x, y, weight = self._share(run, x, y)
+            self._done += 1
+            last = self._done >= run.steps_per_epoch
+            loss = self._engine.step(run, x, y, weight, last)
         self._loss += loss.detach() * weight
         if last:
             devices.set_random_state(self._random, run.device)
@@ -133,7 +140,8 @@ class CommOverlap(Strategy):
         statistics = [b for b in run.training_model.buffers() if b.is_floating_point()]
         flat = torch.cat([(self._loss / self._done).double().view(1),
                           *(b.detach().double().reshape(-1) / _workers() for b in statistics)])
-        dist.all_reduce(flat)
+        with watched(self.time_limit_s):
+            dist.all_reduce(flat)
         mean_loss, *parts = flat.split([1, *(b.numel() for b in statistics)])
         with torch.no_grad():
             for buffer, part in zip(statistics, parts, strict=True):
@@ -185,9 +193,10 @@ class CommOverlap(Strategy):
         if self.link_megabits is not None or self.link_latency_ms:
             link = Link(self.link_megabits and self.link_megabits * 1e6, self.link_latency_ms / 1e3)
         # A group of its own: its operations must not mix with anyone else's.
-        group = dist.new_group(backend="gloo" if self.pipeline_segments else None)
+        group = dist.new_group(backend="gloo" if self.pipeline_segments else None,
+                               timeout=timedelta(seconds=self.time_limit_s))
         segment = int(self.segment_mb * 2**20) if self.pipeline_segments else None
-        return Transport(group, device, segment, self.in_flight, link)
+        return Transport(group, device, segment, self.in_flight, link, time_limit=self.time_limit_s)
 
     def _begin_epoch(self, run: Run) -> None:
         """At an epoch's first step, when every strategy has adapted the network and its freezing."""
@@ -231,14 +240,19 @@ class CommOverlap(Strategy):
         self._key = []
 
 
-def join(device: torch.device) -> None:
-    """Set up the process group of a job that `torchrun` started, unless that is done: nccl on GPUs, gloo on CPUs."""
+def join(device: torch.device, time_limit: float = TIME_LIMIT) -> None:
+    """Set up the process group of a job that `torchrun` started, unless that is done: nccl on GPUs, gloo on CPUs.
+
+    Args:
+        device: the one to train on.
+        time_limit: seconds that the group waits for a worker.
+    """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank, workers = next(dist.rendezvous("env://"))
         # torchrun's own store outlives a restart, and the addresses of workers that are gone would be found in it.
         store = dist.PrefixStore(f"comm-overlap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=workers)
+                                world_size=workers, timeout=timedelta(seconds=time_limit))
         atexit.register(leave)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import cloudpickle
 import pandas as pd
@@ -19,8 +19,9 @@ from helpers import Freezer, Residual
 from torch import nn
 
 from layerlab import LayerlabError, Run, Split, Strategy, build_model, fit, load_dataset
-from layerlab_comm_overlap import CommOverlap, launch
-from layerlab_comm_overlap.method.model import AllReduce, fit_link, step_seconds
+from layerlab_comm_overlap import CommOverlap, analysis, launch
+from layerlab_comm_overlap.method.model import AllReduce, Measured, fit_link, margins, scaling, step_seconds
+from layerlab_comm_overlap.method.stock import STOCK, StockDDP
 from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
 
 # Workers cannot import a test module.
@@ -153,6 +154,9 @@ CASES = {
     "hooked": (lenet, [Hooked()], CommOverlap(**SMALL), {}),
     "frozen": (chain, [Freezer()], CommOverlap(bucket_mb=0.004), {"epochs": 4, "measure": True}),
     "unused": (Changing, [], CommOverlap(find_unused_parameters=True, **SMALL), {}),
+    "DDP as it comes": (lenet, [], StockDDP(bucket_mb=0.05), {"batch_size": 30}),
+    "DDP over a slow link": (chain, [], StockDDP(bucket_mb=0.02, link_megabits=100, link_latency_ms=2),
+                             {"batch_size": 30}),
 } | {f"switches {number}": (lenet, [], CommOverlap(**on, **SMALL), {}) for number, on in enumerate(COMBINATIONS)}
 ALONE = {
     "wire": (lenet, [Sixteenths()], CommOverlap(**SMALL), {}),
@@ -214,32 +218,63 @@ fit(lambda: build_model("lenet", num_classes=10, channels=1, image_size=16), dat
 """
 
 
+HANG = """
+import os, signal, sys
+import torch.distributed as dist
+from layerlab import LayerlabError, Strategy, build_model, fit, load_dataset
+from layerlab_comm_overlap import CommOverlap, launch
+
+class Stopped(Strategy):
+    def on_epoch_start(self, run):
+        if run.epoch == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+def job(name, options):
+    data = load_dataset("digits", image_size=16, limit=200, device="cpu")
+    network = build_model(name, num_classes=10, channels=1, image_size=16)
+    fit(network, data, [Stopped(), CommOverlap(time_limit_s=4, **options)], epochs=3, batch_size=50, progress=False)
+
+if __name__ == "__main__":
+    for name, options in (("lenet", {}), ("mlp", {"pipeline_segments": False})):
+        try:
+            launch(job, 2, name, options, threads=1, time_limit=60)
+        except LayerlabError as error:
+            print(error)
+"""
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Two jobs at once on this machine: one by torchrun, whose first worker is killed once, and one by `launch`.
+    """Jobs that run at once on this machine: one by `launch`, one by torchrun, whose first worker is killed once, and
+    one whose second worker stops.
 
-    Two in all, because every worker imports torch anew.
+    No more, because every worker imports torch anew.
     """
     folder = tmp_path_factory.mktemp("jobs")
     (folder / "job.py").write_text(JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-               "--monitor-interval=0.1", str(folder / "job.py"), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as job:
+    (folder / "hang.py").write_text(HANG)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+                "--monitor-interval=0.1", str(folder / "job.py"), str(folder)]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+                               "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    with (subprocess.Popen([sys.executable, *torchrun], **options) as job,
+          subprocess.Popen([sys.executable, str(folder / "hang.py")], **options) as hang):
         try:
             with pytest.raises(LayerlabError) as raised:
                 launch(all_cases, WORKERS, folder, threads=1)
             output, _ = job.communicate(timeout=180)
+            hung, _ = hang.communicate(timeout=180)
         finally:
             job.kill()
-    return {"folder": folder, "error": str(raised.value), "output": output, "code": job.returncode}
+            hang.kill()
+    return {"folder": folder, "error": raised.value, "output": output, "code": job.returncode, "hung": hung}
 
 
 @pytest.fixture(scope="module")
 def workers(jobs) -> list[dict]:
     """What every worker of the launched job found before one of them failed."""
     files = [jobs["folder"] / f"{rank}.pt" for rank in range(WORKERS)]
-    assert all(file.exists() for file in files), jobs["error"]
+    assert all(file.exists() for file in files), str(jobs["error"])
     return [torch.load(file) for file in files]
 
 
@@ -265,7 +300,8 @@ def test_workers_end_with_the_weights_of_one_process(name, workers, one_process)
     for key, weight in alone["weights"].items():
         torch.testing.assert_close(first["weights"][key], weight, rtol=2e-4, atol=2e-6)
         assert all(torch.equal(first["weights"][key], other[name]["weights"][key]) for other in workers)
-    if name not in ("uneven", "unused"):  # their losses are means over other batches, and of other networks
+    # The losses of some are means over other batches, or a share's alone, or of other networks.
+    if name not in ("uneven", "unused", "DDP as it comes", "DDP over a slow link"):
         for row, wanted in zip(first["history"], alone["history"], strict=True):
             assert row["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-4)
             assert row["test/top1"] == pytest.approx(wanted["test/top1"], abs=0.01)
@@ -297,8 +333,17 @@ def test_running_statistics_are_the_same_in_all_workers(workers):
 # ------------------------------------------------------------------------------------ jobs that die
 
 
-def test_a_worker_that_fails_ends_the_job_with_its_rank_and_its_error(jobs, workers):
-    assert jobs["error"].startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
+def test_a_worker_that_fails_ends_the_job_with_its_rank_its_error_and_its_traceback(jobs, workers):
+    assert str(jobs["error"]).startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
+    assert 'raise ValueError("the disk of this machine is full")' in str(jobs["error"].__cause__)
+
+
+def test_a_worker_that_stops_ends_the_job_with_its_rank_after_the_time_limit(jobs):
+    # Nothing else is printed: neither the launcher's logs nor the other worker's traceback.
+    first, second = jobs["hung"].splitlines()
+    for line in (first, second):
+        assert line.startswith("Worker 1 of 2 does not answer: worker 0 waited 4 s for it.")
+        assert "CommOverlap(time_limit_s=…)" in line
 
 
 def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(jobs):
@@ -355,3 +400,68 @@ def test_latency_and_bandwidth_are_found_again_in_times_of_rings():
     tree = AllReduce(1e-3, 1e7, "tree")
     assert tree.delay(4096) == pytest.approx(24e-3)
     assert true.delay(4096) == pytest.approx(8.19)
+
+
+def measured(layers: pd.DataFrame, workers: int, factors: dict[str, float]) -> Measured:
+    """Steps that take so many times what the model says of them, and `STOCK` between the two."""
+    link = AllReduce(1e-3, 1e7)
+    sizes = (2**12, 2**18, 2**22)
+    times = [{"bytes": size, "seconds": link.delay(workers) + link.busy(size, workers)} for size in sizes]
+    buckets = [[size if number == layer else 0 for number in range(len(layers))]
+               for layer, size in reversed(list(enumerate(layers["bytes"])))]
+    seconds = {"compute alone": [layers[["forward", "backward"]].to_numpy().sum()], "communicate alone": [0.5]}
+    results = {"layers": layers, "link": pd.DataFrame(times), "buckets": buckets, "seconds": seconds}
+    found = Measured(workers, results, {"segment_mb": 0.25, "in_flight": 2})
+    for name, factor in factors.items():
+        seconds[name] = [factor * found.predict(name)]
+    for part, name in enumerate(STOCK):
+        seconds[name] = [seconds["no overlap"][0] * (0.8 - 0.1 * part)]
+    return found
+
+
+TWO_LAYERS = pd.DataFrame({"layer": ["a", "b"], "forward": [0.1, 0.1], "backward": [0.2, 0.2],
+                           "bytes": [2**20, 2**22]})
+FOUR_LAYERS = pd.DataFrame({"layer": list("abcd"), "forward": [0.2, 0.1, 0.05, 0.02],
+                            "backward": [0.4, 0.2, 0.1, 0.04], "bytes": [2**16, 2**19, 2**21, 2**23]})
+PAIR = ("no overlap", "all together")
+
+
+@pytest.mark.parametrize("layers", [TWO_LAYERS, FOUR_LAYERS])
+def test_what_the_model_says_is_as_uncertain_as_it_was_wrong(layers):
+    found = [measured(layers, 2, {"no overlap": 1.1, "all together": 1.4}),
+             measured(layers, 4, {"no overlap": 1.2, "all together": 0.9})]
+    off = margins(found, PAIR)
+    assert off.seconds == (pytest.approx(0.9), pytest.approx(1.4))
+    assert off.gain == (pytest.approx(1.1 / 1.4), pytest.approx(1.2 / 0.9))
+    curves = scaling(found[0], [1, 16, 64], PAIR, off)
+    at = curves[(curves["variant"] == "all together") & (curves["algorithm"] == "ring")].set_index("workers")
+    assert at["speed low"][16] == pytest.approx(at["speed"][16] / 1.4)
+    assert at["speed high"][16] == pytest.approx(at["speed"][16] / 0.9)
+    assert at["gain low"][64] == pytest.approx(at["gain"][64] * 1.1 / 1.4)
+    assert at["speed low"][1] == at["speed high"][1] == pytest.approx(1.0)
+    # A model that was never wrong is still only a model: its own word is within.
+    assert margins([measured(layers, 2, dict.fromkeys(PAIR, 1.3))], PAIR).seconds[0] == 1.0
+
+
+@pytest.mark.parametrize("layers", [TWO_LAYERS, FOUR_LAYERS])
+def test_the_announced_speeds_and_their_trend_stand_beside_the_models(layers):
+    found = measured(layers, 2, {"no overlap": 1.0, "all together": 1.25})
+    published = pd.DataFrame({"GPUs": [16, 64], "speed": [14.7, 27.0], "more than without [%]": [46, 71]})
+    off = margins([found], PAIR)
+    table = analysis.announced(scaling(found, [16, 64], PAIR, off), published.set_index("GPUs"))
+    assert table["quantity"].tolist() == ["speed", "gain [%]", "speed", "gain [%]", "trend [points]"]
+    assert table["published"].tolist() == [14.7, 46, 27.0, 71, 25]
+    assert (table["low"] <= table["model"]).all()
+    assert (table["model"] <= table["high"]).all()
+    gain = table[table["quantity"] == "gain [%]"].set_index("GPUs")["model"]
+    assert table["model"].iloc[-1] == pytest.approx(gain[64] - gain[16])
+
+
+@pytest.mark.parametrize("layers", [TWO_LAYERS, FOUR_LAYERS])
+def test_gains_over_ddp_are_over_its_fastest_buckets(layers):
+    found = measured(layers, 2, dict.fromkeys(PAIR, 1.0))
+    assert analysis.best_stock(found) == "DDP, 25 MB buckets"
+    table = analysis.against_bounds({2: found}).set_index("variant")
+    assert table["over DDP"]["DDP, 25 MB buckets"] == pytest.approx(1.0)
+    assert table["over DDP"]["no overlap"] == pytest.approx(0.6)
+    assert table["gain"]["DDP, 5 MB buckets"] == pytest.approx(1 / 0.7)

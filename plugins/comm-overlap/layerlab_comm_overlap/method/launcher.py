@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,18 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from layerlab import LayerlabError
+from layerlab_comm_overlap.method.peers import TIME_LIMIT, PeerLost, watched
 
 _CLONE_NEWNET = 0x40000000
 
 
 def launch(
     function: Callable[..., Any], workers: int, *arguments: Any, restarts: int = 0, threads: int | None = None,
-    networks: Sequence[str] = (), **named: Any,
+    networks: Sequence[str] = (), time_limit: float = TIME_LIMIT, **named: Any,
 ) -> list[Any]:
     """Run a function in several worker processes that form a process group, and collect what it returns.
 
@@ -40,12 +43,14 @@ def launch(
         restarts: after a worker's death, start all of them again so many times; a fit with a checkpoint goes on.
         threads: of each worker. Default: the machine's processors shared out.
         networks: a network namespace for each worker to live in; default: the machine's own.
+        time_limit: seconds that workers wait for one that does not come to where they meet; then the job ends.
 
     Returns:
         What the function returned, a value a worker, by rank.
 
     Raises:
-        LayerlabError: a worker died, with its rank and its error. The others are ended.
+        LayerlabError: a worker died, with its rank and its error and the worker's own traceback as the cause; or a
+            worker hangs, with its rank. All are ended.
     """
     if workers < 1:
         raise LayerlabError(f"workers must be at least 1, got {workers}.")
@@ -59,10 +64,14 @@ def launch(
             local_addr="localhost", logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            with _own_signals():
-                results = elastic_launch(config, _work)(folder, threads, tuple(networks))
+            with _own_signals(), _quiet():
+                results = elastic_launch(config, _work)(folder, threads, tuple(networks), time_limit)
         except ChildFailedError as error:
-            raise LayerlabError(_explain(error, workers)) from error
+            hung = Path(folder) / f"hung-{restarts}"
+            if hung.exists():
+                raise LayerlabError(hung.read_text()) from None
+            rank, failure = _culprit(error)
+            raise LayerlabError(_explain(rank, failure, workers)) from _told(rank, failure)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from error
@@ -85,20 +94,50 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _explain(error: ChildFailedError, workers: int) -> str:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the launcher's logs, which would bury the one sentence on what happened."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _culprit(error: ChildFailedError) -> tuple[int, ProcessFailure]:
     """The worker that failed, not those that failed because they missed it."""
-    rank, first = min(error.failures.items(), key=lambda item: (
-        "PeerLost" in str(item[1].message), item[1].timestamp, item[0]))
-    message = first.message
+    return min(error.failures.items(), key=lambda item: (
+        PeerLost.__name__ in str(item[1].message), item[1].timestamp, item[0]))
+
+
+def _explain(rank: int, failure: ProcessFailure, workers: int) -> str:
+    message = failure.message
     if isinstance(message, dict):
         message = message.get("message", message)
     text = (str(message).strip().splitlines() or [""])[0]
-    if first.exitcode < 0:
-        text = f"killed by {first.signal_name()}"
-    return f"Worker {rank} of {workers} died: {text} (exit code {first.exitcode}); the others were ended."
+    if failure.exitcode < 0:
+        text = f"killed by {failure.signal_name()}"
+    return f"Worker {rank} of {workers} died: {text} (exit code {failure.exitcode}); the others were ended."
 
 
-def _work(folder: str, threads: int, networks: tuple[str, ...]) -> int:
+class WorkerTraceback(Exception):
+    """Where a worker failed, as it printed it there."""
+
+    def __str__(self) -> str:
+        return f"in worker {self.args[0]}\n{self.args[1]}"
+
+
+def _told(rank: int, failure: ProcessFailure) -> WorkerTraceback | None:
+    message = failure.message
+    calls = message.get("extraInfo", {}).get("py_callstack") if isinstance(message, dict) else None
+    return WorkerTraceback(rank, calls.strip()) if calls else None
+
+
+def _work(folder: str, threads: int, networks: tuple[str, ...], time_limit: float) -> int:
     """In a worker: join the others, call the function, leave its result in a file."""
     rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if networks:
@@ -108,15 +147,33 @@ def _work(folder: str, threads: int, networks: tuple[str, ...]) -> int:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # A file, so that workers in different networks find each other too; a new one after a restart.
-    meeting = Path(folder) / f"meeting-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    dist.init_process_group("nccl" if gpu else "gloo", init_method=meeting.as_uri(), rank=rank, world_size=workers)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    (Path(folder) / f"process-{attempt}-{rank}").write_text(str(os.getpid()))
+    meeting = Path(folder) / f"meeting-{attempt}"
+    dist.init_process_group("nccl" if gpu else "gloo", init_method=meeting.as_uri(), rank=rank, world_size=workers,
+                            timeout=timedelta(seconds=time_limit))
     try:
         function, arguments, named = cloudpickle.loads((Path(folder) / "call").read_bytes())
-        result = function(*arguments, **named)
+        with watched(time_limit):
+            result = function(*arguments, **named)
         (Path(folder) / f"result-{rank}").write_bytes(cloudpickle.dumps(result))
+    except PeerLost as error:
+        if error.hanging:
+            _end(Path(folder), attempt, error)
+        raise
     finally:
         dist.destroy_process_group()
     return rank
+
+
+def _end(folder: Path, attempt: str, error: PeerLost) -> None:
+    """Leave word, and kill the workers that hang: a stopped process does not heed the launcher, which waits for it."""
+    word = folder / f"hung-{attempt}"
+    with suppress(FileExistsError), word.open("x") as handle:
+        handle.write(str(error))
+    for rank in error.hanging:
+        with suppress(ProcessLookupError):
+            os.kill(int((folder / f"process-{attempt}-{rank}").read_text()), signal.SIGKILL)
 
 
 def enter_network(name: str) -> None:

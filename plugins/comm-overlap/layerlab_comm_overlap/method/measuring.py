@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from layerlab import Dataset, Fit, Split, build_model, forward_order, noise
 from layerlab.measure import synchronise
+from layerlab_comm_overlap.method.stock import STOCK, StockDDP
 from layerlab_comm_overlap.strategy import CommOverlap
 
 OFF = {"overlap_backward": False, "overlap_forward": False, "pipeline_segments": False}
@@ -50,8 +51,9 @@ def measure(
         variants: names of `VARIANTS`.
 
     Returns:
-        `seconds`: name → seconds a step, one a round, the mean over the workers; with `COMPUTE` (the same steps
-        without communication, in all workers at the same time), `WHOLE` and `CUT` (all buckets with nothing computed).
+        `seconds`: name → seconds a step, one a round, the mean over the workers; with `STOCK` (the null arms); with
+        `COMPUTE` (the same steps without communication, in all workers at the same time), `WHOLE` and `CUT` (all
+        buckets with nothing computed).
         `layers`: see `layer_times`. `link`: see `link_times`. `buckets`: of each bucket, the bytes of each layer.
     """
     options = dict(network)
@@ -66,6 +68,9 @@ def measure(
     strategies = {name: CommOverlap(**settings, **VARIANTS[name]) for name in variants}
     for name, strategy in strategies.items():
         jobs[name] = Fit(model, shared, strategy, batch_size=batch * workers, **common)
+    delays = {name: value for name, value in settings.items() if name in ("link_megabits", "link_latency_ms")}
+    for name, megabytes in STOCK.items():
+        jobs[name] = Fit(model, shared, StockDDP(bucket_mb=megabytes, **delays), batch_size=batch * workers, **common)
     seconds: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):
         names = list(jobs)

@@ -212,7 +212,37 @@ def predictions(measured: Iterable[Measured]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def scaling(base: Measured, workers: Sequence[int], variants: Sequence[str]) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Margins:
+    """How far the model was off where there is a measurement, and so may be elsewhere.
+
+    Attributes:
+        seconds: (least, most) of measured ÷ predicted seconds of a step; above 1 where the model is too fast.
+        gain: (least, most) of measured ÷ predicted gain over the first of two variants.
+    """
+
+    seconds: tuple[float, float]
+    gain: tuple[float, float]
+
+
+def margins(measured: Iterable[Measured], variants: tuple[str, str]) -> Margins:
+    """Measured over predicted, the range over variants and numbers of workers; 1, the model's own word, is within.
+
+    Args:
+        measured: with one or more numbers of workers.
+        variants: (without, with) overlap, for the gain.
+    """
+    seconds, gains = [1.0], [1.0]
+    for each in measured:
+        ratios = {name: each.seconds[name] / each.predict(name) for name in VARIANTS if name in each.seconds}
+        seconds += ratios.values()
+        gains.append(ratios[variants[0]] / ratios[variants[1]])
+    return Margins((min(seconds), max(seconds)), (min(gains), max(gains)))
+
+
+def scaling(
+    base: Measured, workers: Sequence[int], variants: Sequence[str], off: Margins = Margins((1.0, 1.0), (1.0, 1.0))
+) -> pd.DataFrame:
     """Figure 1: learning speed against the number of workers, each with its own processor and a batch of the same size.
 
     Bucket and segment sizes are those that suit best, for every number and variant (`Measured.best`).
@@ -221,10 +251,12 @@ def scaling(base: Measured, workers: Sequence[int], variants: Sequence[str]) -> 
         base: layers and link as measured.
         workers: numbers of workers.
         variants: names of `VARIANTS`.
+        off: how far the model may be off.
 
     Returns:
         One row a number, algorithm and variant: `workers`, `algorithm`, `variant`, `seconds` a step, `speed` (images a
-        second relative to one worker), `gain` (speed relative to the first variant).
+        second relative to one worker), `gain` (speed relative to the first variant); `speed low`, `speed high`, `gain
+        low` and `gain high`, as far as the model may be off. One worker does not communicate, and nothing is off.
     """
     rows = []
     for algorithm in ("ring", "tree"):
@@ -234,8 +266,13 @@ def scaling(base: Measured, workers: Sequence[int], variants: Sequence[str]) -> 
             for variant in variants:
                 seconds = base.best(variant, link, count)
                 first = first or seconds
+                speed, gain = count * base.alone / seconds, first / seconds
+                alone = count == 1
+                slower, faster = (1.0, 1.0) if alone else (off.seconds[1], off.seconds[0])
+                less, more = (1.0, 1.0) if alone or variant == variants[0] else off.gain
                 rows.append({"workers": count, "algorithm": algorithm, "variant": variant, "seconds": seconds,
-                             "speed": count * base.alone / seconds, "gain": first / seconds})
+                             "speed": speed, "speed low": speed / slower, "speed high": speed / faster,
+                             "gain": gain, "gain low": gain * less, "gain high": gain * more})
     return pd.DataFrame(rows)
 
 

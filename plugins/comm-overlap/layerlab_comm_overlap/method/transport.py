@@ -14,11 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from layerlab import LayerlabError, Wire, first_line
-
-
-class PeerLost(LayerlabError):
-    """Gradients cannot be exchanged any more: most often, another worker died."""
+from layerlab import Wire
+from layerlab_comm_overlap.method.peers import TIME_LIMIT, lost
 
 
 @dataclass(eq=False)
@@ -137,12 +134,14 @@ class Transport:
         in_flight: how many segments may be under way at a time.
         link: makes the link slower.
         staged: copy segments to host memory of their own and back. Default: where they are not in host memory anyway.
+        time_limit: the group's, in seconds, for what is said when it has passed.
     """
 
     def __init__(
         self, group: Any, device: torch.device, segment: int | None, in_flight: int = 2, link: Link | None = None,
-        staged: bool | None = None,
+        staged: bool | None = None, time_limit: float = TIME_LIMIT,
     ) -> None:
+        self.time_limit = time_limit
         self.group, self.device, self.segment, self.in_flight, self.link = group, device, segment, in_flight, link
         self.staged = segment is not None and (device.type != "cpu" if staged is None else staged)
         self.workers = dist.get_world_size(group)
@@ -203,13 +202,7 @@ class Transport:
         """
         bucket.arrived.wait()
         if self.error is not None:
-            # Whoever watches the workers shall see first the one that died, not those that miss it.
-            time.sleep(2.0)
-            raise PeerLost(
-                f"Worker {dist.get_rank()} can no longer exchange gradients with the others "
-                f"({first_line(self.error)}); see the first worker that failed, and start the job again: it "
-                "goes on from the last checkpoint."
-            ) from self.error
+            raise lost(self.error, self.time_limit) from self.error
         if bucket._applied is not None:
             torch.cuda.current_stream(self.device).wait_event(bucket._applied)
 
