@@ -77,12 +77,14 @@ def test_at_any_width_each_word_is_there_and_no_line_is_longer(width):
 
 
 def test_where_columns_have_no_room_side_by_side_each_value_stands_behind_its_heading():
-    table = Table(["name", "path", "note"], [["one", "/a/long/path/to/something", ""], ["two", "/another", "a note"]])
+    table = Table(["name", "path", "note"], [["one", "/a/long/path/to/something", ""], ["two", "/another", "a note"],
+                                             ["three", "left out"]])
     assert table.text(40).splitlines() == [
-        "name  path                       note", "one   /a/long/path/to/something",
-        "two   /another                   a note"]
+        "name   path                       note", "one    /a/long/path/to/something",
+        "two    /another                   a note", "three  left out"]
     assert table.text(34).splitlines() == [
-        "name  one", "path  /a/long/path/to/something", "", "name  two", "path  /another", "note  a note"]
+        "name  one", "path  /a/long/path/to/something", "", "name  two", "path  /another", "note  a note", "",
+        "name  three", "      left out"]
 
 
 def test_rows_stand_apart_where_the_first_column_takes_several_lines():
@@ -90,6 +92,10 @@ def test_rows_stand_apart_where_the_first_column_takes_several_lines():
     assert "" not in Table(["claim", "value"], rows).text(60).splitlines()
     assert Table(["claim", "value"], rows).text(20).splitlines() == [
         "claim          value", "several words      1", "of a claim", "", "other words        2", "of another", "one"]
+
+
+def test_a_word_without_room_in_a_single_column_is_broken():
+    assert Table(["page"], [["x" * 50], ["y"]]).text(40).splitlines() == ["page", "x" * 40, "x" * 10, "y"]
 
 
 def test_wide_characters_count_as_the_columns_that_they_take():

@@ -82,6 +82,7 @@ def describe(name: str) -> None:
     """Show a strategy: its paper, settings, profiles and claims."""
     from layerlab.contract.paper import load_paper, paper_table
     from layerlab.contract.registry import strategies
+
     plugin = strategies[name]
     strategy, paper = plugin.load(), load_paper(plugin)
     about = f"{paper.authors}. {paper.venue}, {paper.year}."

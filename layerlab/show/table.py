@@ -207,12 +207,15 @@ class Table:
         """Each row as lines of heading and value, between blank lines; what is empty is left out."""
         from rich.cells import cell_len
 
-        names = min(max(map(cell_len, self._headings)), console.width // 3)
+        longest = min(max(map(cell_len, self._headings)), console.width // 3)
         for row in self._cells:
             console.print()
-            for name, cell in zip(self._headings, row, strict=False):
+            names = self._headings[: len(row)]
+            if self._spans(row):
+                names[-1] = ""
+            for name, cell in zip(names, row, strict=True):
                 if cell.text:
-                    _draw_line(console, [_text(name, "bold"), _styled(cell)], [names, console.width - names - GAP],
+                    _draw_line(console, [_text(name, "bold"), _styled(cell)], [longest, console.width - longest - GAP],
                                [False, False])
         console.print()
 
@@ -232,6 +235,9 @@ class Table:
             parts = [*words, *texts] if number else words
             widths.append(max(map(cell_len, [name, *texts])))
             least.append(max(map(cell_len, parts), default=0))
+        if len(widths) == 1:
+            # Beside one column nothing else needs room; a longer word is broken.
+            return [min(widths[0], width)]
         while sum(widths) + GAP * (len(widths) - 1) > width:
             able = [index for index in range(len(widths)) if widths[index] > least[index]]
             if not able:
