@@ -258,12 +258,26 @@ def grouped(groups: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_what_keeps_its_channels_is_named_at_the_start(data, groups, recwarn):
-    with pytest.warns(LayerlabWarning, match=r"2 of 3 batch norms keep all their channels \(1, 4\): convolutions in"):
-        Fit(lambda: grouped(groups), data, AdaptivePruning(targets=[{"ratio": 0.1}]), epochs=2, **OPTIONS)
-    recwarn.clear()
-    Fit(lambda: grouped(16), data, AdaptivePruning(targets=[{"ratio": 0.1}]), epochs=2, **OPTIONS)
-    assert not [each for each in recwarn if issubclass(each.category, LayerlabWarning)]
+def test_what_keeps_its_channels_is_said_before_training(data, groups):
+    example = torch.randn(4, 3, 8, 8)
+    model = grouped(groups)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = AdaptivePruning().preflight(model, example)
+    assert {"0", "1", "3", "4"} == set(found.left_out)
+    assert "keeps its channels" in found.left_out["3"]
+    assert "keep their channels, dead or not: 3" in found.notes[0]
+    assert set(found.covered) == {"6", "7", "11"}
+    assert 0 < found.saves["parameters"] < 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert AdaptivePruning().preflight(grouped(16), example).left_out == {}
+
+
+@pytest.mark.parametrize("strategy", [AdaptivePruning(), NetworkSlimming(), TorchPruning(),
+                                      TorchPruning(pruner="GroupNorm")], ids=["paper", "literal", "scale", "norm"])
+def test_a_preflight_says_how_much_can_go_at_the_most(strategy):
+    found = strategy.preflight(network(), torch.randn(4, 3, 8, 8))
+    assert "stage1.0.bn2" in found.covered
+    assert 0.3 < found.saves["parameters"] < 1
 
 
 @pytest.mark.parametrize("build", [network, lambda: torchvision.models.resnet.ResNet(

@@ -337,7 +337,8 @@ def seconds_table(comparison: Comparison) -> pd.DataFrame:
     """Seconds of training of each arm, mean over seeds, and how many models come of it."""
     rows = {}
     for arm in comparison.arms:
-        rows[arm] = {"models": len(strategy_of(comparison.of(arm)[0]).models), "seconds": comparison.estimate("seconds", arm).mean}
+        models = strategy_of(comparison.of(arm)[0]).models
+        rows[arm] = {"models": len(models), "seconds": comparison.estimate("seconds", arm).mean}
     return pd.DataFrame(rows).T
 
 

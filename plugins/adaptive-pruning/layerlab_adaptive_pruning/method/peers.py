@@ -126,4 +126,5 @@ class TorchPruning(Pruning):
                                                     **shared)
 
     def cut(self, network: fx.GraphModule, example: torch.Tensor, dead: Mapping[str, list[int]]) -> fx.GraphModule:
-        return self._pruned(network, example, 1 / 3, everywhere=True)[0]
+        share = sum(map(len, dead.values())) / max(1, sum(map(len, scales(network).values())))
+        return self._pruned(network, example, share, everywhere=True)[0]

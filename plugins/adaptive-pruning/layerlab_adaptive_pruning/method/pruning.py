@@ -15,7 +15,18 @@ from pydantic import AfterValidator, Field, PrivateAttr
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError, LayerlabWarning, LayerMap, Refused, Replaced, Run, Strategy, first_line, measure
+from layerlab import (
+    LayerlabError,
+    LayerlabWarning,
+    LayerMap,
+    Preflight,
+    Refused,
+    Replaced,
+    Run,
+    Strategy,
+    first_line,
+    measure,
+)
 from layerlab_adaptive_pruning.method.structure import name_of, rebuild, structure, trace
 from layerlab_adaptive_pruning.method.surgery import scales
 
@@ -89,67 +100,74 @@ class Pruning(Strategy):
         (share of |γ| below 0.01 just before), and the network's `structure`, for `rebuild`."""
         return self._stages
 
-    def on_fit_start(self, run: Run) -> None:
-        """Trace the network, and prune a copy of it once, so that what cannot be done is refused before training.
+    def preflight(self, network: nn.Module, example: torch.Tensor) -> Preflight:
+        """Prune copies of the network: a third of each batch norm's channels, then all but one.
 
         Raises:
-            Refused: the network cannot be traced or cut, or has nothing that this method prunes.
+            Refused: it cannot be traced or cut, or has nothing that this method prunes.
         """
-        network = trace(run.model)
-        self._stages = []
-        if not channels(network) and not any(
-            isinstance(module, nn.Conv2d) and module.out_channels == 1 for module in network.modules()
+        traced = trace(copy.deepcopy(network))
+        if not channels(traced) and not any(
+            isinstance(module, nn.Conv2d) and module.out_channels == 1 for module in traced.modules()
         ):
             raise Refused(
                 f"{self.name} needs batch norms with scales, or convolutions of one channel, and "
-                f"{type(run.model).__name__} has neither; use another network."
+                f"{type(network).__name__} has neither; use another network."
             )
-        if self.targets and self._length(run) * len(self.targets) >= run.epochs:
-            raise Refused(
-                f"{self.name}: {len(self.targets)} prunings, one every {self._length(run)} epochs, leave no epoch of "
-                f"{run.epochs} after the last; train longer or prune less often."
-            )
-        left_out = self.rehearse(network, run.example)
-        if left_out:
-            share = f"{len(left_out)} of {len(channels(network))}"
-            warnings.warn(f"{self.name}: {share} batch norms keep all their channels ({_few(left_out)}): convolutions "
-                          "in groups and what leaves the network keep their width.", LayerlabWarning, stacklevel=2)
-        run.restructure(network)
-        # The speed of the network as it was is measured anew at each pruning, by turns with the pruned one's.
-        self._dense = copy.deepcopy(network) if any("speedup" in target for target in self.targets) else None
-        self._note(run, 0, 0.0, 0.0)
+        sizes = channels(traced)
+        third = {path: list(range(0, size, 3)) for path, size in sizes.items() if size > 1}
+        part = self._rehearsed(traced, example, third)
+        least = self._rehearsed(traced, example, {path: list(range(1, size)) for path, size in sizes.items()})
+        before, after = _shapes(traced), _shapes(part)
+        touched = [path for path, shapes in before.items() if after.get(path) != shapes]
+        grouped = [path for path, module in traced.named_modules()
+                   if isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels]
+        notes = [f"Convolutions in groups keep their channels, dead or not: {_few(grouped)}."] if grouped else []
+        return Preflight.of(
+            network, touched, {path: "a convolution in groups keeps its channels" for path in grouped},
+            otherwise="what writes or reads it keeps its width", notes=notes,
+            saves={"parameters": 1 - count(least) / count(network)})
 
-    def rehearse(self, network: fx.GraphModule, example: torch.Tensor) -> list[str]:
-        """Prune a copy of a network once, with a third of each batch norm's channels taken for dead.
-
-        Args:
-            network: traced; it stays as it is.
-            example: two or more images, (batch, channels, height, width).
-
-        Returns:
-            The batch norms that keep all their channels.
+    def _rehearsed(
+        self, network: fx.GraphModule, example: torch.Tensor, dead: Mapping[str, list[int]]
+    ) -> fx.GraphModule:
+        """A copy of a traced network without those channels.
 
         Raises:
-            Refused: it cannot be pruned.
+            Refused: it cannot be cut.
         """
-        trial = copy.deepcopy(network)
-        before = channels(trial)
-        dead = {path: list(range(0, size, 3)) for path, size in before.items() if size > 1}
         try:
-            cut = self.cut(trial, example, dead)
+            cut = self.cut(copy.deepcopy(network), example, dead).eval()
             with torch.no_grad():
-                cut.eval()(example[:2])
+                cut(example[:2])
         except LayerlabError as error:
             raise Refused(str(error)) from None
         except Exception as error:  # from inside the network, torch.fx or torch-pruning
             raise Refused(f"{self.name} cannot prune {name_of(network)}: the first cut, on a copy, ends in "
                           f"{type(error).__name__} ({first_line(error)}); use another network.") from None
-        after = channels(cut)
-        return [path for path in dead if after.get(path, 0) == before[path]]
+        return cut
+
+    def on_fit_start(self, run: Run) -> None:
+        """Trace the network.
+
+        Raises:
+            Refused: it cannot be traced, or the epochs are too few for the prunings.
+        """
+        network = trace(run.model)
+        self._stages = []
+        if self.targets and self._length(run) * len(self.targets) >= run.epochs:
+            raise Refused(
+                f"{self.name}: {len(self.targets)} prunings, one every {self._length(run)} epochs, leave no epoch of "
+                f"{run.epochs} after the last; train longer or prune less often."
+            )
+        run.restructure(network)
+        # The speed of the network as it was is measured anew at each pruning, by turns with the pruned one's.
+        self._dense = copy.deepcopy(network) if any("speedup" in target for target in self.targets) else None
+        self._note(run, 0, 0.0, 0.0)
 
     @abstractmethod
     def cut(self, network: fx.GraphModule, example: torch.Tensor, dead: Mapping[str, list[int]]) -> fx.GraphModule:
-        """Cut a copy of the network as this method would if those channels were to go; for `rehearse`."""
+        """Cut a copy of the network as this method would if those channels were to go."""
 
     def on_load_checkpoint(self, run: Run) -> None:
         if len(self._stages) > 1:
@@ -282,6 +300,13 @@ def shrink(weights: list[nn.Parameter], sparsity: float) -> None:
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if found:
         torch._foreach_add_(gradients, torch._foreach_sign(found), alpha=sparsity)
+
+
+def _shapes(network: nn.Module) -> dict[str, list[torch.Size]]:
+    """Path of a module → shapes of the parameters that it holds itself."""
+    found = {path: [parameter.shape for parameter in module.parameters(recurse=False)]
+             for path, module in network.named_modules()}
+    return {path: shapes for path, shapes in found.items() if shapes}
 
 
 def _few(names: Sequence[str]) -> str:
