@@ -22,7 +22,7 @@ from layerlab import build_model
 from layerlab.measure import machine_name
 from layerlab_adaptive_pruning import below, remove_channels, scales
 from layerlab_adaptive_pruning.analysis import multiply_accumulates
-from layerlab_adaptive_pruning.strategy import count, latencies, search
+from layerlab_adaptive_pruning.method.pruning import count, latencies, search
 
 
 def uneven(depth: int) -> nn.Module:
@@ -46,7 +46,7 @@ def adaptive(network: nn.Module, images: torch.Tensor, share: float) -> nn.Modul
         copied = copy.deepcopy(network)
         return remove_channels(copied, images, below(copied, level))[0]
 
-    return pruned(search(lambda level: count(pruned(level)) / whole, levels, share, "adaptive pruning"))
+    return pruned(search(lambda level: count(pruned(level)) / whole, levels, share, "adaptive pruning")[0])
 
 
 def slimmed(network: nn.Module, images: torch.Tensor, share: float) -> nn.Module:
@@ -62,7 +62,7 @@ def slimmed(network: nn.Module, images: torch.Tensor, share: float) -> nn.Module
         return copied.eval()
 
     ratios = [step / 200 for step in range(200)]
-    return pruned(search(lambda ratio: count(pruned(ratio)) / whole, ratios, share, "network slimming"))
+    return pruned(search(lambda ratio: count(pruned(ratio)) / whole, ratios, share, "network slimming")[0])
 
 
 def main() -> None:

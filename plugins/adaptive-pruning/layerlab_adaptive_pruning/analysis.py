@@ -19,9 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlab import build_model, figures, measure
+from layerlab_adaptive_pruning.method.peers import NetworkSlimming
+from layerlab_adaptive_pruning.method.pruning import count, latencies
 from layerlab_adaptive_pruning.method.structure import rebuild, structure
 from layerlab_adaptive_pruning.method.surgery import remove_channels
-from layerlab_adaptive_pruning.strategy import AdaptivePruning, NetworkSlimming, count, latencies
+from layerlab_adaptive_pruning.strategy import AdaptivePruning
 
 BASELINE, OURS, PEER = "conventional", "adaptive pruning", "network slimming"
 PAPER = {0.845: "40 %", 0.646: "60 %", 0.558: "most"}

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from layerlab import LayerlabError, LayerlabWarning, Run, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab import LayerlabError, LayerlabWarning, Refused, Run, Strategy, build_model, evaluate, fit, load_dataset
 from layerlab.training.loop import Fit
-from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, rebuild, structure
-from layerlab_adaptive_pruning.strategy import OutOfReach, count, search
+from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, TorchPruning, rebuild, structure
+from layerlab_adaptive_pruning.method.pruning import OutOfReach, count, search
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.05)
 
@@ -226,6 +227,122 @@ def test_what_cannot_be_done_is_refused_before_training(data):
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     with pytest.raises(LayerlabError, match="has neither"):
         Fit(plain, data, AdaptivePruning(), epochs=4, **OPTIONS)
+
+
+class Shuffled(nn.Module):
+    """Channels become pixels, which torch-pruning does not follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.conv2, self.norm2 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pixel_shuffle(torch.relu(self.norm1(self.conv1(x))), 2)
+        return self.fc(torch.relu(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [Shuffled, lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10)],
+                         ids=["pixels", "shufflenet"])
+def test_what_torch_pruning_cannot_follow_is_refused_in_a_sentence_before_training(data, build):
+    with pytest.raises(Refused, match=r"(Shuffled|ShuffleNetV2) cannot be pruned: torch-pruning cannot follow .*; "):
+        Fit(build, data, AdaptivePruning(targets=[{"ratio": 0.2}]), epochs=2, **OPTIONS)
+
+
+def grouped(groups: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=groups),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(12, 10))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_what_keeps_its_channels_is_said_before_training(data, groups):
+    example = torch.randn(4, 3, 8, 8)
+    model = grouped(groups)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = AdaptivePruning().preflight(model, example)
+    assert {"0", "1", "3", "4"} == set(found.left_out)
+    assert "keeps its channels" in found.left_out["3"]
+    assert "keep their channels, dead or not: 3" in found.notes[0]
+    assert set(found.covered) == {"6", "7", "11"}
+    assert 0 < found.saves["parameters"] < 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert AdaptivePruning().preflight(grouped(16), example).left_out == {}
+
+
+@pytest.mark.parametrize("strategy", [AdaptivePruning(), NetworkSlimming(), TorchPruning(),
+                                      TorchPruning(pruner="GroupNorm")], ids=["paper", "literal", "scale", "norm"])
+def test_a_preflight_says_how_much_can_go_at_the_most(strategy):
+    found = strategy.preflight(network(), torch.randn(4, 3, 8, 8))
+    assert "stage1.0.bn2" in found.covered
+    assert 0.3 < found.saves["parameters"] < 1
+
+
+@pytest.mark.parametrize("build", [network, lambda: torchvision.models.resnet.ResNet(
+    torchvision.models.resnet.BasicBlock, [2, 2, 1, 1], num_classes=10)], ids=["preact", "basic"])
+def test_a_target_that_only_a_whole_block_passes_is_overshot_with_a_warning(data, build):
+    job = Fit(build, data, AdaptivePruning(targets=[{"parameters": 0.97}]), epochs=2, **OPTIONS)
+    job.train_epoch()
+    run, strategy = job.run, job.strategies[0]
+    block = "stage3.0" if build is network else "layer4.0"
+    with torch.no_grad():
+        for name, norm in norms(run.model).items():
+            norm.weight.fill_(1.0)
+            if name.startswith(block):
+                norm.weight.fill_(0.5)  # all of a block at one threshold
+    run.epoch = 2
+    with pytest.warns(LayerlabWarning, match=r"parameters 0\.97 allows 97\.0% .*; \d\d\.\d% are left, and pruning "
+                                             r"any less leaves 100\.0%, because whole layers go"):
+        strategy.on_epoch_start(run)
+    assert strategy.stages[1]["parameters"] < 0.9 * strategy.stages[0]["parameters"]
+
+
+def test_the_numbers_that_a_gate_reads_are_logged(data):
+    job = ready(data, AdaptivePruning(targets=[{"threshold": 0.05}]))
+    with torch.no_grad():
+        for norm in list(norms(job.run.model).values())[:2]:
+            norm.weight[:3] = 0.001
+        for name, norm in norms(job.run.model).items():
+            if name.startswith("stage2.0"):
+                norm.weight.fill_(1e-3)
+    total = sum(len(norm.weight) for norm in norms(job.run.model).values())
+    small = sum(int((norm.weight.abs() < 0.01).sum()) for norm in norms(job.run.model).values())
+    job.train_epoch()
+    row = job.finish().history[-1]
+    assert row["adaptive-pruning/small_scales"] == pytest.approx(small / total)
+    assert row["adaptive-pruning/blocks_removed"] == 1
+
+
+@pytest.mark.parametrize("pruner", ["BNScale", "GroupNorm"])
+def test_torch_prunings_own_pruners_meet_the_target_and_prune_the_trunk(data, tmp_path, pruner):
+    options = dict(OPTIONS, epochs=3)
+    strategy = TorchPruning(pruner=pruner, targets=[{"parameters": 0.6}], sparsity=0.01)
+    result = fit(network, data, strategy, progress=False, **options)
+    dense, pruned = result.strategies[0].stages
+    assert 0.5 < pruned["parameters"] / dense["parameters"] <= 0.6
+    assert result.model.get_submodule("stage1.0.conv3").out_channels < 64
+    first = Fit(network, data, strategy, checkpoint=tmp_path, **options)
+    first.train_epoch()
+    again = fit(network, data, strategy, checkpoint=tmp_path, progress=False, **options)
+    states = result.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    with pytest.raises(Refused, match="has no threshold of its own"):
+        Fit(network, data, TorchPruning(pruner=pruner, targets=[{"threshold": 0.1}]), epochs=2, **OPTIONS)
+
+
+def test_network_slimming_has_one_threshold_and_keeps_the_trunk_and_every_layer(data):
+    job = ready(data, NetworkSlimming(targets=[{"threshold": 0.5}]))
+    before = {name: norm.weight.detach().clone() for name, norm in norms(job.run.model).items()}
+    job.run.epoch = 2
+    job.strategies[0].on_epoch_start(job.run)
+    left = {name: norm.weight.detach() for name, norm in norms(job.run.model).items()}
+    assert left.keys() == before.keys()
+    for name, weight in before.items():
+        kept = weight[weight > 0.5] if (weight > 0.5).any() else weight[weight.argmax()][None]
+        assert torch.equal(left[name], kept), name
+    assert job.run.model.get_submodule("stage2.0.conv3").out_channels == 128
 
 
 def test_a_target_out_of_reach_leaves_the_network_as_it_is_and_training_goes_on(data):

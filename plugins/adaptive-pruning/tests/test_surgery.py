@@ -14,7 +14,7 @@ from torchvision.models import DenseNet, MobileNetV2, ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import VGG, make_layers
 
-from layerlab import LayerlabError, build_model
+from layerlab import LayerlabError, Refused, build_model
 from layerlab_adaptive_pruning import merge_thin_layers, rebuild, remove_channels, scales, structure, trace
 from layerlab_adaptive_pruning.method.constants import Constants
 from layerlab_adaptive_pruning.method.structure import Select
@@ -333,3 +333,183 @@ def test_a_structure_of_another_network_is_refused():
         rebuild(built("resnet")[0], described)
     with pytest.raises(LayerlabError, match="its format is None"):
         rebuild(built("resnet")[0], {})
+
+
+# ------------------------------------------------------------------------------- what takes NaN for a number
+
+
+class Straight(torch.autograd.Function):
+    """The sign forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Activation(nn.Module):
+    """One of the operations that make a number of NaN, as a module without children."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {
+            "sign": lambda: Straight.apply(x),
+            "above": lambda: (x > 3.0).to(x.dtype),
+            "quantised": lambda: torch.fake_quantize_per_tensor_affine(x, 0.25, 0, -8, 7),
+            "finite": lambda: torch.where(torch.isfinite(x), x, torch.zeros_like(x)),
+        }[self.kind]()
+
+
+class Quantised(nn.Module):
+    """A chain, or with a residual branch, whose activations are all of one kind, as modules or as functions."""
+
+    def __init__(self, kind: str, residual: bool) -> None:
+        super().__init__()
+        self.residual = residual
+        self.stem, self.norm0 = nn.Conv2d(3, 12, 3, 2, bias=False), nn.BatchNorm2d(12)
+        self.conv1, self.norm1 = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.norm2 = nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12)
+        self.act, self.fc = Activation(kind), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm0(self.stem(x))
+        # As a function, where fx sees each operation, and as a module, where it sees one.
+        x = (x > 3.0).to(x.dtype) + x if self.act.kind == "above" else self.act(x)
+        branch = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        x = x + branch if self.residual else branch
+        return self.fc(self.act(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["sign", "above", "quantised", "finite"])
+@pytest.mark.parametrize("residual", [False, True])
+@torch.no_grad()
+def test_an_operation_that_makes_a_number_of_nan_hides_no_living_channel(kind, residual):
+    torch.manual_seed(0)
+    network = Quantised(kind, residual).eval()
+    for norm in (network.norm0, network.norm1, network.norm2):
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    size, before = parameters(network), network(images())
+    whole, _ = remove_channels(copy.deepcopy(network), images(), {})
+    assert parameters(whole) == size
+    assert close(whole(images()), before)
+    network.norm1.weight[:5] = network.norm1.bias[:5] = 0
+    before = network(images())
+    cut, _ = remove_channels(network, images(), {"norm1": [0, 1, 2, 3, 4]})
+    assert close(cut(images()), before)
+    # A comparison has no gradient, along which torch-pruning would follow the channels: they stay.
+    assert cut.get_submodule("conv1").out_channels == (12 if kind == "above" else 7)
+    assert (cut.get_submodule("stem").out_channels, cut.get_submodule("fc").in_features) == (12, 12)
+
+
+class ByWidth(nn.Module):
+    """An activation that divides by the number of its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) / x.shape[1]
+
+
+@pytest.mark.parametrize("build", [
+    lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), ByWidth(), nn.Conv2d(8, 4, 1)),
+    lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), ByWidth(),
+                          nn.Linear(8, 4)),
+], ids=["convolution", "linear"])
+@torch.no_grad()
+def test_a_cut_that_changes_the_outputs_is_an_error(build):
+    torch.manual_seed(0)
+    network = build().eval()
+    network[1].weight[2:5] = network[1].bias[2:5] = 0
+    with pytest.raises(LayerlabError, match=r"Removing dead channels changed the outputs of Sequential by \d+"):
+        remove_channels(network, images(), {"1": [2, 3, 4]})
+
+
+# ------------------------------------------------------------------------------- network slimming, and the bridges
+
+
+@pytest.mark.parametrize(("name", "trunk"), [("preact-resnet", "stage2.0.conv3"), ("resnet", "layer2.0.conv2"),
+                                             ("densenet", "features.denseblock1.denselayer1.conv2")])
+@torch.no_grad()
+def test_inside_only_keeps_every_layer_and_the_width_of_every_sum(name, trunk):
+    network, dead = built(name, 0.45)
+    for path in dead:  # one branch of every network is dead altogether, but for one channel
+        if path.endswith(("stage2.1.bn2", "layer2.0.bn1", "denselayer2.norm2")):
+            norm = network.get_submodule(path)
+            norm.weight[1:] = norm.bias[1:] = 0
+            dead[path] = list(range(1, norm.num_features))
+    before, size, width = network(images()), layers(network), network.get_submodule(trunk).out_channels
+    whole = parameters(network)
+    cut, _ = remove_channels(network, images(), dead, inside_only=True)
+    assert close(cut(images()), before)
+    assert layers(cut) == size
+    assert cut.get_submodule(trunk).out_channels == width
+    assert parameters(cut) < 0.9 * whole
+
+
+def thin(kernel: int) -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 1, kernel, padding=kernel // 2), nn.BatchNorm2d(1), nn.ReLU(),
+                            nn.Conv2d(1, 6, kernel, padding=kernel // 2), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    network[1].running_mean.fill_(0.1)
+    network[1].running_var.fill_(4.0)
+    nn.init.constant_(network[1].weight, 1.5)
+    nn.init.constant_(network[1].bias, -0.2)
+    return network
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@torch.no_grad()
+def test_the_bridge_to_the_letter_applies_norm_and_relu_to_the_weights_and_a_random_one_knows_nothing(kernel):
+    network = thin(kernel)
+    conv1, norm, conv2 = network[0], network[1], network[3]
+    # 4.4.2 word by word: weight = conv1.weight; BN(weight); ReLU(weight); conv2(weight).
+    as_image = conv1.weight.sum((2, 3)).view(3, 1, 1, 1)  # (inputs, one channel, 1, 1)
+    wanted = torch.relu(norm(as_image)).view(1, 3) * conv2.weight.sum((2, 3))
+    found = {}
+    for bridge in ("relu", "random", "merge"):
+        merged, _ = merge_thin_layers(thin(kernel), bridge)
+        conv = next(module for module in merged.modules() if isinstance(module, nn.Conv2d))
+        assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (3, 6, (1, 1))
+        found[bridge] = conv
+    torch.testing.assert_close(found["relu"].weight.flatten(1), wanted)
+    torch.testing.assert_close(found["relu"].bias, conv2.bias)
+    torch.testing.assert_close(found["random"].bias, conv2.bias)
+    again, _ = merge_thin_layers(thin(kernel), "random")
+    assert torch.equal(next(again.parameters()), found["random"].weight)
+    assert not torch.allclose(found["random"].weight, found["merge"].weight, atol=0.05)
+
+
+# ------------------------------------------------------------------------------- refused
+
+
+class TiedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 10, 1), nn.BatchNorm2d(10)
+        self.one, self.two = nn.Linear(10, 10), nn.Linear(10, 10)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.relu(self.one(self.norm(self.conv(x)).mean((2, 3)))))
+
+
+class TiedNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 10, 1), nn.BatchNorm2d(10)
+        self.conv2, self.norm2 = nn.Conv2d(10, 10, 1), nn.BatchNorm2d(10)
+        self.norm2.bias = self.norm1.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("kind", "pair"), [(TiedLinear, "one and two"), (TiedNorms, "norm1 and norm2")])
+def test_tied_weights_are_refused_before_they_are_parted(kind, pair):
+    with pytest.raises(Refused, match=f"{kind.__name__} cannot be pruned: its layers {pair} share a parameter"):
+        trace(kind())

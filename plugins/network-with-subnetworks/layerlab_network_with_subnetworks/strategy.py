@@ -8,14 +8,13 @@ equations; they are given here as the authors' public code has them.
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabWarning, Refused, Run, Strategy, evaluate
+from layerlab import Preflight, Refused, Run, Strategy, evaluate
 from layerlab_network_with_subnetworks.method.chain import NAME, check_detachable, detachable, layers_of, without
 from layerlab_network_with_subnetworks.method.networks import perceptron
 
@@ -74,6 +73,25 @@ class NetworkWithSubnetworks(Strategy):
         """`model0`, `model1`, … → names of the layers that it lacks; smallest model first, the base last."""
         return dict(zip(self._names, self._detached, strict=True))
 
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Say which layers can be detached and how small the smallest network is.
+
+        Raises:
+            Refused: as `on_fit_start`.
+        """
+        order, models = self._sub_networks(network, example)
+        with torch.no_grad():
+            for model in models:
+                copy.deepcopy(model).eval()(example[:2])
+        assert isinstance(network, nn.Sequential)
+        layers = [name for name, module in network.named_modules() if [*module.parameters(recurse=False)]]
+        staying = [name for name in layers if name.partition(".")[0] not in order]
+        smallest, base = (sum(parameter.numel() for parameter in model.parameters())
+                          for model in (models[0], models[-1]))
+        return Preflight.of(
+            network, [name for name in layers if name not in staying], otherwise="every sub-network keeps it",
+            saves={f"parameters, with {len(order)} layers detached": 1 - smallest / base} if order else {})
+
     def on_fit_start(self, run: Run) -> None:
         """Find the layers and make the sub-networks.
 
@@ -82,22 +100,10 @@ class NetworkWithSubnetworks(Strategy):
                 shapes), or the optimizer has Nesterov's momentum.
         """
         network = run.training_model
-        chain = [layer.name for layer in layers_of(network)]
-        assert isinstance(network, nn.Sequential)
-        order = self._order(network, run.example)
-        staying = [name for name in chain[:-1] if name not in order]
-        if self.layers is None and staying:
-            warnings.warn(
-                f"{NAME}: every sub-network keeps {', '.join(staying)}, because it changes the shape; "
-                f"{', '.join(order)} can be detached.", LayerlabWarning, stacklevel=2)
+        order, self._models = self._sub_networks(network, run.example)
         gone = [*range(0, len(order), self.detach_at_once), len(order)]
         self._detached = [tuple(order[:count]) for count in reversed(gone)]
         self._names = [f"model{len(order) - count}" for count in reversed(gone)]
-        # The base's own first detachable layer first: the shortest sentence about what does not fit.
-        for names in reversed(self._detached):
-            check_detachable(network, names, run.example)
-        # The base is the network itself, so that whatever other strategies do to it holds here too.
-        self._models = [*(without(network, names, self.dropout_by) for names in self._detached[:-1]), network]
         seen: set[nn.Parameter] = set()
         self._levels = []
         for model in self._models:
@@ -105,6 +111,23 @@ class NetworkWithSubnetworks(Strategy):
             seen.update(self._levels[-1])
         self._start_momentum(run.optimizer)
         self._graph = self._graph_key = None
+
+    def _sub_networks(self, network: nn.Module, example: Tensor) -> tuple[list[str], list[nn.Module]]:
+        """(the layers that go, in their order; the models, smallest first, the base being the network itself).
+
+        Raises:
+            Refused: the network is no chain, or has layers that cannot be detached.
+        """
+        layers_of(network)
+        assert isinstance(network, nn.Sequential)
+        order = self._order(network, example)
+        gone = [*range(0, len(order), self.detach_at_once), len(order)]
+        # The base's own first detachable layer first: the shortest sentence about what does not fit.
+        for count in gone:
+            check_detachable(network, order[:count], example)
+        smaller = [without(network, order[:count], self.dropout_by) for count in reversed(gone[1:])]
+        # The base is the network itself, so that whatever other strategies do to it holds here too.
+        return order, [*smaller, network]
 
     def _order(self, network: nn.Sequential, example: Tensor) -> list[str]:
         """The layers that go, in their order.

@@ -13,7 +13,6 @@ from torch import nn
 
 from layerlab import (
     LayerlabError,
-    LayerlabWarning,
     Refused,
     Run,
     build_model,
@@ -340,13 +339,18 @@ def with_a_stem() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("build", "kept", "gone"), [
-    (with_a_stem, "stem, narrow", ("wide", "last")),
-    (lambda: convolutional_chain(10, 1, width=8, depth=2), "stem", ("block1", "block2")),
+    (with_a_stem, ("stem", "narrow", "output"), ("wide", "last")),
+    (lambda: convolutional_chain(10, 1, width=8, depth=2), ("stem", "output"), ("block1", "block2")),
 ])
 def test_by_default_the_layers_go_that_keep_the_shape_and_the_others_are_named(build, kept, gone, data):
-    with pytest.warns(LayerlabWarning, match=f"every sub-network keeps {kept}, .* {', '.join(gone)} can be detached"):
-        result = fit(build, data, NetworkWithSubnetworks(l2=0), epochs=1, **OPTIONS)
+    result = fit(build, data, NetworkWithSubnetworks(l2=0), epochs=1, **OPTIONS)
     (strategy,) = result.strategies
+    found = result.preflights["network-with-subnetworks"]
+    assert {name.partition(".")[0] for name in found.covered} == set(gone)
+    assert {name.partition(".")[0] for name in found.left_out} == set(kept)
+    (saved,) = found.saves.values()
+    smallest = strategy.networks(result.model)["model0"]
+    assert saved == pytest.approx(1 - analysis.count(smallest) / analysis.count(result.model))
     assert strategy.models["model0"] == gone
     alone, inside = analysis.detached_accuracy(result, data), analysis.accuracies(result).iloc[-1]
     assert alone == {name: inside[name] for name in alone}

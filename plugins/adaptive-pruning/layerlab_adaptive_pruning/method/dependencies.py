@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch_pruning
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch_pruning import ops
 from torch_pruning.pruner.function import BasePruningFunc
 
-from layerlab import LayerlabError, Replaced
-from layerlab_adaptive_pruning.method.constants import Constants, add_bias
-from layerlab_adaptive_pruning.method.structure import Select, edit, layer, source
+from layerlab import LayerlabError, Refused, Replaced, first_line
+from layerlab_adaptive_pruning.method.constants import add_bias
+from layerlab_adaptive_pruning.method.structure import Select, edit, layer, name_of, source
 
 
 class _SelectPruner(BasePruningFunc):
@@ -48,27 +49,35 @@ def reads_a_trunk(network: fx.GraphModule, norm: fx.Node) -> bool:
     return not (isinstance(layer(network, before), (nn.Conv2d, nn.Linear, Select)) and len(before.users) == 1)
 
 
+@contextmanager
+def refused_in_a_sentence(network: nn.Module) -> Iterator[None]:
+    """Turn an error of any kind from inside torch-pruning into `Refused`."""
+    try:
+        yield
+    except LayerlabError:
+        raise
+    except Exception as error:
+        raise Refused(f"{name_of(network)} cannot be pruned: torch-pruning cannot follow its channels "
+                      f"({type(error).__name__}: {first_line(error)}); write what moves channels as a convolution, or "
+                      "use another network.") from None
+
+
 def dependencies(network: nn.Module, example: Tensor) -> torch_pruning.DependencyGraph:
     """torch-pruning's graph of a network, in whatever mode and with whatever frozen.
 
     Raises:
-        LayerlabError: the library cannot follow the network, with its reason.
+        Refused: the library cannot follow the network, with its reason.
     """
     frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
     mode = {module: module.training for module in network.modules()}
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with refused_in_a_sentence(network), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch_pruning.DependencyGraph().build_dependency(
-                network, example, customized_pruners={Select: _SelectPruner()}, verbose=False
+                network, example[:2], customized_pruners={Select: _SelectPruner()}, verbose=False
             )
-    except Exception as error:  # of any kind, from inside the library
-        raise LayerlabError(
-            f"{type(network).__name__} cannot be pruned: torch-pruning cannot follow it ({type(error).__name__}: "
-            f"{error})."
-        ) from None
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -76,11 +85,18 @@ def dependencies(network: nn.Module, example: Tensor) -> torch_pruning.Dependenc
             module.training = training
 
 
-def cut(network: fx.GraphModule, example: Tensor, marks: Mapping[str, Tensor], replaced: list[Replaced]) -> None:
-    """Remove every group of coupled channels that all of its readers read as constants."""
+def cut(network: fx.GraphModule, example: Tensor, values: Mapping[str, Tensor], replaced: list[Replaced],
+        inside_only: bool = False) -> None:
+    """Remove every group of coupled channels that all of its readers read as constants.
+
+    Args:
+        network: traced, in evaluation mode; it is changed.
+        example: images, (batch, channels, height, width).
+        values: what `Constants` found.
+        replaced: gets the layers that get a bias.
+        inside_only: leave the channels of sums and concatenations.
+    """
     present = {str(n.target): n for n in network.graph.nodes if n.op == "call_module"}
-    marks = {path: mask for path, mask in marks.items() if path in present}
-    values = Constants(network, marks, example).values
     graph = dependencies(network, example)
     nodes = {network.get_submodule(path): n for path, n in present.items()}
     roots = [module for module, n in nodes.items()
@@ -95,6 +111,8 @@ def cut(network: fx.GraphModule, example: Tensor, marks: Mapping[str, Tensor], r
         group = graph.get_pruning_group(root, handler, list(range(graph.get_out_channels(root))))
         done |= {item.dep.target.module for item in group
                  if isinstance(item.dep.target.module, nn.Module) and _gives(graph, item.dep)}
+        if inside_only and _is_trunk(graph, group):
+            continue
         removable, folds = _removable(graph, group, nodes, values)
         if not removable:
             continue
@@ -109,6 +127,15 @@ def _gives(graph: Any, dep: Any) -> bool:
     """Whether a dependency cuts a convolution's outputs."""
     module = dep.target.module
     return isinstance(module, nn.Conv2d) and dep.handler == graph.get_pruner_of_module(module).prune_out_channels
+
+
+def _is_trunk(graph: Any, group: Any) -> bool:
+    """Whether a group's channels are added up from several convolutions, or selected from by what reads them."""
+    writers = {item.dep.target.module for item in group if _gives(graph, item.dep)}
+    selected = any(isinstance(item.dep.target.module, Select)
+                   and item.dep.handler == graph.get_pruner_of_module(item.dep.target.module).prune_in_channels
+                   for item in group)
+    return selected or sum(module.groups == 1 for module in writers) > 1
 
 
 def _removable(
@@ -175,14 +202,16 @@ def _fold(network: fx.GraphModule, at: fx.Node, channels: list[int], values: Map
 
 def drop_unread_inputs(network: fx.GraphModule, example: Tensor) -> None:
     """Take inputs out of concatenations whose every reader is a selection that leaves them out."""
-    values = Constants(network, {}, example).values
-    for cat in list(network.graph.nodes):
+    cats = [each for each in network.graph.nodes if each.target is torch.cat]
+    if cats:
+        ShapeProp(network).propagate(example[:1])
+    for cat in cats:
         choosers = [layer(network, reader) for reader in cat.users]
-        if cat.target is not torch.cat or not all(isinstance(each, Select) for each in choosers):
+        if not all(isinstance(each, Select) for each in choosers):
             continue
         at = 0
         for each in list(cat.args[0]):
-            size = len(values[each.name])
+            size = each.meta["tensor_meta"].shape[1]
             unread = not any(at <= index < at + size for chooser in choosers for index in chooser.index.tolist())
             if unread and len(cat.args[0]) > 1:
                 edit(network, "uncat", cat.name, each.name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError, first_line
+from layerlab import LayerlabError, Refused, first_line
 
 _FORMAT = "layerlab-pruned-1"
 _IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
@@ -24,6 +24,7 @@ _RESIZED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
     _BatchNorm: ("num_features",),
 }
+_CUT = tuple(_RESIZED)
 
 
 class Select(nn.Module):
@@ -76,8 +77,8 @@ def trace(network: nn.Module) -> fx.GraphModule:
     that nothing else reads before work in place again, as their author had it.
 
     Raises:
-        LayerlabError: it cannot be traced, calls a layer with weights twice, or has dropout that is no module; with
-            the reason.
+        Refused: it cannot be traced, calls a layer with weights twice, ties two layers' weights, or has dropout that is
+            no module; with the reason.
     """
     if isinstance(network, fx.GraphModule) and "edits" in network.meta:
         return network
@@ -85,10 +86,11 @@ def trace(network: nn.Module) -> fx.GraphModule:
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # whatever the network's own code raises on a proxy
-        raise LayerlabError(
+        raise Refused(
             f"{name} cannot be pruned: its forward pass cannot be traced ({first_line(error)}); write what "
             "depends on the data as a module without children."
         ) from None
+    _refuse_ties(network)
     seen: set[str] = set()
     in_place: set[str] = set()
     for node in graph.nodes:
@@ -98,22 +100,39 @@ def trace(network: nn.Module) -> fx.GraphModule:
                 in_place.add(str(node.target))
             if next(module.parameters(), None) is not None:
                 if node.target in seen:
-                    raise LayerlabError(f"{name} cannot be pruned: its layer {node.target} is called twice.")
+                    raise Refused(f"{name} cannot be pruned: its layer {node.target} is called twice.")
                 seen.add(str(node.target))
         elif node.op == "call_function":
             node.target = _IN_PLACE.get(node.target, node.target)
             if node.kwargs.get("inplace"):
                 node.kwargs = {**node.kwargs, "inplace": False}
             if "dropout" in getattr(node.target, "__name__", ""):
-                raise LayerlabError(f"{name} cannot be pruned: it calls {node.target.__name__} as a function, whose "
+                raise Refused(f"{name} cannot be pruned: it calls {node.target.__name__} as a function, whose "
                                     "mode a traced network cannot change; use nn.Dropout.")
     traced = fx.GraphModule(network, graph, name)
     traced.train(network.training)
     traced.meta["edits"] = []
+    traced.meta["name"] = name
     traced.meta["original"] = _shapes(traced)
     traced.meta["in_place"] = sorted(in_place)
     _work_in_place(traced)
     return traced
+
+
+def _refuse_ties(network: nn.Module) -> None:
+    """Refuse layers that share a parameter: cutting one of them would leave the other with a parameter of its own."""
+    owner: dict[nn.Parameter, tuple[str, nn.Module]] = {}
+    for path, module in network.named_modules():
+        for parameter in module.parameters(recurse=False):
+            first, other = owner.setdefault(parameter, (path, module))
+            if other is not module and (isinstance(module, _CUT) or isinstance(other, _CUT)):
+                raise Refused(f"{type(network).__name__} cannot be pruned: its layers {first} and {path} share a "
+                              "parameter, which removing channels would part; give each its own.")
+
+
+def name_of(network: nn.Module) -> str:
+    """The class of a network, or of the one that it was traced from."""
+    return str(getattr(network, "meta", {}).get("name") or type(network).__name__)
 
 
 def structure(network: fx.GraphModule) -> dict[str, Any]:

@@ -17,11 +17,33 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import LayerlabError, Replaced
-from layerlab_adaptive_pruning.method.constants import Constants, add_bias, padding
-from layerlab_adaptive_pruning.method.dependencies import cut, drop_unread_inputs, reads_a_trunk, recorded
-from layerlab_adaptive_pruning.method.structure import Shift, clean, edit, forget_selections, layer, source, trace
+from layerlab_adaptive_pruning.method.constants import (
+    ROUNDING,
+    Constants,
+    Probe,
+    add_bias,
+    padding,
+    probe_images,
+)
+from layerlab_adaptive_pruning.method.dependencies import (
+    cut,
+    drop_unread_inputs,
+    reads_a_trunk,
+    recorded,
+    refused_in_a_sentence,
+)
+from layerlab_adaptive_pruning.method.structure import (
+    Shift,
+    clean,
+    edit,
+    forget_selections,
+    layer,
+    name_of,
+    source,
+    trace,
+)
 
-Bridge = Literal["zero", "merge"]
+Bridge = Literal["zero", "merge", "relu", "random"]
 
 
 def scales(network: nn.Module) -> dict[str, Tensor]:
@@ -37,7 +59,8 @@ def below(network: nn.Module, threshold: float) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def remove_channels(
-    network: nn.Module, example: Tensor, dead: Mapping[str, list[int]], bridge: Bridge = "zero"
+    network: nn.Module, example: Tensor, dead: Mapping[str, list[int]], bridge: Bridge = "zero", *,
+    inside_only: bool = False, check: bool = True,
 ) -> tuple[fx.GraphModule, list[Replaced]]:
     """Take dead channels out of a network, and layers of which nothing is left.
 
@@ -55,14 +78,17 @@ def remove_channels(
         example: two or more images as it takes them, (batch, channels, height, width).
         dead: path of a batch norm → its channels to remove.
         bridge: at a batch norm with one channel left (Section 4.4), `zero`: the branch it is in goes, as a
-            1 × 1 convolution with weights of zero would do (4.4.1); `merge`: conv–BN–conv becomes one 1 × 1
-            convolution (4.4.2). Where no way leads around it, always `merge`.
+            1 × 1 convolution with weights of zero would do (4.4.1); the others: conv–BN–conv becomes one 1 × 1
+            convolution, see `merge_thin_layers`. Where no way leads around it, `zero` acts as `merge`.
+        inside_only: no layer goes, and no channel of a sum or a concatenation; what reads one selects its channels.
+        check: compare the outputs before and after, away from padded borders and before anything is merged.
 
     Returns:
         (the traced network, its modules those of `network`; the parameters that were replaced, in order).
 
     Raises:
-        LayerlabError: the network cannot be traced, with the reason.
+        Refused: the network cannot be traced, or torch-pruning cannot follow its channels, with the reason.
+        LayerlabError: the outputs differ though the channels were dead.
     """
     traced = trace(network)
     mode = {module: module.training for module in traced.modules()}
@@ -70,26 +96,72 @@ def remove_channels(
     marks = _marks(traced, dead)
     replaced: list[Replaced] = []
     with recorded(replaced):
-        _remove_branches(traced, example, marks, bridge, replaced)
-        values = Constants(traced, marks, example).values
+        gone, empty = (set(), set()) if inside_only else _branches_to_remove(traced, marks, bridge)
+        before = _Outputs(traced, example, marks, _zeroed_terms(traced, gone, empty)) if check else None
+        values = _remove_branches(traced, example, marks, gone, empty, replaced)
         for each in list(traced.graph.nodes):
             norm = layer(traced, each)
             if (isinstance(norm, _BatchNorm) and norm.affine and reads_a_trunk(traced, each)
                     and not values[each.name].isnan().all()):
                 edit(traced, "select", each.name)
         clean(traced)
-        cut(traced, example, marks, replaced)
+        with refused_in_a_sentence(network):
+            cut(traced, example, values, replaced, inside_only)
         drop_unread_inputs(traced, example)
         forget_selections(traced)
         clean(traced)
-        _merge(traced, replaced)
+        if before is not None:
+            before.hold_against(traced, replaced)
+        if not inside_only:
+            _merge(traced, replaced, bridge)
     for module in traced.modules():
         module.training = mode.get(module, mode[traced])
     return traced, replaced
 
 
+class _Outputs:
+    """What a network gives with its dead channels at their shifts, to be held against the network without them."""
+
+    def __init__(self, network: fx.GraphModule, example: Tensor, marks: Mapping[str, Tensor],
+                 ignored: Mapping[str, str]) -> None:
+        self.images = probe_images(example)
+        self.marks = marks
+        self.scales = {path: network.get_submodule(path).weight for path in marks}
+        self.outputs = _tensors(Probe(network, marks, ignored).run(self.images))
+
+    def hold_against(self, network: fx.GraphModule, replaced: list[Replaced]) -> None:
+        """Raise `LayerlabError` if the network without its dead channels gives something else."""
+        left = {}
+        for path, scale in self.scales.items():
+            if path not in dict(network.named_modules()):
+                continue
+            kept = torch.arange(len(scale), device=scale.device)
+            # A channel that is dead but coupled to others stays, and counts as dead here, too.
+            for old, new, carry in replaced:
+                if old is scale and carry is not None:
+                    scale, kept = new, carry(kept)
+            left[path] = self.marks[path][kept]
+        now = _tensors(Probe(network, left).run(self.images))
+        for before, after in zip(self.outputs, now, strict=True):
+            off = float((after - before).abs().max() / before.abs().max().clamp(min=1e-6))
+            if not off <= ROUNDING:
+                raise LayerlabError(
+                    f"Removing dead channels changed the outputs of {name_of(network)} by {off:.1%}, though nothing "
+                    "but rounding may differ; an operation in it passes on less or more than torch-pruning follows. "
+                    "Leave this network unpruned."
+                )
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """The tensors in what a network gives."""
+    if isinstance(value, Tensor):
+        return [value.float()]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
 @torch.no_grad()
-def merge_thin_layers(network: nn.Module) -> tuple[fx.GraphModule, list[Replaced]]:
+def merge_thin_layers(network: nn.Module, bridge: Bridge = "merge") -> tuple[fx.GraphModule, list[Replaced]]:
     """Replace each conv–(BN)–activation–conv with one channel in the middle by a 1 × 1 convolution (Section 4.4.2).
 
     Its weights are conv2 · BN · conv1 with each kernel summed up and the activation taken as open. This equals the
@@ -99,13 +171,15 @@ def merge_thin_layers(network: nn.Module) -> tuple[fx.GraphModule, list[Replaced
 
     Args:
         network: with or without batch norms; it is changed.
+        bridge: the new weights; `merge` and `zero`: as above; `relu`: 4.4.2 to the letter, conv2(ReLU(BN(weights of
+            conv1))), without a bias of its own; `random`: drawn from a generator of its own, to which 4.4.3 compares.
 
     Returns:
         (the traced network; the parameters that were replaced).
     """
     traced = trace(network)
     replaced: list[Replaced] = []
-    _merge(traced, replaced)
+    _merge(traced, replaced, bridge)
     return traced, replaced
 
 
@@ -151,9 +225,14 @@ def _starved(network: fx.GraphModule, without: set[fx.Node]) -> dict[fx.Node, li
     return found if any(each.op == "output" for each in after) else None
 
 
-def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, Tensor], bridge: Bridge,
-                     replaced: list[Replaced]) -> None:
-    """Take out every branch that a wholly dead batch norm cuts off; one with no way around gets a channel back."""
+def _branches_to_remove(
+    network: fx.GraphModule, marks: dict[str, Tensor], bridge: Bridge
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The batch norms that cut off a branch; a wholly dead one with no way around gets a channel back in `marks`.
+
+    Returns:
+        (the norms; all nodes that the image still reaches when the norms that count as zero pass nothing on).
+    """
     weak = []
     for each in network.graph.nodes:
         mask = marks.get(str(each.target))
@@ -172,13 +251,26 @@ def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, 
                 marks[str(each.target)][:] = True
         elif not alive:
             marks[str(each.target)][layer(network, each).weight.abs().argmax()] = False
+    return gone, _reached(network, zeroed)
+
+
+def _lost_terms(network: fx.GraphModule, gone: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Sum → the term that it loses; concatenations are left out, since their readers leave the constants out."""
     starved = _starved(network, gone) or {}
-    values = Constants(network, marks, example).values if starved else {}
-    empty = _reached(network, zeroed)
-    for each in [n for n in network.graph.nodes if n in starved]:
-        if each.target in (torch.cat, torch.concat):
-            continue  # its readers will leave the constants out
-        lost = starved[each][0]
+    return {n: starved[n][0] for n in network.graph.nodes if n in starved and n.target not in (torch.cat, torch.concat)}
+
+
+def _zeroed_terms(network: fx.GraphModule, gone: set[fx.Node], empty: set[fx.Node]) -> dict[str, str]:
+    """Names of the sums and of the terms that count as zero in them (4.4.1), not as the constants that they give."""
+    return {each.name: lost.name for each, lost in _lost_terms(network, gone).items() if lost not in empty}
+
+
+def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, Tensor], gone: set[fx.Node],
+                     empty: set[fx.Node], replaced: list[Replaced]) -> dict[str, Tensor]:
+    """Take out every branch that a norm in `gone` cuts off; gives the values of the channels that are constant."""
+    values = Constants(network, marks, example).values
+    lost_terms = _lost_terms(network, gone)
+    for each, lost in lost_terms.items():
         (other,) = [n for n in each.all_input_nodes if n is not lost]
         constant = values[lost.name].nan_to_num(0.0)
         edit(network, "bypass", each.name, other.name)
@@ -188,6 +280,10 @@ def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, 
             edit(network, "shift", other.name, len(constant))
             _add_constant(network, next(iter(other.users)), constant, replaced)
     clean(network)
+    if not lost_terms:
+        return values
+    present = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    return Constants(network, {path: mask for path, mask in marks.items() if path in present}, example).values
 
 
 def _add_constant(network: fx.GraphModule, at: fx.Node, constant: Tensor, replaced: list[Replaced]) -> bool:
@@ -202,20 +298,14 @@ def _add_constant(network: fx.GraphModule, at: fx.Node, constant: Tensor, replac
     return False
 
 
-def _merge(network: fx.GraphModule, replaced: list[Replaced]) -> None:
+def _merge(network: fx.GraphModule, replaced: list[Replaced], bridge: Bridge) -> None:
+    generator = torch.Generator().manual_seed(0)
     while (found := _thin(network)) is not None:
         first, norm, between, second = found
         conv1, conv2, bn = layer(network, first), layer(network, second), layer(network, norm) if norm else None
-        row = conv1.weight.flatten(2).sum(2)[0]
-        offset = conv1.bias[0] if conv1.bias is not None else row.new_zeros(())
-        if bn is not None:
-            scale = (bn.running_var + bn.eps).rsqrt()[0] * (bn.weight[0] if bn.affine else 1.0)
-            row, offset = row * scale, (offset - bn.running_mean[0]) * scale
-            offset = offset + (bn.bias[0] if bn.affine else 0.0)
-        column = conv2.weight.flatten(2).sum(2)[:, 0]
-        bias = column * offset + (conv2.bias if conv2.bias is not None else 0.0)
+        weight, bias = _bridged(conv1, bn, conv2, bridge, generator)
         before = conv2.weight
-        conv2.weight = nn.Parameter(torch.outer(column, row)[:, :, None, None], requires_grad=before.requires_grad)
+        conv2.weight = nn.Parameter(weight[:, :, None, None], requires_grad=before.requires_grad)
         replaced.append(Replaced(before, conv2.weight, None))
         follower = layer(network, next(iter(second.users)))
         if conv2.bias is None and len(second.users) == 1 and isinstance(follower, _BatchNorm):
@@ -228,6 +318,27 @@ def _merge(network: fx.GraphModule, replaced: list[Replaced]) -> None:
         for each in between:
             edit(network, "bypass", each.name, source(each).name)
         clean(network)
+
+
+def _bridged(
+    conv1: nn.Conv2d, bn: _BatchNorm | None, conv2: nn.Conv2d, bridge: Bridge, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(weight (outputs, inputs), bias (outputs,)) of the convolution that takes the place of conv1, norm and conv2."""
+    row = conv1.weight.flatten(2).sum(2)[0]  # (inputs,)
+    column = conv2.weight.flatten(2).sum(2)[:, 0]  # (outputs,)
+    own = conv2.bias if conv2.bias is not None else torch.zeros_like(column)
+    if bridge == "random":
+        drawn = torch.randn(len(column), len(row), generator=generator) * (2 / len(row)) ** 0.5  # He's, for ReLU
+        return drawn.to(row), own.clone()
+    offset = conv1.bias[0] if conv1.bias is not None else row.new_zeros(())
+    scale, mean, shift = row.new_ones(()), row.new_zeros(()), row.new_zeros(())
+    if bn is not None:
+        scale = (bn.running_var + bn.eps).rsqrt()[0] * (bn.weight[0] if bn.affine else 1.0)
+        mean, shift = bn.running_mean[0], bn.bias[0] if bn.affine else shift
+    if bridge == "relu":
+        return torch.outer(column, torch.relu((row - mean) * scale + shift)), own.clone()
+    # In this order of operations, which decides how the sum is rounded.
+    return torch.outer(column, row * scale), column * ((offset - mean) * scale + shift) + own
 
 
 def _thin(network: fx.GraphModule) -> tuple[fx.Node, fx.Node | None, list[fx.Node], fx.Node] | None:
