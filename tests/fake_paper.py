@@ -19,8 +19,10 @@ statement = "a gain"
 value = 3.0
 unit = "points"
 where = "Table I"
+kind = "effect"
 neutral = 0.0
 tolerance = 0.5
+conditions = { dataset = "imagenet" }
 [profiles.quick]
 description = "seconds"
 [profiles.quick.parameters]

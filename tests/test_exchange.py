@@ -88,7 +88,7 @@ def test_claims_come_home_without_a_database_and_know_the_database_that_follows(
     assert import_file(file) == (1, 0)
     assert import_file(file) == (0, 1)
     (row,) = collect(["fake"])
-    assert (row.measured, row.seeds, row.verdict) == (3.0, [0, 1], "differs")
+    assert (row.measured, row.seeds, row.verdict) == (3.0, [0, 1], "undecided")
     # A verdict is what the values give today, whatever was written down.
     assert "interval includes no effect" in row.reason
     # Its notebook's run is the one that is here, which gets what claims alone do not hold.
@@ -103,7 +103,7 @@ def test_the_scoreboard_shows_it_in_every_form(elsewhere, tmp_path):
     for form in ("text", "markdown", "html", "csv", "latex", "json"):
         result = call(main, ["scoreboard", "fake", "--format", form])
         assert result.exit_code == 0, result.output
-        parts = ["a gain", "3 ± 1", "2 seeds", "differs", "quick"]
+        parts = ["a gain", "3 ± 1", "2 seeds", "undecided", "quick"]
         if form in ("text", "markdown", "html"):
             parts += [machine_name().split(",")[0], "http://127.0.0.1:5000/#/experiments/"]
         for part in parts:

@@ -195,7 +195,7 @@ def _run(
         retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
     )
     # Not before: it imports pandas, for which the first kernel need not wait.
-    from layerlab.reporting.scoreboard import scoreboard_table
+    from layerlab.reporting.scoreboard import scoreboard_table, sentences
     from layerlab.runs.record import read_results
 
     ended = list(zip(jobs, outcomes, strict=True))
@@ -210,6 +210,9 @@ def _run(
     if results:
         click.echo()
         _print(scoreboard_table(results))
+        click.echo()
+        for line in sentences(results):
+            click.echo(line)
     if done:
         again = {"done before": "finished before; --rerun runs it again"}
         click.echo()

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Verdict = Literal["reproduced", "holds at reduced scale", "differs", "not run"]
-UNDECIDED = "undecided"
+Verdict = Literal[
+    "reproduced", "holds", "weaker", "undecided", "differs", "opposite", "not tested", "by a model", "not run",
+]
+Kind = Literal["effect", "at-most", "value", "trend"]
+# Seeds below which nothing is decided under the paper's conditions.
+FEWEST = 3
 
 
 class Data(BaseModel):
     """What a paper.toml holds: read once, never changed, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Gate(Data):
+    """A condition on a run's own numbers without which it cannot speak of a claim.
+
+    Attributes:
+        observed: the number's name, as the run hands it over: `baseline top-1`.
+        at_least, at_most: its bound, in its unit; or dataset → bound, where each dataset has its own.
+        shows: what a number within the bound shows, such as `the baseline trains`.
+    """
+
+    observed: str
+    at_least: float | dict[str, float] | None = None
+    at_most: float | dict[str, float] | None = None
+    shows: str
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Gate:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a gate needs at_least or at_most")
+        return self
 
 
 class Claim(Data):
@@ -25,10 +51,16 @@ class Claim(Data):
         value: the published number.
         unit: `%`, `points`, `×`, ….
         where: table, figure or section.
-        neutral: the value that means no effect (0 for a saving, 1 for a speed-up): a measurement at reduced scale
-            holds when it lies on the paper's side of it, its whole interval included.
-        tolerance: how far a measurement under the paper's conditions may be off, in the claim's unit.
-        analytic: follows from shapes alone, so that every run meets its conditions.
+        quote: a few of the paper's own words, which a test finds in its text.
+        kind: `effect`, a difference from `neutral`; `trend`, the same of a change along a variable; `at-most`, a loss
+            that is said to be small, where lower values are worse; `value`, a number without a direction.
+        neutral: the value that means no effect: 0 for a saving, 1 for a speed-up. An effect or a trend has one.
+        tolerance: how far a measurement under the paper's conditions may be off, in the claim's unit; smaller than the
+            effect.
+        null: the arm that a user would run today without the method, against which the number was measured.
+        gates: what the run must show before it can speak.
+        analytic: follows from shapes alone, so that every run meets its conditions and no seed changes it.
+        by_model: is computed by a model in every run, never measured.
         conditions: what the number was obtained under; compared with a run's conditions by name.
     """
 
@@ -37,10 +69,31 @@ class Claim(Data):
     value: float
     unit: str
     where: str
+    quote: str = ""
+    kind: Kind = "value"
     neutral: float | None = None
     tolerance: float = Field(gt=0)
+    null: str = ""
+    gates: list[Gate] = Field(default_factory=list)
     analytic: bool = False
-    conditions: dict[str, Any] = {}
+    by_model: bool = False
+    conditions: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> Claim:
+        if self.kind in ("effect", "trend"):
+            if self.neutral is None:
+                raise ValueError(f"claim {self.id!r} is of kind {self.kind!r} and needs neutral")
+            if self.tolerance >= abs(self.value - self.neutral):
+                raise ValueError(f"claim {self.id!r}: the tolerance {self.tolerance:g} is not smaller than the effect "
+                                 f"{abs(self.value - self.neutral):g}, so that no effect at all would reproduce it")
+        elif self.neutral is not None:
+            raise ValueError(f"claim {self.id!r} is of kind {self.kind!r}, which has no neutral")
+        if self.analytic and (self.unit == "points" or "top-" in self.statement or "accuracy" in self.statement):
+            raise ValueError(f"claim {self.id!r} is an accuracy, which does not follow from shapes; leave analytic out")
+        if not (self.analytic or self.by_model or self.conditions):
+            raise ValueError(f"claim {self.id!r} has no conditions; give those that the paper states")
+        return self
 
 
 class ClaimResult(BaseModel):
@@ -51,8 +104,11 @@ class ClaimResult(BaseModel):
         claim, statement, where, unit, paper_value: from the claim.
         measured: mean over seeds; None when not run or never reached.
         interval: half-width of the 95 % interval; None for one seed.
-        values: one a seed; None where it did not happen.
+        values: one for each seed; None where it did not happen.
         seeds, profile, conditions: of the run.
+        observed: the run's own numbers, which gates read.
+        published_share: measured ÷ published effect; None where there is none.
+        ours: a target of this project's, not a claim of the paper.
         machine, versions, commit: where the number comes from.
         verdict, reason: see `judge`.
         mlflow_run: id of the notebook's run.
@@ -70,6 +126,9 @@ class ClaimResult(BaseModel):
     seeds: list[int] = []
     profile: str
     conditions: dict[str, Any] = {}
+    observed: dict[str, float | None] = {}
+    published_share: float | None = None
+    ours: bool = False
     machine: str = ""
     versions: dict[str, str] = {}
     commit: str = ""
@@ -77,10 +136,11 @@ class ClaimResult(BaseModel):
     reason: str = ""
     mlflow_run: str = ""
 
-    @property
-    def undecided(self) -> bool:
-        """Whether the interval leaves the verdict open, so that more seeds could turn it."""
-        return self.reason.startswith(UNDECIDED)
+    @field_validator("verdict", mode="before")
+    @classmethod
+    def _of_an_older_version(cls, value: Any) -> Any:
+        # Rows are judged anew when they are read; what an older version said only has to be readable.
+        return "holds" if value == "holds at reduced scale" else value
 
     @property
     def measured_text(self) -> str:
@@ -91,6 +151,13 @@ class ClaimResult(BaseModel):
         half = self.interval if (self.interval or 0) > 1e-9 * abs(self.measured) else 0.0
         spread = f" ± {half:.2g}" if self.interval is not None else ""
         return f"{self.measured:.4g}{spread} {self.unit}"
+
+    @property
+    def share_text(self) -> str:
+        """Measured ÷ published, or nothing."""
+        if self.published_share is None or not math.isfinite(self.published_share):
+            return ""
+        return f"{self.published_share:.2g}"
 
     @property
     def setting_text(self) -> str:

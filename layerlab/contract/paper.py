@@ -79,6 +79,7 @@ class Paper(Data):
         formula: its central equation, in LaTeX.
         notebook: file name, beside `paper.toml`.
         tables, claims, profiles: see their classes.
+        targets: what this project asks of the method, judged as claims are and counted apart from them.
     """
 
     title: str
@@ -91,6 +92,7 @@ class Paper(Data):
     notebook: str
     tables: list[PublishedTable] = Field(default_factory=list)
     claims: list[Claim]
+    targets: list[Claim] = Field(default_factory=list)
     profiles: dict[str, Profile]
     strategy: str = ""
     folder: Path = Path()
@@ -126,14 +128,20 @@ class Paper(Data):
         return paper_table(self)._repr_html_()
 
     def judged(self, result: ClaimResult) -> ClaimResult:
-        """A row with the verdict that `judge` gives it today, whatever version wrote it; a claim that the paper no
-        longer has keeps its own."""
-        claim = next((claim for claim in self.claims if claim.id == result.claim), None)
+        """A row judged by today's rules and today's claim, whichever version wrote it.
+
+        A claim that the paper no longer has keeps its own verdict.
+        """
+        claim = next((claim for claim in self.everything if claim.id == result.claim), None)
         if claim is None:
             return result
         values = [math.nan if value is None else value for value in result.values]
-        verdict, reason = judge(claim, values, result.conditions, bool(result.seeds))
-        return result.model_copy(update={"verdict": verdict, "reason": reason})
+        verdict, reason = judge(claim, values, result.conditions, bool(result.seeds), result.observed)
+        return result.model_copy(update={
+            "statement": claim.statement, "where": claim.where, "unit": claim.unit, "paper_value": claim.value,
+            "ours": claim in self.targets, "published_share": published_share(claim, result.measured),
+            "verdict": verdict, "reason": reason,
+        })
 
     def table(self, id: str) -> PublishedTable:
         """The table that the paper numbers so.
@@ -152,7 +160,7 @@ class Paper(Data):
         Raises:
             LayerlabError: there is none.
         """
-        found = {claim.id: claim for claim in self.claims}
+        found = {claim.id: claim for claim in self.everything}
         if id not in found:
             raise unknown("claim", id, found)
         return found[id]
@@ -161,8 +169,13 @@ class Paper(Data):
         """The row of a claim that nothing was measured of."""
         return ClaimResult(
             paper=self.strategy, claim=claim.id, statement=claim.statement, where=claim.where, unit=claim.unit,
-            paper_value=claim.value, profile=profile,
+            paper_value=claim.value, profile=profile, ours=claim in self.targets,
         )
+
+    @property
+    def everything(self) -> list[Claim]:
+        """The paper's claims, then this project's own targets."""
+        return [*self.claims, *self.targets]
 
     def profile(self, name: str) -> Profile:
         """The run profile of that name.
@@ -173,6 +186,14 @@ class Paper(Data):
         if name not in self.profiles:
             raise unknown("profile", name, self.profiles)
         return self.profiles[name]
+
+
+def published_share(claim: Claim, measured: float | None) -> float | None:
+    """Measured ÷ published effect; None where nothing was measured or the paper claims no effect."""
+    published = claim.value - (claim.neutral or 0.0)
+    if measured is None or published == 0:
+        return None
+    return (measured - (claim.neutral or 0.0)) / published
 
 
 def read_paper(file: Path, strategy: str) -> Paper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
@@ -10,7 +11,7 @@ import pandas as pd
 from layerlab.contract.claims import ClaimResult, Verdict
 from layerlab.contract.paper import Paper
 
-SCOREBOARD = ("claim", "where", "paper", "measured", "run", "verdict")
+SCOREBOARD = ("claim", "where", "paper", "measured", "÷ paper", "run", "verdict")
 
 
 def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
@@ -22,6 +23,7 @@ def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
             "where": result.where,
             "paper": f"{result.paper_value:g} {result.unit}",
             "measured": result.measured_text,
+            "÷ paper": result.share_text,
             "run": result.setting_text,
             "verdict": result.verdict + (f" ({result.reason})" if result.reason else ""),
         }
@@ -58,20 +60,30 @@ def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]
     Args:
         results: of runs of this paper, any number of each claim.
     """
-    order = [claim.id for claim in paper.claims]
+    order = [claim.id for claim in paper.everything]
     known = [result for result in results if result.claim in order]
     found = {result.claim for result in known}
-    absent = [paper.not_run(claim, "") for claim in paper.claims if claim.id not in found]
+    absent = [paper.not_run(claim, "") for claim in paper.everything if claim.id not in found]
     return sorted(merged(known + absent), key=lambda row: order.index(row.claim))
 
 
 def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
-    """How many rows have each verdict, and how many of these are undecided; an empty text for none."""
-    found = {verdict: [row.undecided for row in rows if row.verdict == verdict] for verdict in get_args(Verdict)}
-    return {
-        verdict: f"{len(each) or ''}" + (f" ({sum(each)} undecided)" if any(each) else "")
-        for verdict, each in found.items()
-    }
+    """How many of the paper's claims have each verdict; an empty text for none. This project's targets do not count."""
+    found = Counter(row.verdict for row in rows if not row.ours)
+    return {verdict: f"{found[verdict] or ''}" for verdict in get_args(Verdict)}
+
+
+def sentence(paper: str, rows: Sequence[ClaimResult]) -> str:
+    """What rows say of a paper, what it cannot say and why, in one line."""
+    claims = [row for row in rows if not row.ours]
+    said = []
+    for verdict in get_args(Verdict):
+        count = sum(row.verdict == verdict for row in claims)
+        if count and verdict != "not run":
+            said.append(f"{count} {verdict}")
+    why = Counter(row.reason for row in claims if row.verdict == "not tested").most_common(1)
+    text = f"{paper}: {', '.join(said) or 'nothing was run'} of {len(claims)} claims"
+    return text + (f"; not tested because {why[0][0]}" if why else "") + "."
 
 
 def tally(results: Sequence[ClaimResult]) -> pd.DataFrame:

@@ -11,13 +11,16 @@ from pydantic import ValidationError
 from layerlab.base.errors import LayerlabWarning, first_line
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
-from layerlab.contract.rows import completed, scoreboard
+from layerlab.contract.rows import completed, scoreboard, sentence
 from layerlab.contract.rows import tally as tally
 from layerlab.runs import tracking
 from layerlab.show.table import Cell, Table, Tone
 
 # First word of a verdict → how its cell looks.
-VERDICT_TONES: dict[str, Tone] = {"reproduced": "good", "holds": "fair", "differs": "warning", "not": "faint"}
+VERDICT_TONES: dict[str, Tone] = {
+    "reproduced": "good", "holds": "good", "weaker": "fair", "undecided": "faint", "differs": "warning",
+    "opposite": "warning", "not": "faint", "by": "faint",
+}
 
 
 def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
@@ -29,6 +32,12 @@ def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
         tone = VERDICT_TONES.get(row["verdict"].split()[0], "")
         rows.append([Cell(text, tone) if name == "verdict" else text for name, text in row.items()])
     return Table(list(frame.columns), rows)
+
+
+def sentences(results: Sequence[ClaimResult]) -> list[str]:
+    """One line for each paper: what its rows say, what they cannot say and why."""
+    papers = dict.fromkeys(row.paper for row in results)
+    return [sentence(paper, [row for row in results if row.paper == paper]) for paper in papers]
 
 
 def _rows(paper: Paper, run: Any) -> list[ClaimResult]:

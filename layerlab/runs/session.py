@@ -21,7 +21,7 @@ from layerlab.base.files import stamp, write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
 from layerlab.contract.claims import ClaimResult
-from layerlab.contract.paper import Paper, load_paper
+from layerlab.contract.paper import Paper, load_paper, published_share
 from layerlab.contract.verdicts import judge
 from layerlab.runs import tracking
 from layerlab.runs.manifest import Kind, Manifest
@@ -256,7 +256,8 @@ class Study(Session):
 
     def claim(
         self, id: str, values: float | Sequence[float] | Estimate, *, seeds: Sequence[int] = (),
-        conditions: Mapping[str, Any] | None = None,
+        conditions: Mapping[str, Any] | None = None, observed: Mapping[str, float] | None = None,
+        by_model: bool = False,
     ) -> ClaimResult:
         """Set measured values beside a claim.
 
@@ -265,12 +266,14 @@ class Study(Session):
             values: one for each seed, in the claim's unit; not finite where it did not happen.
             seeds: the seeds.
             conditions: what it was measured under, `dataset` and `network` among them.
+            observed: the run's own numbers, which the claim's gates read: `baseline top-1`, say.
+            by_model: whether a model computed the values.
         """
         claim = self.paper.claim(id)
         if isinstance(values, Estimate):
             values = values.values
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
-        verdict, reason = judge(claim, numbers, conditions or {}, bool(seeds))
+        verdict, reason = judge(claim, numbers, conditions or {}, bool(seeds), observed, by_model)
         happened = numbers and all(map(math.isfinite, numbers))
         mean, half = mean_interval(numbers) if happened else (None, None)
         result = ClaimResult(
@@ -278,8 +281,9 @@ class Study(Session):
             paper_value=claim.value, measured=mean,
             interval=half if half is not None and math.isfinite(half) else None,
             values=[value if math.isfinite(value) else None for value in numbers], seeds=list(seeds),
-            profile=self.profile, conditions=dict(conditions or {}), verdict=verdict, reason=reason,
-            mlflow_run=self.run_id, **provenance(),
+            profile=self.profile, conditions=dict(conditions or {}), observed=dict(observed or {}),
+            published_share=published_share(claim, mean), ours=claim in self.paper.targets, verdict=verdict,
+            reason=reason, mlflow_run=self.run_id, **provenance(),
         )
         self._results.append(result)
         return result
@@ -288,7 +292,7 @@ class Study(Session):
     def results(self) -> list[ClaimResult]:
         """Every claim of the paper in its order: what was measured of it, or a row that says `not run`."""
         rows = []
-        for claim in self.paper.claims:
+        for claim in self.paper.everything:
             found = [result for result in self._results if result.claim == claim.id]
             # Where the run was made, in any case: it may consist of tables and figures alone.
             rows += found or [self.paper.not_run(claim, self.profile).model_copy(update=provenance())]

@@ -305,6 +305,15 @@ class Comparison:
             return Estimate(tuple(100 * (mine - theirs) for mine, theirs in pairs), "points")
         return Estimate(tuple(_ratio(mine, theirs) for mine, theirs in pairs), "×")
 
+    def observed(self, baseline: str) -> dict[str, float]:
+        """What a claim's gates read of an arm: `baseline top-1`, the mean over seeds in per cent.
+
+        Example:
+            >>> 0 <= both.observed("plain")["baseline top-1"] <= 100
+            True
+        """
+        return {"baseline top-1": self.estimate("top-1", baseline).mean}
+
     def saving(self, metric: Metric, arm: str, baseline: str) -> Estimate:
         """What an arm saves of a cost against another one, in per cent of the other's, seed by seed.
 

@@ -175,6 +175,13 @@ def paper_saving(comparison: Any, costs: pd.DataFrame, arm: str) -> list[float]:
     ]
 
 
+def observed(comparison: Any, baseline: str, arm: str) -> dict[str, float]:
+    """What the claims' gates read: the baseline's top-1, and in how many of the epochs something was skipped, in %."""
+    epochs = [row for result in comparison.of(arm) for row in result.history]
+    skipped = sum(row["lars-skip/skipped_layers"] > 0 for row in epochs)
+    return comparison.observed(baseline) | {"skipped share": 100 * skipped / len(epochs)}
+
+
 def skip_map(result: Any) -> pd.DataFrame:
     """Which layer was skipped (1) or learned (0) in which epoch: layers in forward order × epochs."""
     table = result.strategies[0].layer_maps(result.history)["skipped"].table

@@ -175,6 +175,12 @@ def flop_reduction(comparison: Any, arm: str = DROPPED) -> list[float]:
             for seed in comparison.seeds]
 
 
+def observed(comparison: Any) -> dict[str, float]:
+    """What the claims' gates read: plain training's top-1, and the dropped share of its forward FLOPs, in per cent."""
+    dropped = flop_reduction(comparison)
+    return comparison.observed(PLAIN) | {"dropped share": sum(dropped) / len(dropped)}
+
+
 def flop_reduction_alone(result: Any) -> float:
     """The same from a run of Learn&Drop alone: its first epoch, in which everything learns, is what all would cost."""
     return 100 * (1 - forward_flops(result) / (len(result.history) * result.history[0]["cost/forward_flops"]))
