@@ -211,7 +211,8 @@ def test_a_survey_lists_all_that_was_left_out_and_goes_on_where_it_was_stopped(d
     assert runs.failures == {"breaks": "ValueError: broke here", "gone": "it is broken"}
     found = client().search_runs([experiment_id("compare")])
     assert {run.data.tags.get("arm"): run.info.status for run in found} == {
-        None: "RUNNING", "baseline": "FINISHED", "frozen": "FINISHED", "breaks": "FAILED"}
+        None: "RUNNING", "baseline": "FINISHED", "frozen": "FINISHED", "frozen · equal flops": "FINISHED",
+        "breaks": "FAILED"}
     # Not closed, so it is taken up again: nothing is trained a second time, and the runs are the same.
     again, same = once()
     assert (again.folder, again.run_id) == (session.folder, session.run_id)
@@ -242,7 +243,10 @@ def test_another_parameter_is_another_folder_and_edited_code_begins_anew(digits,
 
 
 def _comparison(arms: dict[str, dict[str, list[float]]]) -> Comparison:
-    """Arm → top1 in per cent, seconds, flops, bytes: a value a seed; what is left out is 90 %, 10 s, 1e9, 1e6."""
+    """Arm → top1 in per cent, seconds, flops, bytes: a value a seed; what is left out is 90 %, 10 s, 1e9, 1e6.
+
+    An arm called `x · equal` is plain training of x's cost; `before` is top1 after the first of two epochs.
+    """
     results = {}
     for arm, values in arms.items():
         count = max(len(each) for each in values.values())
@@ -250,16 +254,22 @@ def _comparison(arms: dict[str, dict[str, list[float]]]) -> Comparison:
             def value(name: str, default: float, values=values, seed=seed) -> float:
                 return values[name][seed] if name in values else default
 
-            row = {"epoch": 1, "timestamp": 0, "train/loss": 1.0, "test/loss": 1.0,
+            row = {"timestamp": 0, "train/loss": 1.0, "test/loss": 1.0,
                    "test/top1": value("top1", 90) / 100, "test/top5": 1.0,
-                   "time/epoch_seconds": value("seconds", 10), "cost/forward_flops": 0.0,
-                   "cost/backward_flops": value("flops", 1e9), "cost/bytes_moved": 1.0,
+                   "time/epoch_seconds": value("seconds", 10) / 2, "cost/forward_flops": 0.0,
+                   "cost/backward_flops": value("flops", 1e9) / 2, "cost/bytes_moved": 1.0,
                    "cost/peak_memory_bytes": value("bytes", 1e6)}
-            results[arm, seed] = FitResult(nn.Linear(1, 1), [row], seed, arm, (), Settings())
-    return Comparison(results)
+            if "validation" in values:
+                row["validation/top1"] = value("validation", 0) / 100
+            first = row | {"epoch": 1, "test/top1": value("before", 100 * row["test/top1"]) / 100}
+            results[arm, seed] = FitResult(nn.Linear(1, 1), [first, row | {"epoch": 2}], seed, arm, (), Settings(),
+                                           steps=100, chance=0.1)
+    equal = {arm.removesuffix(" · equal"): arm for arm in arms if arm.endswith(" · equal")}
+    return Comparison(results, {}, "baseline", equal)
 
 
 PLAIN = {"top1": [90.0, 91.0, 92.0], "seconds": [10.0, 11.0, 12.0]}
+WORSE = {"top1": [88.0, 89.1, 90.0]}
 
 
 def test_against_the_baseline_seed_by_seed():
@@ -305,6 +315,7 @@ def test_a_clear_saving_at_a_kept_accuracy_is_recommended_with_its_numbers_and_i
         "fast": {"top1": [89.9, 91.0, 92.1], "seconds": [5.0, 5.5, 6.1], "bytes": [3e6, 3e6, 3e6]},
         "faster": {"top1": [80.0, 81.1, 82.0], "seconds": [1.0, 1.1, 1.2]},
         "good": {"top1": [92.0, 93.1, 94.0], "seconds": [10.1, 11.0, 12.2]},
+        "fast · equal": {"top1": [87.0, 88.1, 89.0]}, "faster · equal": {"top1": [77.0, 78.1, 79.0]},
     })
     advice = explore.advise(runs)
     assert advice.choices == {"accuracy": ("good",), "time": ("fast",), "compute": (), "memory": ()}
@@ -319,8 +330,10 @@ def test_a_clear_saving_at_a_kept_accuracy_is_recommended_with_its_numbers_and_i
 
 
 def test_what_is_not_told_apart_is_named_together():
-    runs = _comparison({"baseline": PLAIN, "a": {**PLAIN, "seconds": [5.0, 5.6, 6.0]},
-                        "b": {**PLAIN, "seconds": [5.1, 5.4, 6.1]}, "c": {**PLAIN, "seconds": [8.0, 8.8, 9.5]}})
+    runs = _comparison({"baseline": PLAIN, "a": {"top1": [90.1, 91.0, 92.0], "seconds": [5.0, 5.6, 6.0]},
+                        "b": {"top1": [90.0, 91.1, 92.0], "seconds": [5.1, 5.4, 6.1]},
+                        "c": {"top1": [90.0, 91.0, 92.1], "seconds": [8.0, 8.8, 9.5]},
+                        "a · equal": WORSE, "b · equal": WORSE, "c · equal": WORSE})
     advice = explore.advise(runs)
     assert set(advice.choices["time"]) == {"a", "b"}
     assert "which the numbers do not tell apart" in str(advice)
@@ -338,6 +351,77 @@ def test_some_per_cent_are_no_saving_and_one_test_image_no_difference():
     assert explore.advise(runs).choices["accuracy"] == ("mine",)
     advice = explore.advise(runs, test_images=300)
     assert not any(advice.choices.values())
+
+
+FAST = {"top1": [89.9, 91.0, 92.1], "seconds": [5.0, 5.5, 6.1], "flops": [5e8, 5e8, 5e8]}
+
+
+@pytest.mark.parametrize(("equal", "why"), [
+    ({}, "but it was not compared with plain training of the same cost, equal='flops'"),
+    ({"fast · equal": {"top1": [91.0, 92.1, 93.0]}},
+     "plain training of the same cost is not beaten, pays: no (−1.03 ± 0.29 points against training 100 % as long)"),
+    ({"fast · equal": {"top1": [89.0, 92.0, 92.0]}}, "is not beaten, pays: undecided"),
+])
+def test_a_saving_that_training_less_gives_too_is_not_recommended(equal, why):
+    advice = explore.advise(_comparison({"baseline": PLAIN, "fast": FAST, **equal}))
+    assert not any(advice.choices.values())
+    assert str(advice).count(why) == 2  # for time and for compute
+    beaten = explore.advise(_comparison({"baseline": PLAIN, "fast": FAST, "fast · equal": WORSE}))
+    assert beaten.choices["time"] == beaten.choices["compute"] == ("fast",)
+
+
+def test_memory_is_not_saved_by_training_less_so_that_nothing_has_to_be_beaten():
+    small = {"top1": [90.0, 91.1, 92.0], "bytes": [5e5, 5e5, 5e5]}
+    assert explore.advise(_comparison({"baseline": PLAIN, "small": small})).choices["memory"] == ("small",)
+
+
+def test_accuracy_that_takes_longer_has_to_beat_training_longer():
+    long = {"top1": [92.0, 93.1, 94.0], "flops": [2e9, 2e9, 2e9]}
+    runs = _comparison({"baseline": PLAIN, "long": long, "long · equal": {"top1": [92.0, 93.2, 94.1]}})
+    assert explore.advise(runs).choices["accuracy"] == ()
+    assert "long (+2.03 ± 0.14 points; but plain training of the same cost is not beaten" in str(explore.advise(runs))
+    runs = _comparison({"baseline": PLAIN, "long": long, "long · equal": PLAIN})
+    assert explore.advise(runs).choices["accuracy"] == ("long",)
+
+
+def test_of_many_arms_one_that_seems_better_may_be_so_by_chance():
+    # Alone: t = 0.5 / (0.173 / √3) = 5.0, p = 0.038 with two degrees of freedom.
+    lucky = {"top1": [90.3, 91.6, 92.6]}
+    assert explore.advise(_comparison({"baseline": PLAIN, "lucky": lucky})).choices["accuracy"] == ("lucky",)
+    others = {f"other {number}": {"top1": [90.1, 90.7, 92.1]} for number in range(4)}
+    advice = explore.advise(_comparison({"baseline": PLAIN, "lucky": lucky, **others}))
+    assert advice.choices["accuracy"] == ()
+    assert "lucky (+0.50 ± 0.43 points; but among 5 strategies and with 3 seeds that may be chance)" in str(advice)
+
+
+def test_a_baseline_at_chance_recommends_nothing():
+    chance = {"top1": [9.0, 11.0, 12.0]}
+    runs = _comparison({"baseline": chance, "fast": {**FAST, **chance}, "fast · equal": {"top1": [1.0, 3.0, 4.0]}})
+    assert "Nothing can be recommended: the baseline is at chance, with 10.7 ± 3.8 %" in str(explore.advise(runs))
+
+
+def test_a_baseline_that_still_rises_recommends_nothing():
+    rising = {**PLAIN, "before": [88.0, 90.0, 91.0]}
+    runs = _comparison({"baseline": rising, "fast": FAST, "fast · equal": WORSE})
+    assert "the baseline is still rising, by 1.3 points of top-1 in its last epoch" in str(explore.advise(runs))
+    assert explore.advise(runs, tolerance=1.5).choices["time"] == ("fast",)
+
+
+def test_a_strategy_that_never_acted_is_named_and_left_out():
+    runs = _comparison({"baseline": PLAIN, "idle": PLAIN | {"seconds": [5.0, 5.6, 6.0]}, "idle · equal": WORSE})
+    advice = explore.advise(runs)
+    assert not any(advice.choices.values())
+    assert "idle never acted: its history and its costs are the baseline's." in str(advice)
+
+
+def test_validation_chooses_and_test_reports():
+    plain = PLAIN | {"validation": [80.0, 81.0, 82.0]}
+    better = {"top1": [88.0, 89.1, 90.0], "validation": [85.0, 86.1, 87.0]}
+    advice = explore.advise(_comparison({"baseline": plain, "mine": better}))
+    assert advice.choices["accuracy"] == ("mine",)
+    assert "mine (-1.97 ± 0.14 points of top-1)" in str(advice)
+    assert "Chosen by the validation images" in str(advice)
+    assert "no validation half" in str(explore.advise(_comparison({"baseline": PLAIN, "mine": better | PLAIN})))
 
 
 # ---------------------------------------------------------------------------------------------- maps, saved models

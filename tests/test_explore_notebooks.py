@@ -63,11 +63,13 @@ def test_explore_ones_own_images_and_network(mine, tmp_path):
     assert saved.strategies == (("lars-skip", {"alpha": 3.0, "rule": "fixed", "memory": "forget",
                                               "forget_after": None}),)
     assert {file.name for file in (out / "figures").iterdir()} == {"curves.png", "side-by-side.png", "layers.png"}
-    assert list(pd.read_csv(out / "tables" / "runs.csv")["arm"]) == ["baseline", "lars-skip"]
+    assert list(pd.read_csv(out / "tables" / "runs.csv")["arm"]) == [
+        "baseline", "lars-skip", "lars-skip · equal flops"]
     runs = client().search_runs([experiment_id("explore")])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert sorted(run.data.tags.get("arm", run.data.tags.get("kind")) for run in runs) == [
-        "baseline", "lars-skip", "notebook"]
+    # Where the strategy skips nothing of so few images, training of the same cost is the baseline itself.
+    assert {run.data.tags.get("arm", run.data.tags.get("kind")) for run in runs} - {"lars-skip · equal flops"} == {
+        "baseline", "lars-skip", "notebook"}
 
 
 @slow
@@ -81,7 +83,7 @@ def test_compare_strategies_of_which_one_refuses_the_network(tmp_path):
     assert "batch norm" in frame.loc["network-with-subnetworks", "left out"]
     assert "left out: network-with-subnetworks cannot train" in shown
     # Whatever the numbers say of these few images, the question has an answer.
-    assert "Use " in shown or "Stay with the baseline" in shown
+    assert any(answer in shown for answer in ("Use ", "Stay with the baseline", "Nothing can be recommended"))
     assert {file.name for file in (out / "figures").iterdir()} == {"curves.png", "side-by-side.png", "fronts.png"}
 
 

@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import pandas as pd
-
+from layerlab.reporting.against import signed
+from layerlab.reporting.evidence import WORTH, Evidence, never_acted, unfit
 from layerlab.show.interval import spread
-from layerlab.show.table import Table
 from layerlab.training.results import BASELINE, Comparison
 
 # Costs that a strategy may save: what for → column of `Comparison.runs`.
 COSTS = {"time": "seconds", "compute": "TFLOP", "memory": "peak MB"}
-# A ratio nearer to 1 than this is rounding.
-_EXACT = 1e-6
-# What a saving has to be, for a strategy to be worth it: the order in which arms take turns alone makes some per cent.
-WORTH = 0.05
-
-
-def against(comparison: Comparison, baseline: str = BASELINE) -> pd.DataFrame:
-    """Every arm against the baseline, seed by seed.
-
-    Returns:
-        A row an arm: `top-1` (difference in points), `seconds`, `TFLOP`, `GB moved`, `peak MB` (ratios), each a mean
-        with its half-width as `column ±`; and `left out`, the reason of an arm that has no numbers.
-    """
-    rows: list[dict[str, Any]] = []
-    for arm in comparison.arms:
-        if arm == baseline:
-            continue
-        row: dict[str, Any] = {"arm": arm}
-        for column in ("top-1", "seconds", "TFLOP", "GB moved", "peak MB"):
-            row[column], row[f"{column} ±"] = comparison.paired(column, arm, baseline).interval
-        rows.append(row | {"left out": ""})
-    rows += [{"arm": arm, "left out": reason} for arm, reason in comparison.failures.items()]
-    return pd.DataFrame(rows)
-
-
-def against_table(comparison: Comparison, baseline: str = BASELINE) -> Table:
-    """`against`, to be read."""
-    headings = {"top-1": "top-1 [points]", "seconds": "time [×]", "TFLOP": "compute [×]", "GB moved": "moved [×]",
-                "peak MB": "peak memory [×]"}
-    rows = []
-    for _, row in against(comparison, baseline).iterrows():
-        if row["left out"]:
-            rows.append([row["arm"], f"left out: {row['left out']}"])
-            continue
-        values = {column: (row[column], row[f"{column} ±"]) for column in headings}
-        rows.append([row["arm"], *(_signed(value) if column == "top-1" else spread(*value)
-                                   for column, value in values.items())])
-    seeds = len(comparison.seeds)
-    return Table(["against the baseline", *headings.values()], rows, "one seed" if seeds == 1 else
-                 f"{seeds} seeds: mean ± 95 % interval of differences and ratios, seed by seed")
-
-
-def pareto_front(frame: pd.DataFrame, cost: str, value: str) -> list[str]:
-    """The arms that no other beats: none costs at most as much and reaches at least as much, one of both for less.
-
-    Args:
-        frame: a row an arm, `Comparison.summary` say, with `arm` and both columns.
-        cost: less is better.
-        value: more is better.
-
-    Returns:
-        Their names in the frame's order; an arm without a number is not among them.
-    """
-    points = [(row["arm"], row[cost], row[value]) for _, row in frame.iterrows()
-              if math.isfinite(row[cost]) and math.isfinite(row[value])]
-    return [
-        arm for arm, spent, reached in points
-        if not any(less <= spent and more >= reached and (less < spent or more > reached) for _, less, more in points)
-    ]
+# Those that training less saves, too.
+BOUGHT = ("time", "compute")
 
 
 @dataclass(frozen=True)
@@ -106,87 +46,147 @@ def advise(
 ) -> Advice:
     """Which strategy to use: for accuracy, and for less time, compute or memory at an accuracy that is kept.
 
-    An arm is better in something when the whole 95 % interval of its difference to the baseline, or of its ratio, taken
-    seed by seed, says so; a saving has to be `WORTH` besides. It keeps the accuracy when the whole interval is above a
-    loss of `tolerance`. Two arms are told apart when the interval of one against the other says so.
+    An arm is better in something when Student's t says so of its differences to the baseline, or of its ratios, seed by
+    seed, with 95 % certainty and Holm's correction for the number of arms; a saving has to be `WORTH` besides. For less
+    time or compute, and for accuracy where it takes more of them, an arm has to beat plain training of the same cost,
+    too (`compare(…, equal="flops")`). It keeps the accuracy when a loss of `tolerance` is ruled out in the same way.
+    Two arms are told apart when the interval of one against the other says so.
+
+    Nothing is recommended where the baseline is at chance or still rising. Where the data have a validation half, it
+    chooses, and the test half is reported.
 
     Args:
-        tolerance: points of top-1 that may be lost.
+        tolerance: points of top-1 that may be lost; also how much the baseline may rise at its end.
         test_images: how many top-1 comes from: no interval of it is taken to be narrower than one of them, since a few
             seeds may agree by chance.
     """
-    arms = [arm for arm in comparison.arms if arm != baseline]
     nothing: dict[str, tuple[str, ...]] = dict.fromkeys(("accuracy", *COSTS), ())
+    arms = [arm for arm in comparison.given.arms if arm != baseline]
     if not arms:
         return Advice(nothing, ("There is nothing to choose from: no strategy was trained to the end.",))
     if len(comparison.seeds) < 2:
         return Advice(nothing, (
             "Nothing can be told apart: one seed says nothing about how much results vary by chance. Compare with at "
             "least three, seeds=[0, 1, 2].",))
+    validated = all("validation/top1" in result.final for result in comparison.results.values())
+    metric = "validation/top1" if validated else "test/top1"
+    obstacle = unfit(comparison, baseline, metric, tolerance, test_images)
+    if obstacle:
+        return Advice(nothing, (obstacle,))
+    idle = [arm for arm in arms if never_acted(comparison, arm, baseline)]
+    active = [arm for arm in arms if arm not in idle]
     finest = 100 / test_images if test_images else 0.0
-    measured = {arm: comparison.paired("top-1", arm, baseline).interval for arm in arms}
-    points = {arm: (mean, max(half, finest)) for arm, (mean, half) in measured.items()}
-    choices, details = dict(nothing), []
-    choices["accuracy"], sentences = _most_accurate(comparison, points)
-    details += sentences
-    dearer = _dearer(comparison, baseline, arms)
-    for goal, column in COSTS.items():
-        choices[goal], sentence = _cheapest(comparison, goal, column, baseline, points, tolerance, dearer)
-        details.append(sentence)
+    evidence = Evidence(comparison, baseline, active, metric, finest, tolerance)
+    choices, details = _choices(evidence)
+    details += [f"{arm} never acted: its history and its costs are the baseline's." for arm in idle]
+    details.append(_halves(validated))
     return Advice(choices, (_headline(choices, tolerance), *details))
 
 
-def _most_accurate(
-    comparison: Comparison, points: Mapping[str, tuple[float, float]]
-) -> tuple[tuple[str, ...], list[str]]:
-    """The arms measurably above the baseline that are not told apart from the best, and what to say of accuracy."""
-    better = [arm for arm, (mean, half) in points.items() if mean - half > 0]
-    worse = [arm for arm, (mean, half) in points.items() if mean + half < 0]
+def _choices(evidence: Evidence) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Goal → arms, and what to say of each goal."""
+    choices: dict[str, tuple[str, ...]] = {}
+    choices["accuracy"], details = _most_accurate(evidence)
+    for goal, column in COSTS.items():
+        choices[goal], sentence = _cheapest(evidence, goal, column)
+        details.append(sentence)
+    return choices, details
+
+
+def _halves(validated: bool) -> str:
+    if validated:
+        return "Chosen by the validation images; the gains that are told are those of the test images."
+    return ("Chosen and reported by the same test images, since the data have no validation half: new images may say "
+            "less (Dataset.with_validation sets one apart).")
+
+
+def _most_accurate(evidence: Evidence) -> tuple[tuple[str, ...], list[str]]:
+    """The arms proven above the baseline that are not told apart from the best, and what to say of accuracy."""
+    better = evidence.more_accurate()
     chosen: tuple[str, ...] = ()
     sentences = ["Accuracy: no strategy is measurably above the baseline."]
     if better:
-        best = max(better, key=lambda arm: points[arm][0])
-        chosen = (best, *(arm for arm in better if arm != best and _includes(
-            comparison.paired("top-1", best, arm).interval, 0.0)))
-        sentences = [f"Accuracy: {_listed({arm: f'{_signed(points[arm])} points of top-1' for arm in chosen})}."]
+        best = max(better, key=lambda arm: evidence.points(arm)[0])
+        chosen = (best, *_not_told_apart(evidence, evidence.metric, best, better, 0.0))
+        sentences = [f"Accuracy: {_listed({arm: f'{_gain(evidence, arm)} points of top-1' for arm in chosen})}."]
+    else:
+        above = [arm for arm in evidence.arms if evidence.points(arm)[0] > evidence.points(arm)[1]]
+        if above:
+            told = ", ".join(f"{arm} ({_gain(evidence, arm)} points; but {_why_not_better(evidence, arm)})"
+                             for arm in above)
+            sentences = [f"Accuracy: {told}."]
+    shown = {arm: evidence.points(arm, "test/top1") for arm in evidence.arms}
+    worse = [arm for arm, (mean, half) in shown.items() if mean + half < 0]
     if worse:
-        below = ", ".join(f"{arm} ({_signed(points[arm])} points)" for arm in worse)
-        sentences.append(f"Measurably less accurate than the baseline: {below}.")
+        told = ", ".join(f"{arm} ({signed(shown[arm])} points)" for arm in worse)
+        sentences.append(f"Measurably less accurate than the baseline: {told}.")
     return chosen, sentences
 
 
-def _cheapest(
-    comparison: Comparison, goal: str, column: str, baseline: str, points: Mapping[str, tuple[float, float]],
-    tolerance: float, dearer: Mapping[str, str],
-) -> tuple[tuple[str, ...], str]:
-    """The arms that are measurably cheaper, keep the accuracy and are not told apart from the cheapest, in words."""
-    ratios = {arm: comparison.paired(column, arm, baseline).interval for arm in points}
-    cheaper = [arm for arm, (mean, half) in ratios.items() if mean + half < 1 - _EXACT and mean <= 1 - WORTH]
+def _cheapest(evidence: Evidence, goal: str, column: str) -> tuple[tuple[str, ...], str]:
+    """The arms proven to be cheaper at a kept accuracy that are not told apart from the cheapest, in words."""
+    cheaper = [arm for arm in evidence.arms if evidence.saves(arm, column)]
     if not cheaper:
         return (), f"Less {goal}: no strategy is measurably below the baseline by {100 * WORTH:g} % or more."
-    told = {arm: f"{spread(*ratios[arm])} of the baseline's at {_signed(points[arm])} points of top-1{dearer[arm]}"
-            for arm in cheaper}
-    candidates = [arm for arm in cheaper if points[arm][0] - points[arm][1] >= -tolerance]
+    told = {arm: f"{spread(*evidence.ratio(arm, column))} of the baseline's at {_gain(evidence, arm)} points of "
+                 f"top-1{_dearer(evidence, arm)}" for arm in cheaper}
+    candidates = evidence.cheaper(column, goal in BOUGHT)
     if not candidates:
-        below = ", ".join(f"{arm} ({told[arm]})" for arm in cheaper)
-        return (), f"Less {goal}: {below}; but a loss of more than {_points(tolerance)} of top-1 is not excluded."
-    best = min(candidates, key=lambda arm: ratios[arm][0])
-    chosen = (best, *(arm for arm in candidates if arm != best and _includes(
-        comparison.paired(column, best, arm).interval, 1.0)))
+        missed = ", ".join(f"{arm} ({told[arm]}; but {_why_not(evidence, arm, goal)})" for arm in cheaper)
+        return (), f"Less {goal}: {missed}."
+    best = min(candidates, key=lambda arm: evidence.ratio(arm, column)[0])
+    chosen = (best, *_not_told_apart(evidence, column, best, candidates, 1.0))
     return chosen, f"Less {goal}: {_listed({arm: told[arm] for arm in chosen})}."
 
 
-def _dearer(comparison: Comparison, baseline: str, arms: Sequence[str]) -> dict[str, str]:
-    """What each arm measurably takes more of than the baseline, in words that follow a price."""
-    told = {}
-    for arm in arms:
-        more = []
-        for goal, column in COSTS.items():
-            mean, half = comparison.paired(column, arm, baseline).interval
-            if mean - half > 1 + _EXACT:
-                more.append(f"{spread(mean, half)} times the {goal}")
-        told[arm] = f", for {_and(more)}" if more else ""
-    return told
+def _not_told_apart(
+    evidence: Evidence, metric: str, best: str, others: Sequence[str], same: float
+) -> list[str]:
+    """The others whose difference to the best, or ratio, may be none."""
+    found = []
+    for arm in others:
+        difference = evidence.comparison.paired(metric, best, arm)
+        if arm != best and difference.low <= same <= difference.high:
+            found.append(arm)
+    return found
+
+
+def _why_not(evidence: Evidence, arm: str, goal: str) -> str:
+    """Why an arm that saves something is not recommended for it."""
+    mean, half = evidence.points(arm)
+    if mean - half < -evidence.tolerance:
+        return f"a loss of more than {_points(evidence.tolerance)} of top-1 is not excluded"
+    return _unpaid(evidence, arm) if goal in BOUGHT else _corrected(evidence)
+
+
+def _why_not_better(evidence: Evidence, arm: str) -> str:
+    """Why an arm that is above the baseline is not recommended for accuracy."""
+    return _unpaid(evidence, arm) if evidence.takes_longer(arm) else _corrected(evidence)
+
+
+def _unpaid(evidence: Evidence, arm: str) -> str:
+    if arm not in evidence.comparison.equal:
+        return "it was not compared with plain training of the same cost, equal='flops'"
+    pays = evidence.comparison.pays(arm, evidence.metric)
+    if pays.verdict != "yes":
+        return f"plain training of the same cost is not beaten, {pays}"
+    return _corrected(evidence)
+
+
+def _corrected(evidence: Evidence) -> str:
+    return f"among {len(evidence.arms)} strategies and with {evidence.seeds} seeds that may be chance"
+
+
+def _gain(evidence: Evidence, arm: str) -> str:
+    """Points of the test half."""
+    return signed(evidence.points(arm, "test/top1"))
+
+
+def _dearer(evidence: Evidence, arm: str) -> str:
+    """What an arm measurably takes more of than the baseline, in words that follow a price."""
+    more = [f"{spread(*evidence.ratio(arm, column))} times the {goal}" for goal, column in COSTS.items()
+            if evidence.costs_more(arm, column)]
+    return f", for {_and(more)}" if more else ""
 
 
 def _headline(choices: Mapping[str, tuple[str, ...]], tolerance: float) -> str:
@@ -197,20 +197,11 @@ def _headline(choices: Mapping[str, tuple[str, ...]], tolerance: float) -> str:
             found.setdefault(chosen, []).append(wanted[goal])
     if not found:
         return ("Stay with the baseline: no strategy is measurably more accurate, and none is measurably cheaper with "
-                f"a loss of more than {_points(tolerance)} of top-1 excluded.")
+                f"a loss of more than {_points(tolerance)} of top-1 excluded and plain training of the same cost "
+                "beaten.")
     text = "; ".join(f"{' or '.join(chosen)} for {_and(goals)}" for chosen, goals in found.items())
     missing = [wanted[goal] for goal, chosen in choices.items() if not chosen]
     return f"Use {text}." + (f" For {_and(missing)} nothing can be recommended over the baseline." if missing else "")
-
-
-def _includes(interval: tuple[float, float], value: float) -> bool:
-    mean, half = interval
-    return mean - half <= value <= mean + half
-
-
-def _signed(interval: tuple[float, float]) -> str:
-    text = spread(*interval)
-    return text if text.startswith("-") else f"+{text}"
 
 
 def _points(count: float) -> str:

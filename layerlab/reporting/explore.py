@@ -14,12 +14,13 @@ from layerlab.base.errors import LayerlabError, reason
 from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.reporting.advice import COSTS as COSTS
 from layerlab.reporting.advice import advise as advise
-from layerlab.reporting.advice import against as against
-from layerlab.reporting.advice import against_table as against_table
-from layerlab.reporting.advice import pareto_front as pareto_front
+from layerlab.reporting.against import against as against
+from layerlab.reporting.against import against_table as against_table
+from layerlab.reporting.against import pareto_front as pareto_front
 from layerlab.runs.record import default_folder
 from layerlab.runs.session import Session
 from layerlab.show.table import Table
+from layerlab.training.companions import Equal
 from layerlab.training.results import BASELINE as BASELINE
 from layerlab.training.results import Comparison
 from layerlab.training.results import in_units as in_units
@@ -33,7 +34,7 @@ ALL = "all"
 
 def load_images(
     data: str, network: str, *, image_size: int | None = None, channels: int | None = None, limit: int | None = None,
-    augment: Augment = "none", padding: int = 2, **options: Any,
+    augment: Augment = "none", padding: int = 2, validation: int | None = None, **options: Any,
 ) -> Dataset:
     """`load_dataset` with the channels that a network takes, where that is known: 3 for torchvision's.
 
@@ -41,10 +42,13 @@ def load_images(
         data, image_size, channels, limit, options: as `load_dataset`.
         network: as `build_network` takes it.
         augment, padding: as `Dataset.augmented`.
+        validation: each so-many-th training image is set apart to choose by, as `Dataset.with_validation`.
     """
     if channels is None and ":" not in network and network not in MODELS:
         channels = 3
     loaded = load_dataset(data, image_size=image_size, channels=channels, limit=limit, **options)
+    if validation is not None:
+        loaded = loaded.with_validation(validation)
     return loaded.augmented(augment, padding)
 
 
@@ -153,19 +157,23 @@ def open_session(
 
 
 def survey(
-    session: Session, network: Callable[[], nn.Module], data: Dataset, arms: Arms, **settings: Any
+    session: Session, network: Callable[[], nn.Module], data: Dataset, arms: Arms, *, equal: Equal = "flops",
+    **settings: Any,
 ) -> Comparison:
-    """Train the baseline and every arm under the same seeds, by turns; who refuses or fails is left out with a reason.
+    """Train the baseline and every arm under the same seeds, by turns; an arm that fails is left out with a reason.
 
     Args:
         session: keeps the checkpoints and logs the runs.
+        equal: as `compare`: what the baseline is trained once more for, beside each arm and as long as that costs.
         settings: as `compare`.
 
     Raises:
         LayerlabError: what fails without any strategy.
     """
     every = {BASELINE: (), **arms.chosen}
-    runs = session.compare(session.experiment, network, data, every, keep_going=tuple(arms.chosen), **settings)
+    runs = session.compare(
+        session.experiment, network, data, every, keep_going=tuple(arms.chosen), equal=equal, **settings
+    )
     runs.failures |= arms.refused
     return runs
 
