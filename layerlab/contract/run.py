@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlab.base.errors import LayerlabError
+from layerlab.contract.agreement import check_agreement
 from layerlab.contract.preflight import Preflight
 
 
@@ -119,6 +120,14 @@ class Run:
     preflights: dict[str, Preflight] = field(default_factory=dict)
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
+    _left_out: set[nn.Parameter] = field(init=False)
+    _besides: set[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = set(self.model.parameters())
+        held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        # What the user's optimizer does not train, and what it trains besides the network (a loss, say).
+        self._left_out, self._besides = own - held, held - own
 
     def log(self, name: str, value: float) -> None:
         """Log a number for the current epoch, by convention as `strategy/what`; the last value in an epoch counts."""
@@ -139,12 +148,30 @@ class Run:
         """Every module that some strategy keeps frozen at present."""
         return set().union(*self._frozen.values()) if self._frozen else set()
 
+    @property
+    def frozen_by_user(self) -> set[nn.Module]:
+        """Every module with parameters of its own that were all frozen before the fit: no strategy ever thaws them."""
+        stopped = set(self._stopped)
+        found = set()
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad or parameter in stopped for parameter in own):
+                found.add(module)
+        return found
+
     def apply_freezing(self) -> None:
-        """Put `requires_grad` and the batch norms' modes where `frozen` wants them, as `fit` does after train()."""
+        """Put `requires_grad` and the batch norms' modes where `frozen` wants them, as `fit` does after train().
+
+        A parameter that several modules share learns until all of them are frozen.
+        """
         for parameter in self._stopped:
             parameter.requires_grad_(True)
         self._stopped.clear()
         frozen = self.frozen
+        learning: set[nn.Parameter] = set()
+        for module in self.training_model.modules():
+            if module not in frozen:
+                learning.update(module.parameters(recurse=False))
         for module in self.training_model.modules():
             tracks = getattr(module, "running_mean", None) is not None
             if module not in frozen:
@@ -154,52 +181,126 @@ class Run:
             if tracks:
                 module.eval()
             for parameter in module.parameters(recurse=False):
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter not in learning:
                     parameter.requires_grad_(False)
                     self._stopped.append(parameter)
 
-    def restructure(self, model: nn.Module, replaced: Iterable[Replaced] = ()) -> None:
+    def restructure(
+        self, model: nn.Module, replaced: Iterable[Replaced] = (), *, group: int = 0, exact: bool = False
+    ) -> None:
         """Let `model` be the network from now on: the one that there was with a changed structure, or another.
 
-        Everything that refers to parameters follows: the optimizer holds exactly those of `model`, in its order, each
-        in the group of the one whose place it took, with its state; what was frozen stays frozen and is thawed by
-        whoever froze it. The optimizer stays the same object, and with it the schedule.
+        Everything that refers to parameters follows. The optimizer stays the same object, and with it the schedule:
+        its groups hold what they held, in their order, each parameter in the place of the one that it replaces, with
+        its state; parameters without a predecessor stand at the end. Those that the user's optimizer left out stay
+        out, as do those that replace them. What was frozen stays frozen and is thawed by the strategy that froze it.
 
         Args:
             model: the changed network.
             replaced: (old, new, carry) of every parameter that took another's place, in the order in which that
                 happened; a parameter replaced twice stands there twice. `carry` makes the new one's state of a tensor
                 of the old one's shape (momentum, say); None starts it anew. Parameters that are in both networks need
-                no entry; new ones join the first group.
+                no entry.
+            group: the optimizer's group that parameters without a predecessor join.
+            exact: the change is meant to change no output; it is checked with `same_outputs`. `model` is then another
+                object than the network that there was.
 
         Raises:
-            LayerlabError: another strategy trains another network than the one that predicts.
+            LayerlabError: another strategy trains another network than the one that predicts; or the change is meant
+                to be exact and is not.
         """
         if self.training_model is not self.model:
             raise LayerlabError(
                 "The network's structure cannot change while another strategy trains a part of it; use one of the two."
             )
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        place = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
+        if exact and model is self.model:
+            raise LayerlabError("An exact change is compared with the network as it was; change a copy of `run.model`.")
+        if exact:
+            self.same_outputs(self.model, model)
+        places = self._places()
         stopped = set(self._stopped)
         for old, new, carry in replaced:
-            place[new] = place.get(old, 0)
             new.requires_grad_(old.requires_grad)
-            if old in stopped:
-                stopped.add(new)
-            if carry is not None and old in state:
-                state[new] = {
-                    key: carry(value) if isinstance(value, Tensor) and value.shape == old.shape else value
-                    for key, value in state[old].items()
-                }
+            for those in (self._left_out, stopped):
+                if old in those:
+                    those.add(new)
+            if old in places:
+                places[new] = places[old]
+            self._carry_state(old, new, carry)
         parameters = list(model.parameters())
-        for index, group in enumerate(groups):
-            group["params"] = [parameter for parameter in parameters if place.get(parameter, 0) == index]
-        alive = set(parameters)
-        for parameter in [each for each in state if each not in alive]:
-            del state[parameter]
+        self._hold(parameters, places, group)
         self._stopped = [parameter for parameter in parameters if parameter in stopped]
         self.model = self.training_model = model
+
+    def _places(self) -> dict[nn.Parameter, tuple[int, int]]:
+        """(group, place in it) of everything that the optimizer holds."""
+        found = {}
+        for index, group in enumerate(self.optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                found[parameter] = index, place
+        return found
+
+    def _carry_state(self, old: nn.Parameter, new: nn.Parameter, carry: Callable[[Tensor], Tensor] | None) -> None:
+        """Give the new parameter what the optimizer keeps of the old one."""
+        state = self.optimizer.state
+        if carry is None or old not in state:
+            return
+        state[new] = {}
+        for key, value in state[old].items():
+            fits = isinstance(value, Tensor) and value.shape == old.shape
+            state[new][key] = carry(value) if fits else value
+
+    def _hold(
+        self, parameters: list[nn.Parameter], places: dict[nn.Parameter, tuple[int, int]], group: int
+    ) -> None:
+        """Let the optimizer hold a network's parameters, in the places that are known, and forget all others."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        known = [each for each in places if each in self._besides]
+        end = len(places)
+        for parameter in parameters:
+            if parameter not in places and parameter not in self._left_out:
+                places[parameter] = group, end
+            if parameter in places:
+                known.append(parameter)
+        known.sort(key=lambda each: places[each][1])
+        for index, own in enumerate(groups):
+            own["params"] = [parameter for parameter in known if places[parameter][0] == index]
+        alive = set(known)
+        for gone in [each for each in state if each not in alive]:
+            del state[gone]
+
+    @property
+    def held(self) -> list[list[str]]:
+        """Names of the parameters in each of the optimizer's groups, in their order; '' for one of another network."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [[names.get(parameter, "") for parameter in group["params"]] for group in self.optimizer.param_groups]
+
+    def hold(self, held: list[list[str]]) -> None:
+        """Put the optimizer's parameters into the order in which `held` was taken.
+
+        After an interruption all changes of structure are made at once, which may leave them in another order than
+        one after the other; and the optimizer finds each one's state by its place.
+        """
+        named = dict(self.model.named_parameters())
+        own = set(named.values())
+        for group, names in zip(self.optimizer.param_groups, held, strict=True):
+            others = iter([parameter for parameter in group["params"] if parameter not in own])
+            group["params"] = [named[name] if name else next(others) for name in names]
+
+    def same_outputs(self, before: nn.Module, after: nn.Module, *, train: bool = False) -> None:
+        """Check that two networks compute the same, for a change of structure that is meant to be exact.
+
+        They are given `example` and as much noise, in evaluation mode, and with `train` in training mode as well, from
+        the same random state. Both are left as they were.
+
+        Args:
+            before, after: networks on the run's device.
+            train: whether they should be the same in training, too.
+
+        Raises:
+            LayerlabError: they differ by more than rounding; with the largest difference.
+        """
+        check_agreement(before, after, self.example, (False, True) if train else (False,))
 
     def plain_step(self, x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
         """The step of a run in which no strategy replaces it: forward, `backward`, update.
@@ -213,12 +314,20 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss = self.loss(self.training_model(x), y)
-        self.backward(loss)
-        self.optimizer.step()
+        if self.backward(loss):
+            self.optimizer.step()
         return loss
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step."""
+    def backward(self, loss: Tensor) -> bool:
+        """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step.
+
+        Returns:
+            Whether anything learns. If nothing does, all that `loss` depends on being frozen, there is no gradient:
+            neither backward nor the hooks run, and the step ends without an update.
+        """
+        if not loss.requires_grad:
+            return False
         loss.backward()
         for hook in self.after_backward:
             hook(self)
+        return True

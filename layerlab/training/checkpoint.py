@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
-import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically, write_json
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
-from layerlab.training.settings import Settings, describe
-from layerlab.workload.dataset import Dataset
 
 
 class Checkpoint:
@@ -74,7 +68,7 @@ class Checkpoint:
         if state["fingerprint"] != self.fingerprint:
             raise LayerlabError(
                 f"The checkpoint in {self.folder} belongs to a fit with other arguments (settings, strategies, seed, "
-                "data, initial weights or versions); give another folder, or delete this one to start anew."
+                "data, network, loss or versions); give another folder, or delete this one to start anew."
             )
         return state
 
@@ -83,6 +77,7 @@ def run_state(run: Run, strategies: Sequence[Strategy]) -> dict[str, Any]:
     """Everything of a run that its strategies, its optimizer or its data changed up to the end of an epoch."""
     return {
         "model": run.model.state_dict(),
+        "held": run.held,
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.schedule.state_dict(),
         "strategies": {strategy.name: strategy.state_dict() for strategy in strategies},
@@ -101,35 +96,7 @@ def restore_run(run: Run, strategies: Sequence[Strategy], state: dict[str, Any])
     for strategy in strategies:
         strategy.on_load_checkpoint(run)
     run.model.load_state_dict(state["model"])
+    run.hold(state["held"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.generator.set_state(state["generator"].cpu())
-
-
-def fingerprint(
-    model: nn.Module, data: Dataset, strategies: Sequence[Strategy], settings: Settings, seed: int
-) -> str:
-    """A digest of everything that decides a fit's outcome; `model` is the network before the strategies see it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    digest.update(json.dumps(
-        {
-            "settings": describe(settings),
-            "strategies": [[each.name, describe(each), source_digest(type(each))] for each in strategies],
-            "seed": seed,
-            "data": [data.name, data.fingerprint, data.train.augment, data.train.padding],
-        },
-        sort_keys=True,
-    ).encode())
-    return digest.hexdigest()
-
-
-def source_digest(kind: type) -> str:
-    """A digest of the module that defines a class, so that a checkpoint of an edited strategy is not taken over."""
-    try:
-        source = inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError, KeyError):
-        return ""
-    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()

@@ -17,9 +17,10 @@ from layerlab.base.errors import Diverged
 from layerlab.contract.run import Batches
 from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.show.progress import first_process
-from layerlab.training.checkpoint import Checkpoint, fingerprint, restore_run, run_state
+from layerlab.training.checkpoint import Checkpoint, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.evaluation import evaluate
+from layerlab.training.fingerprint import fingerprint
 from layerlab.training.gauge import Costs, Gauge, learning_key
 from layerlab.training.results import FitResult
 from layerlab.training.settings import FitSettings, checked_settings
@@ -90,7 +91,7 @@ class Fit:
     def _prepare(self, folder: Path | None) -> dict[str, Any] | None:
         """Let the strategies adapt the run and, where its folder holds a state, go on from it, which is returned."""
         self.run.folder = folder
-        self.fingerprint = fingerprint(self.run.model, self.data, self.strategies, self.settings, self.seed)
+        self.fingerprint = fingerprint(self.run, self.data, self.strategies, self.settings, self.seed)
         self.run.preflights = preflights(self.strategies, self.run.model, self.run.example)
         self._call("on_fit_start")
         self.checkpoint = Checkpoint(folder, self.fingerprint) if folder is not None else None

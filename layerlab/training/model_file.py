@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically
 from layerlab.base.provenance import versions
+from layerlab.base.sharing import shared_names
 from layerlab.training.results import FitResult
 from layerlab.workload.builders import network_builder
 from layerlab.workload.dataset import Dataset
 
-_FORMAT = "layerlab-model-1"
+_FORMAT = "layerlab-model-2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,7 @@ def save_model(
              "state": strategy.state_dict() if strategy.defines("rebuild") else None}
             for strategy in result.strategies
         ],
+        "shared": shared_names(result.model),
         "weights": {name: tensor.cpu() for name, tensor in result.model.state_dict().items()},
     }
     write_atomically(Path(file), lambda stream: torch.save(content, stream))
@@ -136,9 +138,13 @@ def load_model(
             model = strategy.rebuild(model)
     try:
         model.load_state_dict(content["weights"])
+        tied = shared_names(model) == content["shared"]
     except RuntimeError as error:
         raise LayerlabError(f"The weights in {path} do not fit {content['network'] or type(model).__name__} "
                             f"({' '.join(str(error).split())[:200]}); give the network that was saved.") from None
+    if not tied:
+        raise LayerlabError(f"The network that was saved in {path} shares other weights among its layers than the one "
+                            "that is given; give the network that was saved.")
     return SavedModel(
         model.to(device).eval(), tuple(content["class_names"]), shape, tuple(content["mean"]), tuple(content["std"]),
         content["network"], tuple((each["name"], each["settings"]) for each in content["strategies"]), content["top1"],

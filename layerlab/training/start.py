@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, Refused, first_line
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
@@ -96,8 +96,12 @@ def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Modu
         raise LayerlabError(f"model must be an nn.Module or a function that builds one, got {type(network)!r}.")
     # Both at once is not in torch's stubs.
     network = network.to(device, memory_format=memory_format(settings))  # type: ignore[call-overload]
-    if not list(network.parameters()):
-        raise LayerlabError("The network has no parameters, so there is nothing to train.")
+    parameters = list(network.parameters())
+    if not parameters:
+        raise Refused("The network has no parameters, so there is nothing to train.")
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise Refused("Every parameter of the network is frozen, so there is nothing to train; set requires_grad of "
+                      "those that are to learn.")
     return network
 
 

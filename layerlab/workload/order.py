@@ -15,7 +15,8 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
     """Modules with parameters of their own in the order in which the forward pass reaches them.
 
     It is run once, eagerly, in evaluation mode; the order of declaration does not matter. A module that is called
-    several times stands where its last call is, since what precedes that call can only be left out of backward with it.
+    several times stands where its last call is, since what precedes that call can only be left out of backward with it;
+    so do modules that share a weight.
     A module with both parameters and children (a transformer's class token) stands where its call ends.
 
     Args:
@@ -43,8 +44,16 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+    last: dict[nn.Parameter, int] = {}
+    for module, call in calls.items():
+        for parameter in module.parameters(recurse=False):
+            last[parameter] = max(call, last.get(parameter, 0))
+
+    def place(module: nn.Module) -> tuple[int, int]:
+        return max(last[parameter] for parameter in module.parameters(recurse=False)), calls[module]
+
     names = {module: name for name, module in model.named_modules()}
-    return [(names[module], module) for module in sorted(calls, key=calls.__getitem__)]
+    return [(names[module], module) for module in sorted(calls, key=place)]
 
 
 def prefixes(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Run, build_model, fit, load_dataset, measure
+from layerlab import LayerlabError, Preflight, Run, build_model, fit, load_dataset, measure
 from layerlab.training.loop import Fit
 from layerlab_lars_skip import LarsSkip, analysis
 from layerlab_lars_skip.strategy import lars_variable
@@ -102,6 +102,10 @@ def test_the_maps_show_what_was_skipped_and_what_was_measured(data):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_skipped_weights_and_momentum_do_not_move_and_the_others_do(data, optimizer):
     class Watch(LarsSkip):
+        def preflight(self, network: nn.Module, example: torch.Tensor) -> Preflight:
+            # Watch the epochs of the fit alone.
+            return Preflight.of(network)
+
         def on_epoch_start(self, run: Run) -> None:
             super().on_epoch_start(run)
             object.__setattr__(self, "before", self._snapshot(run))

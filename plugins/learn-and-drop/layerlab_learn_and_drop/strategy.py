@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import Batches, LayerlabError, LayerMap, Run, Strategy, devices
+from layerlab import Batches, LayerlabError, LayerMap, Preflight, Run, Strategy, devices
 from layerlab.measure import synchronise, time_by_turns
 from layerlab_learn_and_drop.method.cutting import Cut, Plan, make_plan, split
 from layerlab_learn_and_drop.method.features import Features, Making, NoRoom, Storage
@@ -470,6 +470,10 @@ class SameLayersFrozen(Strategy):
     follows_layers: ClassVar[bool] = True
 
     _shared: _Shared = PrivateAttr(default_factory=_Shared)
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Which layers these are is decided in the other arm's training; there is nothing to try."""
+        return Preflight.of(network)
 
     def on_epoch_start(self, run: Run) -> None:
         """Freeze.

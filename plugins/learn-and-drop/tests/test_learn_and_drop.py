@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Run, Strategy, build_model, compare, fit, load_dataset, measure
+from layerlab import LayerlabError, Preflight, Run, Strategy, build_model, compare, fit, load_dataset, measure
 from layerlab.training.loop import Fit
 from layerlab_lars_skip import LarsSkip
 from layerlab_learn_and_drop import LearnAndDrop
@@ -258,6 +258,10 @@ class Watch(Strategy):
     """Keeps copies of the network's state at each epoch's start."""
 
     name: ClassVar[str] = "watch"
+
+    def preflight(self, network: nn.Module, example: torch.Tensor) -> Preflight:
+        # Watch the epochs of the fit alone.
+        return Preflight.of(network)
 
     def on_epoch_start(self, run: Run) -> None:
         seen.append({name: value.clone() for name, value in run.model.state_dict().items()})

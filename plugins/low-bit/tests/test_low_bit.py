@@ -12,7 +12,18 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerlab import Dataset, LayerlabError, Run, Split, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab import (
+    Dataset,
+    LayerlabError,
+    Preflight,
+    Run,
+    Split,
+    Strategy,
+    build_model,
+    evaluate,
+    fit,
+    load_dataset,
+)
 from layerlab.training.loop import Fit
 from layerlab_low_bit import LowBit, analysis
 from layerlab_low_bit.method.arithmetic import Arithmetic
@@ -265,6 +276,10 @@ def test_a_gradient_that_went_over_the_wire_is_not_rounded_again(data):
 
         name: ClassVar[str] = "average"
         _kept: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+        def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+            # Alone it has no wire.
+            return Preflight.of(network)
 
         def on_after_backward(self, run: Run) -> None:
             for name, parameter in run.training_model.named_parameters():
