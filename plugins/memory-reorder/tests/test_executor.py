@@ -451,5 +451,5 @@ def test_a_preflight_counts_relus_that_are_no_modules_and_copes_with_frozen_laye
     found = MemoryReorder().preflight(Called(), torch.randn(2, 3, 16, 16))
     assert found.left_out["frozen"] == "frozen before the fit"
     assert "frozen" not in found.covered
-    assert "1 ReLUs are called as functions" in found.notes[0]
+    assert "ReLUs called as functions (1) keep their results" in found.notes[0]
     assert "images with SGD and momentum needs" in found.notes[-1]

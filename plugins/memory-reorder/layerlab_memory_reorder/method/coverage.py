@@ -50,7 +50,7 @@ def coverage(network: nn.Module, example: Tensor, settings: Mapping[str, Any], c
         notes.append(f"The network cannot run dry ({first_line(error)}), so what it saves is not known.")
     else:
         if mine < theirs:
-            saves[f"the peak of PyTorch's {null.removeprefix('PyTorch, ')}"] = 1 - mine / theirs
+            saves[f"peak memory, against PyTorch's {null.removeprefix('PyTorch, ')},"] = 1 - mine / theirs
         notes.append(_verdict(mine, theirs, null, checkpointing))
     return Preflight.of(network, covered, left_out, saves=saves, notes=notes,
                         otherwise="it keeps PyTorch's backward")
@@ -76,4 +76,4 @@ def _called_relus(network: nn.Module) -> str:
     called = sum(node.op in ("call_function", "call_method") and node.target in _RELUS for node in graph.graph.nodes)
     if not called:
         return ""
-    return f"{called} ReLUs are called as functions and keep their results, as in PyTorch; modules would save these."
+    return f"ReLUs called as functions ({called}) keep their results, as in PyTorch; modules would save these."
