@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from layerlab import Dataset, build_model, fit, load_dataset
+from layerlab import Dataset, Estimate, FitResult, build_model, fit, load_dataset
 from layerlab_comm_overlap.method import measuring
 from layerlab_comm_overlap.method.launcher import launch
 from layerlab_comm_overlap.method.measuring import COMPUTE, CUT, OFF, VARIANTS, WHOLE
@@ -84,8 +84,8 @@ def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
                 statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3)
             rows.append({
                 "workers": workers, "variant": name, "seconds": statistics.median(values), "low": quartiles[0],
-                "high": quartiles[2], "max": lower, "sum": upper, "gain": statistics.median(gains(each, name)),
-                "over DDP": statistics.median(gains(each, name, best_stock(each))),
+                "high": quartiles[2], "max": lower, "sum": upper, "gain": statistics.median(gains(each, name).values),
+                "over DDP": statistics.median(gains(each, name, best_stock(each)).values),
                 "share": 100 * (upper - statistics.median(values)) / (upper - lower),
             })
     return pd.DataFrame(rows)
@@ -105,10 +105,10 @@ def parts(found: Mapping[int, Measured]) -> pd.DataFrame:
     ])
 
 
-def gains(each: Measured, variant: str = "all together", base: str = "no overlap") -> list[float]:
-    """Seconds of `base` over those of a variant, one value a round."""
+def gains(each: Measured, variant: str = "all together", base: str = "no overlap") -> Estimate:
+    """How many times as fast as `base` a variant is, one value for each round."""
     seconds = each.results["seconds"]
-    return [slow / fast for slow, fast in zip(seconds[base], seconds[variant], strict=True)]
+    return Estimate(tuple(slow / fast for slow, fast in zip(seconds[base], seconds[variant], strict=True)), "×")
 
 
 def best_stock(each: Measured) -> str:
@@ -199,5 +199,5 @@ def _train(model: nn.Module, data: Dataset, variants: Sequence[str], settings: M
             for name in variants}
 
 
-def _end(result: Any) -> dict[str, float]:
+def _end(result: FitResult) -> dict[str, float]:
     return {"top-1": result.final["test/top1"], "train loss": result.final["train/loss"]}

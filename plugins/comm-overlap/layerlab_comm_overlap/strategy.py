@@ -19,7 +19,8 @@ import torch.distributed as dist
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, Preflight, Run, Split, Strategy, devices
+from layerlab import LayerlabError, Preflight, Refused, Run, Split, Strategy, devices
+from layerlab_comm_overlap.method.coverage import idle_parameters, notes_on_shares
 from layerlab_comm_overlap.method.engine import Engine
 from layerlab_comm_overlap.method.peers import TIME_LIMIT, watched
 from layerlab_comm_overlap.method.transport import Link, Transport
@@ -60,7 +61,6 @@ class CommOverlap(Strategy):
     """For measurements: a delay makes every worker's link this slow (megabits a second). Default: as it is."""
     link_latency_ms: float = Field(0.0, ge=0)
     """For measurements: a delay makes every message between two workers take so much longer (milliseconds)."""
-
     time_limit_s: float = Field(TIME_LIMIT, gt=0)
     """Seconds that a worker waits for the others; then the job ends and names the one that does not answer."""
 
@@ -75,8 +75,22 @@ class CommOverlap(Strategy):
     _synchronised: bool = PrivateAttr(False)
 
     def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
-        """Every layer's gradients travel; nothing is tried, which would take the other processes."""
-        return Preflight.of(network)
+        """All layers that learn, found by one pass forward and backward on a copy; the other processes take no part.
+
+        Raises:
+            Refused: there are other processes and some learning parameters take no part in a step, so that
+                DistributedDataParallel would wait for their gradients, without `find_unused_parameters`.
+        """
+        idle = idle_parameters(network, example)
+        notes = notes_on_shares(network)
+        if idle and not self.find_unused_parameters:
+            some = f"{', '.join(idle[:3])}{', …' if len(idle) > 3 else ''}"
+            text = (f"comm-overlap waits for the gradients of all parameters that learn, and {len(idle)} of them take "
+                    f"no part in a step ({some}); set find_unused_parameters=True or freeze them.")
+            if _workers() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise Refused(text)
+            notes.append(f"On several workers, {text}")
+        return Preflight.of(network, left_out=dict.fromkeys(idle, "it takes no part in a step"), notes=notes)
 
     def on_fit_start(self, run: Run) -> None:
         """Join the other processes, and read no more than this one's share of each batch.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from helpers import Freezer, Residual
 from torch import nn
 
-from layerlab import LayerlabError, Run, Split, Strategy, build_model, fit, load_dataset
+from layerlab import LayerlabError, Refused, Run, Split, Strategy, build_model, fit, load_dataset
 from layerlab_comm_overlap import CommOverlap, analysis, launch
 from layerlab_comm_overlap.method.model import AllReduce, Measured, fit_link, margins, scaling, step_seconds
 from layerlab_comm_overlap.method.stock import STOCK, StockDDP
@@ -187,6 +187,8 @@ def all_cases(folder: Path) -> None:
     found = {name: train(*case) for name, case in (CASES | ALONE).items()}
     with pytest.raises(LayerlabError, match="leaves some of 3 workers without an image"):
         fit(lenet, digits(), CommOverlap(), batch_size=2, progress=False)
+    with pytest.raises(Refused, match=r"take no part in a step \(.*unused.weight.*\); set find_unused_parameters"):
+        fit(Changing, digits(), CommOverlap(), batch_size=50, progress=False)
     found["staged"] = staged_sum()
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.barrier()
@@ -465,3 +467,30 @@ def test_gains_over_ddp_are_over_its_fastest_buckets(layers):
     assert table["over DDP"]["DDP, 25 MB buckets"] == pytest.approx(1.0)
     assert table["over DDP"]["no overlap"] == pytest.approx(0.6)
     assert table["gain"]["DDP, 5 MB buckets"] == pytest.approx(1 / 0.7)
+
+
+# ------------------------------------------------------------------------------------ before the first step
+
+
+def test_a_preflight_says_which_parameters_take_no_part_and_what_a_share_of_the_batch_changes():
+    example = torch.zeros(2, 1, 16, 16)
+    found = CommOverlap().preflight(Changing(), example)
+    assert found.left_out == dict.fromkeys(("unused.weight", "unused.bias"), "it takes no part in a step")
+    assert "On several workers, comm-overlap waits for" in found.notes[0]
+    assert not CommOverlap(find_unused_parameters=True).preflight(Changing(), example).notes
+    residual = CommOverlap().preflight(Residual(), example)
+    assert not residual.left_out
+    assert any("batch norms normalise by a worker's share" in note for note in residual.notes)
+
+
+@pytest.mark.parametrize("network", [Borrowing, Residual])
+def test_a_preflight_leaves_network_and_random_numbers_as_they_were(network):
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    CommOverlap().preflight(model, torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.rand(3), wanted)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

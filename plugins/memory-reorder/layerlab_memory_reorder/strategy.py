@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerlab import LayerlabError, Run, Strategy
+from layerlab import LayerlabError, Preflight, Refused, Run, Strategy, first_line
+from layerlab_memory_reorder.method.coverage import coverage
 from layerlab_memory_reorder.method.executor import FUSIBLE, Takeover
 from layerlab_memory_reorder.method.plan import Order
 
@@ -48,6 +49,23 @@ class MemoryReorder(Strategy):
 
     _takeover: Takeover | None = PrivateAttr(None)
     _epoch: int = PrivateAttr(-1)
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Which layers follow the plan, and what a step needs against PyTorch's own best, by dry runs of 32 images.
+
+        Raises:
+            Refused: nothing learns in the network, or a step on a copy fails.
+        """
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise Refused("memory-reorder has nothing to train: the whole network is frozen; unfreeze some layers.")
+        try:
+            super().preflight(network, example)
+        except (LayerlabError, RuntimeError) as error:
+            raise Refused(f"memory-reorder cannot train {type(network).__name__}: a step on a copy failed "
+                          f"({first_line(error)}); use a network that computes the same in training as in evaluation, "
+                          "or train it without this strategy.") from error
+        settings = {"order": self.order, "slab": self.slab, "at_once": self.at_once, "fuse": self.fuse}
+        return coverage(network, example, settings, self.checkpointing)
 
     def on_fit_start(self, run: Run) -> None:
         """Refuse what needs the gradients after backward.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerlab import LayerlabError, Run, Strategy, fit, forward_order, load_dataset
+from layerlab import LayerlabError, Refused, Run, Strategy, fit, forward_order, load_dataset
 from layerlab.training.loop import Fit
 from layerlab_memory_reorder import MemoryReorder
-from layerlab_memory_reorder.method import operations
+from layerlab_memory_reorder.method import measuring, operations
 from layerlab_memory_reorder.method.executor import Takeover
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -379,3 +379,77 @@ def test_updates_per_parameter_see_the_schedules_rate(data):
     options: dict[str, Any] = dict(epochs=3, batch_size=64, lr=0.05, schedule="cosine", schedule_each="step",
                                    progress=False)
     assert_same(fit(Plain, data, **options).model, fit(Plain, data, MemoryReorder(at_once=0), **options).model)
+
+
+# ------------------------------------------------------------------------------------ before the first step
+
+
+def squeezed(channels: int, expand: int) -> nn.Module:
+    """An inverted residual: expanded by 1 × 1, depthwise, narrowed again, each with its batch norm."""
+    wide = channels * expand
+    return nn.Sequential(
+        nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
+        nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
+        nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+
+def mobile(channels: int, expand: int, blocks: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, 2, 1), *(squeezed(channels, expand) for _ in range(blocks)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def test_a_preflight_says_what_the_method_saves():
+    torch.manual_seed(0)
+    found = MemoryReorder().preflight(Plain(), torch.randn(2, 3, 16, 16))
+    assert set(found.covered) == {"0.0", "0.3", "0.7", "0.9", "2.0", "2.2", "2.5"}
+    assert found.left_out == {"0.4": "it keeps PyTorch's backward"}
+    (share,) = found.saves.values()
+    wanted = [measuring.measured_peak(Plain(), (3, 16, 16), 32, arm) for arm in (measuring.OURS, measuring.FUSED)]
+    assert share == pytest.approx(1 - wanted[0] / wanted[1])
+
+
+@pytest.mark.parametrize("network", [lambda: mobile(16, 6, 4), lambda: mobile(24, 4, 6)])
+def test_a_preflight_says_where_the_method_with_checkpointing_is_worse_than_pytorchs(network):
+    torch.manual_seed(0)
+    found = MemoryReorder(checkpointing=True).preflight(network(), torch.randn(2, 3, 64, 64))
+    assert not found.saves
+    assert "this method is worse here. Checkpoint blocks in PyTorch instead." in found.notes[-1]
+
+
+@pytest.mark.parametrize("network", [Plain, Twice])
+def test_what_memory_reorder_cannot_train_is_refused_before_the_first_step(network, data):
+    frozen = network().requires_grad_(False)
+    with pytest.raises(Refused, match="the whole network is frozen; unfreeze some layers"):
+        fit(frozen, data, MemoryReorder(), epochs=1, progress=False)
+
+    class Again(nn.Module):
+        """Uses its last layer twice in training, once in evaluation."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.last = network(), nn.Linear(10, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.last(self.network(x))
+            return self.last(x) if self.training else x
+
+    with pytest.raises(Refused, match=r"cannot train Again: a step on a copy failed \(.*\); use a network"):
+        fit(Again, data, MemoryReorder(slab=64, at_once=0), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("network", [Plain, Twice])
+def test_a_preflight_counts_relus_that_are_no_modules_and_copes_with_frozen_layers(network):
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.frozen = network(), nn.Linear(10, 10).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.frozen(torch.relu(self.network(x)))
+
+    found = MemoryReorder().preflight(Called(), torch.randn(2, 3, 16, 16))
+    assert found.left_out["frozen"] == "frozen before the fit"
+    assert "frozen" not in found.covered
+    assert "ReLUs called as functions (1) keep their results" in found.notes[0]
+    assert "images with SGD and momentum needs" in found.notes[-1]

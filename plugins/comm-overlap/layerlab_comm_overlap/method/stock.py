@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 from pydantic import Field, PrivateAttr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from layerlab import Run, Split, Strategy
+from layerlab import Preflight, Run, Split, Strategy
 from layerlab_comm_overlap.method.transport import Link
 
 # DDP's `bucket_cap_mb`; 25 is its default.
@@ -37,6 +37,10 @@ class StockDDP(Strategy):
     """A delay makes every message between two workers take so much longer (milliseconds)."""
 
     _ddp: DistributedDataParallel | None = PrivateAttr(None)
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """All layers that learn; the other processes take no part."""
+        return Preflight.of(network)
 
     def on_fit_start(self, run: Run) -> None:
         """Wrap the network."""

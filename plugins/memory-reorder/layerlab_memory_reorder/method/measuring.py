@@ -85,7 +85,7 @@ class Step:
         if device != "meta":
             self.x.normal_()
             self.y.random_(classes)
-        parameters = list(self.model.parameters())
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._stack = ExitStack()
         self._takeover: Takeover | None = None
         self.optimizer = _optimizer(optimizer, parameters)
