@@ -40,3 +40,10 @@ def test_the_examples_run(name, value, both):
         if example.examples:
             result = runner.run(example)
             assert result.failed == 0, f"an example of {example.name} does not run"
+
+
+@pytest.mark.parametrize(("name", "value"), documented())
+def test_each_public_class_and_function_has_an_example(name, value):
+    if inspect.isclass(value) or inspect.isfunction(value):
+        found = doctest.DocTestFinder(recurse=True).find(value, name)
+        assert any(each.examples for each in found), f"{name} has no example in its docstring"

@@ -9,7 +9,16 @@ from pydantic import ValidationError
 
 
 class LayerlabError(Exception):
-    """Something a user can mend: its message names the thing and the remedy in one sentence."""
+    """Something a user can mend: its message names the thing and the remedy in one sentence.
+
+    Example:
+        >>> from layerlab import LayerlabError, build_model
+        >>> try:
+        ...     build_model("resnet-19")
+        ... except LayerlabError as error:
+        ...     print(str(error)[:15])
+        Unknown network
+    """
 
     def _render_traceback_(self) -> list[str]:
         # What IPython shows in a notebook: the sentence, without the pages of code that found it out.
@@ -17,11 +26,29 @@ class LayerlabError(Exception):
 
 
 class Refused(LayerlabError):
-    """A strategy, a setting or a network that cannot be used together, found before any training."""
+    """A strategy, a setting or a network that cannot be used together, found before any training.
+
+    Example:
+        >>> from layerlab import Refused
+        >>> raise Refused("my-method needs two layers or more; use another network.")
+        Traceback (most recent call last):
+        layerlab.base.errors.Refused: my-method needs two layers or more; use another network.
+    """
 
 
 class Diverged(LayerlabError):
-    """A training whose loss is no longer finite; its history up to there is kept."""
+    """A training whose loss is no longer finite; its history up to there is kept.
+
+    Example:
+        >>> from layerlab import Diverged, build_model, fit, load_dataset
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> try:
+        ...     fit(network, data, epochs=1, lr=1e30, progress=False)
+        ... except Diverged as error:
+        ...     print(str(error)[:17])
+        Training diverged
+    """
 
 
 def reason(error: BaseException) -> str:
@@ -33,12 +60,24 @@ def reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, in at most 200 characters; its type where it says nothing."""
+    """What an error says in its first line, in at most 200 characters; its type where it says nothing.
+
+    Example:
+        >>> from layerlab import first_line
+        >>> first_line(ValueError("no such file\\nand much more"))
+        'no such file'
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class LayerlabWarning(UserWarning):
-    """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has."""
+    """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has.
+
+    Example:
+        >>> import warnings
+        >>> from layerlab import LayerlabWarning
+        >>> warnings.simplefilter("ignore", LayerlabWarning)
+    """
 
 
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> LayerlabError:

@@ -220,6 +220,12 @@ def load_paper(strategy: str | Plugin) -> Paper:
 
     Raises:
         LayerlabError: no such strategy, or no readable paper.
+
+    Example:
+        >>> from layerlab import load_paper, strategies
+        >>> paper = load_paper(next(iter(strategies)))
+        >>> "quick" in paper.profiles
+        True
     """
     if isinstance(strategy, str):
         from layerlab.contract.registry import strategies

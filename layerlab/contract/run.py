@@ -20,6 +20,14 @@ class Batches(Protocol):
     """What a run reads batches from: `layerlab.Split`, or anything of this shape that a strategy puts there.
 
     What a strategy puts there may have `resident_bytes`, the memory that it takes: it counts to the run's peak.
+
+    Example:
+        >>> import torch
+        >>> from layerlab import load_dataset
+        >>> split = load_dataset("digits", limit=100, device="cpu").train
+        >>> x, y = next(split.batches(32, None, torch.float32, torch.contiguous_format))
+        >>> tuple(x.shape), tuple(y.shape)
+        ((32, 1, 8, 8), (32,))
     """
 
     def __len__(self) -> int:
@@ -42,6 +50,15 @@ class Replaced(NamedTuple):
     Attributes:
         old, new: the parameters.
         carry: from a tensor of the old one's shape, its momentum say, the same of the new one's; None if there is none.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from layerlab import Replaced
+        >>> old, new = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2, 3))
+        >>> pruned = Replaced(old, new, lambda momentum: momentum[:2])
+        >>> pruned.carry(torch.zeros(4, 3)).shape
+        torch.Size([2, 3])
     """
 
     old: nn.Parameter
@@ -53,6 +70,16 @@ class Wire(Protocol):
     """How gradients travel between workers: whatever communicates them encodes, sends both parts, and decodes.
 
     A gradient is about `codes × 2**exponent`. Codes of equal exponents may be added as they are, in wider integers.
+
+    Example:
+        >>> import torch
+        >>> class Halves:
+        ...     def encode(self, name, gradient):
+        ...         return (2 * gradient).round().to(torch.int8), -1
+        ...     def decode(self, codes, exponent):
+        ...         return codes.float() * 2.0**exponent
+        >>> Halves().decode(*Halves().encode("weight", torch.tensor([0.4, 1.0])))
+        tensor([0.5000, 1.0000])
     """
 
     def encode(self, name: str, gradient: Tensor) -> tuple[Tensor, int]:
@@ -93,6 +120,17 @@ class Run:
         after_backward: every strategy's `on_after_backward`, as `backward` calls them.
         wire: how gradients travel where a strategy says so; None: as they are.
         preflights: what each strategy said before the first step, by its name.
+
+    Example:
+        >>> from layerlab import Strategy, build_model, fit, load_dataset
+        >>> class Watch(Strategy):
+        ...     name = "watch"
+        ...     def on_epoch_end(self, run):
+        ...         run.log("watch/steps", run.step)
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> fit(network, data, Watch(), epochs=2, batch_size=64, progress=False).final["watch/steps"]
+        8.0
     """
 
     model: nn.Module

@@ -47,6 +47,17 @@ class Strategy(BaseModel):
 
     Raises:
         LayerlabError: a setting that does not exist or does not validate, in one sentence.
+
+    Example:
+        >>> from layerlab import Strategy
+        >>> class Half(Strategy):
+        ...     name = "half"
+        ...     share: float = 0.5
+        >>> Half(share=0.25).share
+        0.25
+        >>> Half(shar=0.25)
+        Traceback (most recent call last):
+        layerlab.base.errors.LayerlabError: half has no setting 'shar'.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)

@@ -108,6 +108,17 @@ class Session:
 
     Raises:
         LayerlabError: a folder that cannot be written, or that another process is at work in.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import pandas as pd
+        >>> from layerlab import Session
+        >>> session = Session("my experiment", "a try", Path(tempfile.mkdtemp()), {"lr": 0.1})
+        >>> _ = session.table("results", pd.DataFrame({"lr": [0.1], "top-1": [97.2]}))
+        >>> session.close()
+        >>> (session.folder / "tables" / "results.csv").exists()
+        True
     """
 
     def __init__(
@@ -229,6 +240,13 @@ class Study(Session):
 
     Raises:
         LayerlabError: unknown strategy, profile or parameter; a folder that cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from layerlab import Study, strategies
+        >>> study = Study(next(iter(strategies)), "quick", output=tempfile.mkdtemp())
+        >>> {result.verdict for result in study.results}
+        {'not run'}
     """
 
     def __init__(

@@ -32,6 +32,12 @@ def evaluate(
 
     Returns:
         `test/loss`; `test/top1` and `test/top5`, shares.
+
+    Example:
+        >>> from layerlab import build_model, evaluate, load_dataset
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> sorted(evaluate(build_model("mlp", num_classes=10, image_size=8, width=16), data.test))
+        ['test/loss', 'test/top1', 'test/top5']
     """
     loss = loss or nn.CrossEntropyLoss()
     model.eval()

@@ -30,7 +30,23 @@ from layerlab.workload.dataset import Dataset
 
 
 class Observer(Protocol):
-    """What follows a fit: tracking, say."""
+    """What follows a fit: tracking, say.
+
+    Example:
+        >>> from layerlab import build_model, fit, load_dataset
+        >>> class Counts:
+        ...     epochs = 0
+        ...     def on_fit_start(self, fit): ...
+        ...     def on_epoch_end(self, fit, row): self.epochs += 1
+        ...     def on_fit_end(self, fit, result): ...
+        ...     def on_exception(self, fit, error): ...
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> counts = Counts()
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> result = fit(network, data, epochs=2, observers=[counts], progress=False)
+        >>> counts.epochs
+        2
+    """
 
     def on_fit_start(self, fit: Fit) -> None:
         """Before the first epoch of this process; `fit.run.history` holds what an earlier one finished."""
@@ -52,6 +68,15 @@ class Fit:
     holds a state of the same fit, goes back to the end of its last finished epoch.
 
     Args: as `fit`.
+
+    Example:
+        >>> from layerlab import Fit, build_model, load_dataset
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> training = Fit(build_model("mlp", num_classes=10, image_size=8, width=16), data, epochs=2)
+        >>> training.train_epoch()["epoch"]
+        1
+        >>> training.finished
+        False
     """
 
     def __init__(

@@ -77,6 +77,18 @@ def save_model(
 
     Raises:
         LayerlabError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from layerlab import build_model, fit, load_dataset, load_model, save_model
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> result = fit(network, data, epochs=1, progress=False)
+        >>> file = Path(tempfile.mkdtemp()) / "model.pt"
+        >>> _ = save_model(file, result, data, "mlp", num_classes=10, image_size=8, width=16)
+        >>> load_model(file).model.training
+        False
     """
     content = {
         "format": _FORMAT, "network": network, "options": options, "classes": data.classes,
@@ -109,6 +121,18 @@ def load_model(
     Raises:
         LayerlabError: no such file, a damaged one, one of another kind; a network that has to be given and is not, or
             that these weights do not fit; a strategy that is not installed and that changed the network.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from layerlab import build_model, fit, load_dataset, load_model, save_model
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> result = fit(network, data, epochs=1, progress=False)
+        >>> file = Path(tempfile.mkdtemp()) / "model.pt"
+        >>> _ = save_model(file, result, data, "mlp", num_classes=10, image_size=8, width=16)
+        >>> load_model(file).model.training
+        False
     """
     from layerlab.contract.registry import strategies
 

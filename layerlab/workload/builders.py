@@ -28,6 +28,12 @@ def build_model(name: str, **options: Any) -> nn.Module:
 
     Raises:
         LayerlabError: unknown name (with the nearest spelling) or an option that the network does not have.
+
+    Example:
+        >>> from layerlab import build_model
+        >>> network = build_model("resnet-cifar", num_classes=10, depth=8)
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        75290
     """
     build = MODELS.get(name)
     if build is None:
@@ -57,7 +63,13 @@ def _call(build: Callable[..., nn.Module], label: str, *arguments: Any, **option
 
 
 def model_names() -> list[str]:
-    """Every name that `build_model` knows."""
+    """Every name that `build_model` knows.
+
+    Example:
+        >>> from layerlab import model_names
+        >>> "resnet18" in model_names()
+        True
+    """
     return sorted([*MODELS, *torchvision_models.list_models(module=torchvision_models)])
 
 

@@ -52,6 +52,13 @@ class Split:
         padding: pixels.
         share: (index, count) of several processes that train together: `batches` gives this one's part of each
             shuffled batch, drawn as if it were alone, and reads no more than that part.
+
+    Example:
+        >>> from layerlab import load_dataset
+        >>> split = load_dataset("digits", limit=100, device="cpu").test
+        >>> x, y = next(split.batches(10))
+        >>> tuple(x.shape)
+        (10, 1, 8, 8)
     """
 
     images: Tensor | Streamed
@@ -253,6 +260,13 @@ def pass_order(examples: int, batch_size: int, generator: torch.Generator | None
 
     From a generator: shuffled, and the uneven rest at the end belongs to no batch. Without one: in order, the rest in a
     batch of its own.
+
+    Example:
+        >>> import torch
+        >>> from layerlab import pass_order
+        >>> order, batches = pass_order(5, 2, torch.Generator().manual_seed(0))
+        >>> sorted(order.tolist()), batches
+        ([0, 1, 2, 3, 4], 2)
     """
     if generator is None:
         return torch.arange(examples), -(-examples // batch_size)
@@ -269,6 +283,11 @@ def noise(
         shape: of an image, (channels, height, width).
         device: where it lies.
         classes: of the random labels.
+
+    Example:
+        >>> from layerlab import noise
+        >>> noise(64, (3, 32, 32)).shape
+        (3, 32, 32)
     """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, *shape), dtype=torch.uint8, generator=generator).to(device)

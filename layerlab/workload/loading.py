@@ -80,6 +80,12 @@ def load_dataset(
     Raises:
         LayerlabError: unknown name, nothing found, a corrupt or truncated file, an image that does not decode, labels
             out of range; naming the file.
+
+    Example:
+        >>> from layerlab import load_dataset
+        >>> data = load_dataset("digits", image_size=16, limit=200, device="cpu")
+        >>> data.shape, data.classes, len(data.train)
+        ((1, 16, 16), 10, 200)
     """
     place = resolve_device(device)
     path = Path(name).expanduser()

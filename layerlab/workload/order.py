@@ -25,6 +25,13 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
 
     Returns:
         (qualified name, module) pairs. Modules that the forward pass does not reach are left out.
+
+    Example:
+        >>> import torch
+        >>> from layerlab import forward_order
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> [name for name, _ in forward_order(network, torch.zeros(1, 4))]
+        ['0', '2']
     """
     calls: dict[nn.Module, int] = {}
     clock = itertools.count()
@@ -62,6 +69,13 @@ def prefixes(
     """For each layer of `kind` in forward order: its name, and every module that learns no later than it.
 
     A layer takes the normalisations that follow it along, up to the next layer that is none.
+
+    Example:
+        >>> import torch
+        >>> from layerlab import prefixes
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Conv2d(2, 2, 3))
+        >>> [(name, len(modules)) for name, modules in prefixes(network, torch.zeros(1, 1, 8, 8))]
+        [('0', 2), ('2', 3)]
     """
     order = forward_order(model, example)
     found = []

@@ -103,5 +103,12 @@ class Tracker:
 
 
 def track(experiment: str = "explore", **tags: str) -> Tracker:
-    """An observer for `fit` that logs to MLflow: `fit(…, observers=[track("my experiment", idea="a")])`."""
+    """An observer for `fit` that logs to MLflow: `fit(…, observers=[track("my experiment", idea="a")])`.
+
+    Example:
+        >>> from layerlab import build_model, fit, load_dataset, track
+        >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+        >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+        >>> result = fit(network, data, epochs=1, observers=[track("my experiment")], progress=False)
+    """
     return Tracker(experiment, tags)
