@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from pydantic import PrivateAttr
 from torch import nn
 
-from layerlab import build_model
+from layerlab import Strategy, build_model, fit
 from layerlab.measure import Meter, layer_costs, mean_interval, time_by_turns
 
 
@@ -120,3 +122,74 @@ def test_turns_alternate():
     assert len(turns["a"].seconds) == 4
     middle, low, high = turns["a"].ratio(turns["a"])
     assert (middle, low, high) == (1, 1, 1)
+
+
+class Dropping(Strategy):
+    """Leaves a layer out of a step with a probability, as stochastic depth does; from an epoch on with another one."""
+
+    name: ClassVar[str] = "dropping"
+    first: float = 0.5
+    later: float = 0.5
+
+    _hooks: list[Any] = PrivateAttr(default_factory=list)
+    _taken: list[bool] = PrivateAttr(default_factory=list)
+    _share: float = PrivateAttr(1.0)
+
+    def on_fit_start(self, run) -> None:
+        generator = torch.Generator().manual_seed(run.generator.initial_seed())
+        inner = run.model[1]
+
+        class Sometimes(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(own, x):
+                if own.training:
+                    self._taken.append(torch.rand((), generator=generator).item() >= self._share)
+                    if not self._taken[-1]:
+                        return x
+                return own.inner(x)
+
+        run.model[1] = Sometimes()
+
+    def on_epoch_start(self, run) -> None:
+        self._taken.clear()
+        self._share = self.first if run.epoch == 1 else self.later
+
+    def on_epoch_end(self, run) -> None:
+        run.log("dropping/taken", sum(self._taken) / len(self._taken))
+
+
+def _layers() -> nn.Module:
+    # Multiply-accumulates of a step of 8 images: 8 · 64 · 64 for the layer in the middle, 8 · 64 · 10 for the last.
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 10))
+
+
+def test_a_cost_that_differs_from_step_to_step_is_the_mean_of_several_with_an_interval(digits):
+    result = fit(_layers(), digits, Dropping(), epochs=3, batch_size=8, progress=False)
+    for row in result.history:
+        # Forward: two operations a multiply-accumulate.
+        whole, last = 179 * 2 * 8 * 64 * 64, 179 * 2 * 8 * 64 * 10
+        share = (row["cost/forward_flops"] - last) / whole
+        assert share == pytest.approx(row["dropping/taken"], abs=0.3)
+        assert 0.2 < share < 0.8
+        assert row["cost/flops_interval"] > 0
+
+
+def test_a_strategy_that_costs_less_from_an_epoch_on_without_freezing_anything_is_measured_anew(digits):
+    result = fit(_layers(), digits, Dropping(first=0.0, later=1.0), epochs=3, batch_size=64, progress=False)
+    first, *later = [row["cost/forward_flops"] for row in result.history]
+    assert [each / first for each in later] == pytest.approx([10 / 74, 10 / 74])
+    assert not any("cost/flops_interval" in row for row in result.history)
+
+
+def test_without_strategies_one_step_is_measured_in_the_whole_training(digits, monkeypatch):
+    measured = []
+    enter = Meter.__enter__
+    monkeypatch.setattr(Meter, "__enter__", lambda self: measured.append(self) or enter(self))
+    fit(_layers(), digits, epochs=3, batch_size=64, progress=False)
+    assert len(measured) == 1
+    fit(_layers(), digits, Dropping(first=0.0, later=0.0), epochs=3, batch_size=64, progress=False)
+    # Four steps in the first epoch, to see whether they differ, then one in each.
+    assert len(measured) == 1 + 4 + 1 + 1

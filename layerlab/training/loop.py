@@ -228,8 +228,10 @@ class Fit:
         run, settings, steps = self.run, self.settings, self.run.steps_per_epoch
         step = self._step()
         each_step = run.schedule.step if run.schedule_each == "step" else None
-        # The step that is measured, and the one that compiles, do not belong into the epoch's time.
-        measured = min(1, steps - 1) if settings.measure and key not in self._costs else None
+        # Steps that are measured, and the one that compiles, do not belong into the epoch's time.
+        drawn = set()
+        if settings.measure:
+            drawn = self._costs.drawn(key, steps, 1000 * self.seed + run.epoch, bool(self.strategies))
         compiling = 0 if steps > 2 and self._compiler.warms_up(key) else None
         total = torch.zeros((), device=self.device)
         batches = run.data.batches(settings.batch_size, run.generator, torch.float32, memory_format(settings))
@@ -237,7 +239,7 @@ class Fit:
             batches = islice(batches, steps)
         with gauge.loop():
             for index, (x, y) in enumerate(batches):
-                if index == measured:
+                if index in drawn and self._costs.wanted:
                     with gauge.aside(), self._costs.metered(key, run, x, y):
                         total += step(x, y)
                 elif index == compiling:
