@@ -54,14 +54,14 @@ def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, bridge: Br
     Args:
         shares: of the parameters that are left after each pruning, the same for all methods.
         stage_epochs: from one pruning to the next.
-        sparsity: λ, the same for all (for `GroupNorm` a sixteenth), which train alike until the first pruning: with a λ
-            each, the one that happened to find the better one would be ahead.
+        sparsity: λ, the same for all but `GroupNorm`, which train alike until the first pruning: with a λ each,
+            the one that happened to find the better one would be ahead.
         bridge: as the strategy's setting.
         library: torch-pruning's pruners, `BNScale` and `GroupNorm`.
     """
     shared: dict[str, Any] = {"targets": [{"parameters": share} for share in shares], "every": stage_epochs}
-    # GroupNorm pulls at the least important group sixteen times as strongly as at the most important one.
-    strength = {"BNScale": sparsity, "GroupNorm": sparsity / 16}
+    # GroupNorm's penalty is a weight decay by groups, to which λ says nothing: the library's own default.
+    strength = {"BNScale": sparsity, "GroupNorm": 1e-4}
     return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, sparsity=sparsity, **shared),
             PEER: NetworkSlimming(sparsity=sparsity, **shared),
             **{f"torch-pruning's {pruner}": TorchPruning(pruner=pruner, sparsity=strength[pruner], **shared)
