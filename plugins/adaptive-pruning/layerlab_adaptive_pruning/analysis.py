@@ -1,28 +1,22 @@
-"""The paper's results table and its figures from runs: accuracy, parameters, bytes and speed, stage by stage."""
+"""The paper's results table from runs: accuracy, parameters, bytes and speed, stage by stage."""
 
 from __future__ import annotations
 
-import io
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import build_model, figures, measure
-from layerlab_adaptive_pruning.method.peers import NetworkSlimming
-from layerlab_adaptive_pruning.method.pruning import count, latencies
-from layerlab_adaptive_pruning.method.structure import rebuild, structure
-from layerlab_adaptive_pruning.method.surgery import remove_channels
+from layerlab import Comparison, Dataset, Estimate, FitResult, build_model, evaluate
+from layerlab_adaptive_pruning.method.outcome import BRIDGES
+from layerlab_adaptive_pruning.method.peers import NetworkSlimming, TorchPruning
+from layerlab_adaptive_pruning.method.pruning import Pruning, blocks_removed, count, latencies
+from layerlab_adaptive_pruning.method.structure import rebuild
+from layerlab_adaptive_pruning.method.surgery import Bridge
 from layerlab_adaptive_pruning.strategy import AdaptivePruning
 
 BASELINE, OURS, PEER = "conventional", "adaptive pruning", "network slimming"
@@ -53,69 +47,135 @@ NAMES = {_left(share): name for share, name in PAPER.items()}
 MOST = _left(min(PAPER))
 
 
-def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, bridge: str) -> dict[str, Any]:
-    """The three ways of training that are compared: the plain one, the paper's and its peer's.
+def arms(shares: Sequence[float], stage_epochs: int, sparsity: float, bridge: Bridge,
+         library: Sequence[str] = ()) -> dict[str, Any]:
+    """The ways of training that are compared: the plain one, the paper's, its peer's and today's library's.
 
     Args:
-        shares: of the parameters that are left after each pruning, the same for both methods.
+        shares: of the parameters that are left after each pruning, the same for all methods.
         stage_epochs: from one pruning to the next.
-        sparsity: λ, the same for both, which train alike until the first pruning: with a λ each, the one that happened
-            to find the better one would be ahead.
+        sparsity: λ, the same for all but `GroupNorm`, which train alike until the first pruning: with a λ each,
+            the one that happened to find the better one would be ahead.
         bridge: as the strategy's setting.
+        library: torch-pruning's pruners, `BNScale` and `GroupNorm`.
     """
     shared: dict[str, Any] = {"targets": [{"parameters": share} for share in shares], "every": stage_epochs}
+    # GroupNorm's penalty is a weight decay by groups, to which λ says nothing: the library's own default.
+    strength = {"BNScale": sparsity, "GroupNorm": 1e-4}
     return {BASELINE: (), OURS: AdaptivePruning(bridge=bridge, sparsity=sparsity, **shared),
-            PEER: NetworkSlimming(sparsity=sparsity, **shared)}
+            PEER: NetworkSlimming(sparsity=sparsity, **shared),
+            **{f"torch-pruning's {pruner}": TorchPruning(pruner=pruner, sparsity=strength[pruner], **shared)
+               for pruner in library}}
 
 
-def candidates(sparsities: Sequence[float], share: float, stage_epochs: int, bridge: str) -> dict[str, Any]:
-    """Both methods with each λ, pruned once to a share of the parameters: what `sparsity_choice` chooses from."""
-    return {f"{arm}, λ = {value:g}": strategy for value in sparsities
-            for arm, strategy in arms([share], stage_epochs, value, bridge).items()
+def penalty(dose: float, stage_epochs: int, lr: float, steps: int, momentum: float = 0.9) -> float:
+    """λ of a penalty dose: how far the penalty alone moves a scale in a stage, λ · Σ rates · steps / (1 − momentum).
+
+    The dose is what carries over between schedules. Network slimming's own recipe (λ = 1e-5, 160 epochs) has 0.66,
+    which is more than the 0.5 at which its scales start.
+
+    Args:
+        dose: in units of γ.
+        stage_epochs: with the rates of `restarts`.
+        lr: at the start of a stage.
+        steps: an epoch.
+        momentum: of SGD.
+
+    Example:
+        >>> round(penalty(0.6592, 160, 0.1, 781), 8)
+        1e-05
+    """
+    rates = lr * sum(map(rate_factor(stage_epochs), range(stage_epochs)))
+    return dose * (1 - momentum) / (rates * steps)
+
+
+def candidates(doses: Mapping[float, float], share: float, stage_epochs: int, bridge: Bridge) -> dict[str, Any]:
+    """Both methods with each λ, pruned once to a share of the parameters: what `dose_choice` chooses from.
+
+    Args:
+        doses: penalty dose → λ.
+    """
+    return {f"{arm}, dose {dose:g}": strategy for dose, sparsity in doses.items()
+            for arm, strategy in arms([share], stage_epochs, sparsity, bridge).items()
             if arm != BASELINE}
 
 
-def sparsity_choice(comparison: Any) -> tuple[pd.DataFrame, float]:
-    """Which λ to take: the one with which both methods together are best after the pruning, on what was held out.
+def dose_choice(comparison: Comparison) -> tuple[pd.DataFrame, float]:
+    """Which penalty dose to take: the one with which both methods together are best after the pruning.
 
     Args:
         comparison: the runs of `candidates` on `Dataset.held_out`.
 
     Returns:
-        A row a method and λ: `method`, `λ`, `top-1 dense [%]` before the pruning and `top-1 pruned [%]` at the end
-        (means over seeds), `chosen`; and the λ, the smallest of equals.
+        A row a method and dose: `method`, `dose`, `λ`, `top-1 dense [%]` before the pruning and `top-1 pruned [%]` at
+        the end, `small scales [%]` (|γ| below 0.01 at the pruning; all means over seeds), `chosen`; and the dose, the
+        smallest of equals.
     """
     rows = []
-    for arm in comparison.arms:
-        runs = [comparison.results[arm, seed] for seed in comparison.seeds]
-        strategy = runs[0].strategies[0]
-        end = strategy.stages[1]["epoch"]
+    for name in comparison.arms:
+        method, _, dose = name.partition(", dose ")
+        end = pruning_of(comparison.of(name)[0]).stages[1]["epoch"]
         rows.append({
-            "method": {AdaptivePruning.name: OURS, NetworkSlimming.name: PEER}[strategy.name], "λ": strategy.sparsity,
-            "top-1 dense [%]": 100 * float(np.mean([run.history[end - 1]["test/top1"] for run in runs])),
-            "top-1 pruned [%]": 100 * float(np.mean([run.final["test/top1"] for run in runs])),
+            "method": method, "dose": float(dose), "λ": pruning_of(comparison.of(name)[0]).sparsity,
+            "top-1 dense [%]": comparison.estimate(
+                lambda run, end=end: 100 * run.history[end - 1]["test/top1"], name).mean,
+            "top-1 pruned [%]": comparison.estimate("top-1", name).mean,
+            "small scales [%]": comparison.estimate(lambda run: 100 * pruning_of(run).stages[1]["small"], name).mean,
         })
-    table = pd.DataFrame(rows).sort_values(["method", "λ"], ignore_index=True)
-    best = float(table.groupby("λ")["top-1 pruned [%]"].mean().idxmax())
-    table["chosen"] = table["λ"] == best
+    table = pd.DataFrame(rows).sort_values(["method", "dose"], ignore_index=True)
+    best = float(table.groupby("dose")["top-1 pruned [%]"].mean().idxmax())
+    table["chosen"] = table["dose"] == best
     return table, best
+
+
+def pruning_of(result: FitResult) -> Pruning:
+    """The strategy that pruned a fit's network, as it left it."""
+    (strategy,) = result.strategies
+    assert isinstance(strategy, Pruning)
+    return strategy
+
+
+def gate_numbers(comparison: Comparison, stage: int, data: Dataset) -> dict[str, float]:
+    """What a gate reads of adaptive pruning's runs, means over seeds.
+
+    Args:
+        comparison: the runs of `arms`.
+        stage: of which pruning, counted from 1.
+        data: that they were trained on.
+
+    Returns:
+        `small scales`: |γ| below 0.01 just before that pruning, in per cent; `removed blocks`: how many have lost all
+        their batch norms after it; `baseline train top-1`: of the conventional network in the end, in per cent.
+    """
+    noted = comparison.estimate(lambda run: 100 * pruning_of(run).stages[stage]["small"], OURS)
+    blocks = comparison.estimate(lambda run: blocks_removed(pruning_of(run).stages[stage]["channels"]), OURS)
+    trained = comparison.estimate(lambda run: 100 * evaluate(run.model.to(data.train.labels.device), data.train)[
+        "test/top1"], BASELINE)
+    return {"small scales": round(noted.mean, 2), "removed blocks": round(blocks.mean, 2),
+            "baseline train top-1": round(trained.mean, 2)}
+
+
+def rate_factor(stage_epochs: int) -> Callable[[int], float]:
+    """Epoch, counted from 0 → what `restarts` multiplies the rate by."""
+    first, second = stage_epochs / 2, 3 * stage_epochs / 4
+
+    def factor(epoch: int) -> float:
+        within = epoch % stage_epochs
+        return float(0.1 ** ((within >= first) + (within >= second)))
+
+    return factor
 
 
 def restarts(stage_epochs: int) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
     """The rate of every stage: divided by ten after a half and after three quarters of it, then from the top again."""
-    first, second = stage_epochs / 2, 3 * stage_epochs / 4
 
     def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        def factor(epoch: int) -> float:
-            within = epoch % stage_epochs
-            return 0.1 ** ((within >= first) + (within >= second))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(stage_epochs))
 
     return schedule
 
 
-def stages(comparison: Any, network: Callable[[], nn.Module]) -> pd.DataFrame:
+def stages(comparison: Comparison, network: Callable[[], nn.Module]) -> pd.DataFrame:
     """What each arm and seed had at the end of each of its stages.
 
     Args:
@@ -132,13 +192,13 @@ def stages(comparison: Any, network: Callable[[], nn.Module]) -> pd.DataFrame:
     dense = network()
     whole = {"parameters": count(dense), "channels": 1.0, "structure": None}
     for (arm, seed), result in comparison.results.items():
-        (pruning,) = comparison.results[OURS, seed].strategies
-        ends = [stage["epoch"] for stage in pruning.stages[1:]] + [len(result.history)]
+        pruned = pruning_of(comparison.results[OURS, seed]).stages
+        ends = [stage["epoch"] for stage in pruned[1:]] + [len(result.history)]
         for stage, end in enumerate(ends):
             row = {"arm": arm, "seed": seed, "stage": stage, "epoch": end,
                    "top-1": result.history[end - 1]["test/top1"], **whole}
             if arm != BASELINE:
-                noted = result.strategies[0].stages
+                noted = pruning_of(result).stages
                 left = sum(noted[stage]["channels"].values()) / sum(noted[0]["channels"].values())
                 row |= {"parameters": noted[stage]["parameters"], "channels": left,
                         "structure": noted[stage]["structure"]}
@@ -222,20 +282,20 @@ def results_table(published: pd.DataFrame, table: pd.DataFrame, labels: Sequence
     return pd.DataFrame(rows).set_index("network")
 
 
-def gains(table: pd.DataFrame, arm: str, other: str, stage: int) -> list[float]:
-    """Points of top-1 that an arm has more than another after the same epochs, a value a seed."""
-    mine, theirs = (table[(table["arm"] == each) & (table["stage"] == stage)].set_index("seed")["top-1"]
-                    for each in (arm, other))
-    return (100 * (mine - theirs)).tolist()
+def gains(table: pd.DataFrame, arm: str, other: str, stage: int) -> Estimate:
+    """Points of top-1 that an arm has more than another after the same epochs."""
+    mine, theirs = (column(table, each, stage, "top-1") for each in (arm, other))
+    return Estimate(tuple(100 * (a - b) for a, b in zip(mine.values, theirs.values, strict=True)), "points")
 
 
-def column(table: pd.DataFrame, arm: str, stage: int, name: str) -> list[float]:
-    """A column of `speeds` for an arm's stage, a value a seed."""
-    return table[(table["arm"] == arm) & (table["stage"] == stage)][name].tolist()
+def column(table: pd.DataFrame, arm: str, stage: int, name: str) -> Estimate:
+    """A column of `speeds` for an arm's stage."""
+    rows = table[(table["arm"] == arm) & (table["stage"] == stage)].sort_values("seed")
+    return Estimate(tuple(rows[name].tolist()))
 
 
-def claim_values(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) -> dict[str, list[float]]:
-    """The paper's claims from its rows, as far as they were run: id in paper.toml → a value a seed.
+def claim_values(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) -> dict[str, tuple[Estimate, int]]:
+    """The paper's claims from its rows, as far as they were run: id in paper.toml → (values, stage).
 
     Args:
         table: `speeds`.
@@ -246,17 +306,18 @@ def claim_values(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[i
     values = {}
     for label, name in NAMES.items():
         if label in stages:
-            short = name.removesuffix(" %")
-            values[f"gain-{short}"] = gains(table, OURS, BASELINE, stages[label])
+            short, stage = name.removesuffix(" %"), stages[label]
+            values[f"gain-{short}"] = gains(table, OURS, BASELINE, stage), stage
             if label != MOST:  # network slimming has no such row in the paper
-                values[f"peer-{short}"] = gains(table, OURS, PEER, stages[label])
+                values[f"peer-{short}"] = gains(table, OURS, PEER, stage), stage
     if MOST in stages:
-        dense = table["megabytes"].max()
-        values["size"] = [size / dense for size in column(table, OURS, stages[MOST], "megabytes")]
+        dense, stage = table["megabytes"].max(), stages[MOST]
+        sizes = column(table, OURS, stage, "megabytes").values
+        values["size"] = Estimate(tuple(size / dense for size in sizes), "×"), stage
         for size in batches:
             if size in (1, 128):
-                values[f"speed-{size}"] = column(table, OURS, stages[MOST], f"batch {size} ×")
-                values[f"peer-speed-{size}"] = _times_faster(table, stages[MOST], size)
+                values[f"speed-{size}"] = column(table, OURS, stage, f"batch {size} ×"), stage
+                values[f"peer-speed-{size}"] = _times_faster(table, stage, size), stage
     return values
 
 
@@ -265,16 +326,51 @@ def comparison_line(table: pd.DataFrame, stage: int, label: str, batches: Sequen
 
     With the parameters of both: where a whole block goes, the one threshold passes over the counts in between.
     """
-    sizes = " against ".join(f"{np.mean(column(table, arm, stage, 'parameters')):,.0f}" for arm in (OURS, PEER))
-    faster = ", ".join(f"{_spread(_times_faster(table, stage, size))} × as fast at batch {size}" for size in batches)
-    mean, half = measure.mean_interval(gains(table, OURS, PEER, stage))
-    interval = f" ± {half:.2f}" if math.isfinite(half) else ""
-    return f"{label}, {sizes} parameters: {mean:+.2f}{interval} points against network slimming, {faster}"
+    sizes = " against ".join(f"{column(table, arm, stage, 'parameters').mean:,.0f}" for arm in (OURS, PEER))
+    faster = ", ".join(f"{_times_faster(table, stage, size)} as fast at batch {size}" for size in batches)
+    return f"{label}, {sizes} parameters: {gains(table, OURS, PEER, stage)} against network slimming, {faster}"
 
 
-def _times_faster(table: pd.DataFrame, stage: int, size: int) -> list[float]:
+def _times_faster(table: pd.DataFrame, stage: int, size: int) -> Estimate:
     ours, theirs = (column(table, arm, stage, f"batch {size} ×") for arm in (OURS, PEER))
-    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return Estimate(tuple(mine / other for mine, other in zip(ours.values, theirs.values, strict=True)), "×")
+
+
+def inflections(table: pd.DataFrame, whole: int) -> pd.DataFrame:
+    """Where each method's accuracy turns down for good (Section 5.4): at its best stage.
+
+    Args:
+        table: `stages`.
+        whole: parameters of the unpruned network.
+
+    Returns:
+        A row a method: `paper` (by its rows), `parameters left [%]` at the best stage and `top-1 [%]` there.
+    """
+    known = {OURS: "64.6 (60 %)", PEER: "84.5 (40 %)"}
+    rows = []
+    for arm, part in table[table["arm"] != BASELINE].groupby("arm", sort=False):
+        best = part.loc[part.groupby("seed")["top-1"].idxmax()]
+        rows.append({"method": arm, "paper": known.get(str(arm), ""),
+                     "parameters left [%]": _spread(100 * best["parameters"] / whole),
+                     "top-1 [%]": _spread(100 * best["top-1"])})
+    return pd.DataFrame(rows).set_index("method")
+
+
+def bridge_table(comparison: Comparison, at_once: Mapping[tuple[str, int], float]) -> pd.DataFrame:
+    """What each bridge keeps of the accuracy.
+
+    Args:
+        comparison: the bridged networks after one more stage of training, an arm a bridge.
+        at_once: (bridge, seed) → top-1 right after bridging, a share.
+    """
+    rows = []
+    for bridge in comparison.arms:
+        before = Estimate(tuple(100 * at_once[bridge, seed] for seed in comparison.seeds))
+        models = [run.model for run in comparison.of(bridge)]
+        rows.append({"bridge": bridge, "paper": BRIDGES[bridge], "parameters": _spread([count(m) for m in models]),
+                     "top-1 at once [%]": str(before), "after one stage [%]": _spread(
+                         [100 * run.final["test/top1"] for run in comparison.of(bridge)])})
+    return pd.DataFrame(rows).set_index("bridge")
 
 
 def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) -> pd.DataFrame:
@@ -284,7 +380,7 @@ def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) 
     for (arm, stage), part in table.groupby(["arm", "stage"], sort=False):
         if stage != table["stage"].max() if arm == BASELINE else not stage:
             continue
-        mean, half = measure.mean_interval(part["top-1"].tolist())
+        mean, half = Estimate(tuple(part["top-1"])).interval
         rows.append({"method": arm, "network": labels[0 if arm == BASELINE else stage],
                      "parameters": part["parameters"].mean(), "MACs": part["MACs"].mean(), "top-1": mean,
                      "top-1 ±": half,
@@ -292,134 +388,5 @@ def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int]) 
     return pd.DataFrame(rows)
 
 
-def survival(comparison: Any, seed: int, labels: Sequence[str]) -> Figure:
-    """Which layers and channels survive: the share of each batch norm's channels left, layer by layer, stage by stage.
-
-    Args:
-        seed: of the runs that are shown.
-        labels: of the stages.
-    """
-    shown = [arm for arm in (OURS, PEER) if (arm, seed) in comparison.results]
-    count_layers = len(comparison.results[shown[0], seed].strategies[0].stages[0]["channels"])
-    figure, axes = figures.canvas(rows=len(shown), width=min(16.0, max(8.0, 0.36 * count_layers)), height=2.5)
-    for axis, arm in zip(axes[:, 0], shown, strict=True):
-        noted = comparison.results[arm, seed].strategies[0].stages
-        first = noted[0]["channels"]
-        order = _forward(comparison.results[BASELINE, seed].model, list(first))
-        left = np.array([[stage["channels"][path] / first[path] for path in order] for stage in noted])
-        colours = sns.color_palette("viridis", as_cmap=True).with_extremes(bad="#c94c4c")
-        sns.heatmap(np.where(left == 0, np.nan, left), ax=axis, vmin=0, vmax=1, cmap=colours, linewidths=0.4,
-                    linecolor="white", mask=np.zeros_like(left, dtype=bool), cbar_kws={"label": "channels left"})
-        axis.grid(False)
-        axis.set_facecolor("#c94c4c")
-        gone = int((left[-1] == 0).sum())
-        axis.set_title(f"{arm}: {gone} of {len(order)} batch norms are gone" if gone else f"{arm}: no layer is gone")
-        axis.set_yticklabels(labels[: len(noted)], rotation=0)
-        axis.set_xticks(np.arange(len(order)) + 0.5, order if len(order) <= 45 else [""] * len(order), rotation=90,
-                        fontsize=7)
-        if len(order) > 45:
-            axis.set_xlabel("batch norms in forward order")
-    return figure
-
-
-def _forward(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Batch norms in the order of the modules, which is the order in which a traced network runs."""
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    return sorted(paths, key=lambda path: order.get(path, len(order)))
-
-
-def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) -> pd.DataFrame:
-    """Removing channels with γ = β = 0 from well-known networks: what it changes, which is to be nothing.
-
-    Every batch norm gets random statistics and scales, a share of them zero.
-
-    Returns:
-        A row a network: `parameters`, `left`, `convolutions`, `convolutions left`, `difference` (largest, of the
-        logits, over their largest), `seconds` that it took.
-    """
-    rows = []
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, image_size, image_size, generator=generator)
-    for name in names:
-        network = build_model(name, num_classes=10, **({"depth": 29} if name == "preact-resnet" else {})).eval()
-        dead = {}
-        for path, module in network.named_modules():
-            if isinstance(module, _BatchNorm):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                with torch.no_grad():
-                    for value in (module.weight, module.running_var):
-                        value.copy_(torch.rand(len(value), generator=generator) + 0.5)
-                    for value in (module.bias, module.running_mean):
-                        value.copy_(0.2 * torch.randn(len(value), generator=generator))
-                    gone = torch.rand(len(module.weight), generator=generator) < share
-                    module.weight[gone] = module.bias[gone] = 0
-                dead[path] = gone.nonzero().flatten().tolist()
-        with torch.no_grad():
-            before, size, layers = network(images), count(network), _convolutions(network)
-            start = time.perf_counter()
-            cut, _ = remove_channels(network, images, dead)
-            seconds = time.perf_counter() - start
-            difference = float((cut(images) - before).abs().max() / before.abs().max())
-        rows.append({"network": name, "parameters": size, "left": count(cut), "convolutions": layers,
-                     "convolutions left": _convolutions(cut), "difference": difference, "seconds": seconds})
-    return pd.DataFrame(rows, columns=[
-        "network", "parameters", "left", "convolutions", "convolutions left", "difference", "seconds",
-    ]).set_index("network")
-
-
-def _convolutions(network: nn.Module) -> int:
-    return sum(isinstance(module, nn.Conv2d) for module in network.modules())
-
-
-def deployed(model: Any, network: Callable[[], nn.Module], example: Tensor, folder: Path) -> pd.DataFrame:
-    """Save what comes out of a fit, build it again without pickle, export it, and hold each against the network.
-
-    Args:
-        model: the pruned network.
-        network: builds the unpruned one.
-        example: images.
-        folder: where `pruned.pt` (weights), `pruned.json` (structure) and `pruned.onnx` go.
-
-    Returns:
-        A row a form: `bytes`, and the largest `difference` of its logits from the network's.
-    """
-    import json
-
-    folder.mkdir(parents=True, exist_ok=True)
-    images = example[:2].cpu()
-    # Training may have laid out the weights otherwise; the others are built anew.
-    model = model.cpu().eval().to(memory_format=torch.contiguous_format)
-    with torch.no_grad():
-        logits = model(images)
-    torch.save(model.state_dict(), folder / "pruned.pt")
-    (folder / "pruned.json").write_text(json.dumps(structure(model)))
-    again = rebuild(network(), json.loads((folder / "pruned.json").read_text()))
-    again.load_state_dict(torch.load(folder / "pruned.pt", weights_only=True))
-    exported = torch.export.export(model, (images,))
-    stream = io.BytesIO()
-    torch.export.save(exported, stream)
-    with torch.no_grad():
-        forms = {"weights and structure": (again.eval()(images), _bytes(folder, "pruned.pt", "pruned.json")),
-                 "torch.export": (exported.module()(images), len(stream.getvalue()))}
-    try:
-        import onnxruntime
-
-        torch.onnx.export(exported, f=str(folder / "pruned.onnx"), verbose=False)
-        session = onnxruntime.InferenceSession(str(folder / "pruned.onnx"))
-        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        forms["ONNX"] = (torch.from_numpy(found), _bytes(folder, "pruned.onnx", "pruned.onnx.data"))
-    except ImportError:
-        print("onnxscript and onnxruntime are not installed: ONNX is left out.")
-    return pd.DataFrame(
-        {name: {"bytes": size, "difference": float((out - logits).abs().max())} for name, (out, size) in forms.items()}
-    ).T
-
-
-def _bytes(folder: Path, *names: str) -> int:
-    return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
-
-
-def _spread(values: Any) -> str:
-    mean, half = measure.mean_interval([float(value) for value in values])
-    return f"{mean:.3g}" + (f" ± {half:.2g}" if math.isfinite(half) and half > 0 else "")
+def _spread(values: Iterable[float]) -> str:
+    return str(Estimate(tuple(float(value) for value in values)))

@@ -5,15 +5,16 @@ Zhang et al., "Layer Pruning for Accelerating Very Deep Neural Networks", Sectio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from layerlab import Replaced, Run
+from layerlab import FitResult, Replaced, Run
 from layerlab_adaptive_pruning.method.pruning import Pruning, Target, thresholds
-from layerlab_adaptive_pruning.method.surgery import Bridge, below, merge_thin_layers, remove_channels
+from layerlab_adaptive_pruning.method.surgery import Bridge, below, merge_thin_layers, remove_channels, scales
 
 
 class AdaptivePruning(Pruning):
@@ -46,6 +47,36 @@ class AdaptivePruning(Pruning):
         merged, more = merge_thin_layers(cut, self.bridge)
         return merged, replaced + more
 
+    def placebo(self, result: FitResult) -> RandomChannels:
+        """As many channels of each batch norm after the same epochs, drawn at random."""
+        return RandomChannels(left=tuple(stage["channels"] for stage in self.stages[1:]), targets=self.targets,
+                              every=self.every, sparsity=self.sparsity)
+
     def cut(self, network: fx.GraphModule, example: torch.Tensor, dead: Mapping[str, list[int]]) -> fx.GraphModule:
         cut, _ = remove_channels(network, example, dead, self.bridge)
         return merge_thin_layers(cut, self.bridge)[0]
+
+
+class RandomChannels(Pruning):
+    """The placebo: as many channels as another pruning left of each batch norm, but any of them."""
+
+    name: ClassVar[str] = "random-channels"
+
+    left: tuple[dict[str, int], ...] = ()
+    """One a pruning: path of a batch norm → channels that it is to have left; 0 for a layer that goes."""
+    seed: int = 0
+    """Of the draw."""
+
+    def prune(self, run: Run, target: Target) -> tuple[fx.GraphModule, list[Replaced], float]:
+        assert isinstance(run.model, fx.GraphModule)
+        dead = {}
+        for path, wanted in self.left[len(self.stages) - 1].items():
+            size = len(scales(run.model).get(path, ()))
+            if size > wanted:
+                # One draw for all norms of a size, so that branches that are added up lose the same channels.
+                order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+                dead[path] = order[: size - wanted].tolist()
+        return *remove_channels(run.model, run.example, dead, "merge"), math.nan
+
+    def cut(self, network: fx.GraphModule, example: torch.Tensor, dead: Mapping[str, list[int]]) -> fx.GraphModule:
+        return remove_channels(network, example, dead, "merge")[0]

@@ -364,3 +364,19 @@ def test_without_batch_norms_a_convolution_of_one_channel_is_bridged(data):
     result = fit(plain, data, AdaptivePruning(targets=[{"threshold": 0.0}]), epochs=2, progress=False, **OPTIONS)
     (conv,) = [module for module in result.model.modules() if isinstance(module, nn.Conv2d)]
     assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (3, 8, (1, 1))
+
+
+@pytest.mark.parametrize("build", [network, lambda: torchvision.models.resnet.ResNet(
+    torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)], ids=["preact", "basic"])
+def test_the_placebo_leaves_as_many_channels_but_others(data, build):
+    options = dict(OPTIONS, epochs=3, progress=False)
+    shrinking = AdaptivePruning(targets=[{"ratio": 0.2}, {"ratio": 0.35}], sparsity=0.05)
+    result = fit(build, data, shrinking, **options)
+    (strategy,) = result.strategies
+    placebo = fit(build, data, strategy.placebo(result), **options)
+    assert [stage["channels"] for stage in placebo.strategies[0].stages] == [
+        stage["channels"] for stage in strategy.stages]
+    assert placebo.strategies[0].stages[-1]["parameters"] == strategy.stages[-1]["parameters"]
+    assert placebo.total("cost/forward_flops") == result.total("cost/forward_flops")
+    assert placebo.history[0]["train/loss"] == result.history[0]["train/loss"]
+    assert placebo.history[1]["train/loss"] != result.history[1]["train/loss"]

@@ -408,6 +408,38 @@ def test_an_operation_that_makes_a_number_of_nan_hides_no_living_channel(kind, r
     assert (cut.get_submodule("stem").out_channels, cut.get_submodule("fc").in_features) == (12, 12)
 
 
+class Excited(nn.Module):
+    """Squeeze-and-excitation between two convolutions, the first of them in groups of one or not."""
+
+    def __init__(self, depthwise: bool) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.depthwise = depthwise
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Conv2d(4, 12, 1),
+                                     nn.Sigmoid())
+        self.out, self.norm, self.fc = nn.Conv2d(12, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(self.wide(x)) if self.depthwise else self.wide(x)
+        return self.fc(torch.relu(self.norm(self.out(self.squeeze(x) * x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@torch.no_grad()
+def test_dead_channels_go_through_squeeze_and_excitation(depthwise):
+    torch.manual_seed(0)
+    network = Excited(depthwise).eval()
+    dead = [1, 4, 5]
+    for part in (network.wide, network.deep):
+        part[1].weight[dead], part[1].bias[dead] = 0, -0.3
+    before = network(images())
+    cut, _ = remove_channels(network, images(), {"wide.1": dead, **({"deep.1": dead} if depthwise else {})})
+    assert close(cut(images()), before)
+    assert [cut.get_submodule(name).out_channels for name in ("wide.0", "squeeze.3")] == [9, 9]
+    assert [cut.get_submodule(name).in_channels for name in ("squeeze.1", "out")] == [9, 9]
+
+
 class ByWidth(nn.Module):
     """An activation that divides by the number of its channels."""
 

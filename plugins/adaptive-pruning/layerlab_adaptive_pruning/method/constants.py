@@ -44,6 +44,10 @@ class Constants(fx.Interpreter):
             return value
         flat = _by_channel(value[:1])  # (channels, pixels)
         unknown = ~(flat == flat[:, :1]).all(1) | self._inherited(n, len(flat))
+        if getattr(n.target, "__name__", n.target) == "mul":
+            zero = self._zero_factors(n, flat)
+            unknown, flat = unknown & ~zero, torch.where(zero[:, None], 0.0, flat)
+            value = torch.where(zero.view(1, -1, *[1] * (value.dim() - 2)), 0.0, value)
         self.values[n.name] = torch.where(unknown, torch.nan, flat[:, 0].float())
         if value.is_floating_point():
             value = torch.where(unknown.view(1, -1, *[1] * (value.dim() - 2)), torch.nan, value)
@@ -58,6 +62,12 @@ class Constants(fx.Interpreter):
         if read and all(bool(mask.all()) for mask in read):
             return True
         return torch.stack(alike).any(0) if alike else False
+
+    def _zero_factors(self, n: fx.Node, flat: Tensor) -> Tensor:
+        """In which channels a product has a constant factor of zero, (channels,): squeeze-and-excitation, say."""
+        factors = [self.values[each.name] == 0 for each in n.all_input_nodes if each.name in self.values]
+        known = [mask for mask in factors if len(mask) == len(flat)]
+        return torch.stack(known).any(0) if known else torch.zeros_like(flat[:, 0], dtype=torch.bool)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.submodules[target]
