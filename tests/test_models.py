@@ -40,6 +40,17 @@ def test_layers_come_in_forward_order_not_as_declared(residual):
     assert next(name for name, _ in model.named_modules() if name in names) == "classifier"
 
 
+def test_a_layer_with_a_parametrized_weight_is_one_layer_with_or_without_a_bias():
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(
+        norm(nn.Conv2d(1, 4, 3, bias=False)), nn.BatchNorm2d(4), norm(nn.Conv2d(4, 4, 3)), nn.Flatten(),
+        nn.Linear(64, 2),
+    )
+    example = torch.randn(2, 1, 8, 8)
+    assert [name for name, _ in forward_order(model, example)] == ["0", "1", "2", "4"]
+    assert [prefix for _, prefix in prefixes(model, example)] == [[model[0], model[1]], [model[0], model[1], model[2]]]
+
+
 def test_tracing_leaves_no_trace(residual):
     model = residual().train()
     before = model.bn1.running_mean.clone()

@@ -16,8 +16,8 @@ class LayerlabError(Exception):
         >>> try:
         ...     build_model("resnet-19")
         ... except LayerlabError as error:
-        ...     print(str(error)[:15])
-        Unknown network
+        ...     print(str(error)[:13])
+        Unknown model
     """
 
     def _render_traceback_(self) -> list[str]:

@@ -7,8 +7,22 @@ import itertools
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Modules with parameters of their own, among which are those behind their parametrizations (weight norm, say)."""
+    hidden: set[nn.Module] = set()
+    found = []
+    for module in model.modules():
+        parametrized = parametrize.is_parametrized(module)
+        if parametrized:
+            hidden.update(module.parametrizations.modules())  # type: ignore[union-attr]  # not in torch's stubs
+        if parametrized or next(module.parameters(recurse=False), None) is not None:
+            found.append(module)
+    return [module for module in found if module not in hidden]
 
 
 def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
@@ -37,8 +51,7 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
     clock = itertools.count()
     handles = [
         module.register_forward_hook(lambda module, *_: calls.__setitem__(module, next(clock)))
-        for module in model.modules()
-        if next(module.parameters(recurse=False), None) is not None
+        for module in _layers(model)
     ]
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -15,7 +15,9 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, LayerMap, Run, Strategy, prefixes
+from layerlab import FitResult, LayerMap, Preflight, Run, Strategy
+from layerlab_lars_skip.method.convolutions import Convolutions, find_convolutions, step_flops
+from layerlab_lars_skip.method.planned import PlannedFreezing, alternation
 
 
 def lars_variable(weight: Tensor, before: Tensor) -> float:
@@ -39,7 +41,8 @@ class LarsSkip(Strategy):
     After each epoch, nw of every convolution that learned in it is measured. In the next epoch, the last convolution
     l with nw > α and every layer nearer the input get no backward pass and no update (Algorithm 1); the convolutions
     after l and the fully connected layers learn. A skipped layer has not moved, so its nw is not defined for that
-    epoch: `memory` says what counts instead.
+    epoch: `memory` says what counts instead. Neither is that of a layer that the user or another strategy froze, which
+    is never taken for a finished one. In a network that ends in a convolution, that one is never skipped.
     """
 
     name: ClassVar[str] = "lars-skip"
@@ -56,7 +59,7 @@ class LarsSkip(Strategy):
     forget_after: int | None = Field(None, ge=1)
     """With `keep`: forget it after this many skipped epochs in a row. Default: never."""
 
-    _layers: list[tuple[str, list[nn.Module]]] = PrivateAttr(default_factory=list)
+    _found: Convolutions = PrivateAttr(default_factory=Convolutions)
     _before: dict[int, Tensor] = PrivateAttr(default_factory=dict)
     _edge: int = PrivateAttr(0)
     _latest: list[float | None] = PrivateAttr(default_factory=list)
@@ -72,45 +75,64 @@ class LarsSkip(Strategy):
     @property
     def layers(self) -> list[str]:
         """The names of the network's convolutions in forward order."""
-        return [name for name, _ in self._layers]
+        return list(self._found.names)
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Say which layers can be skipped, and what an epoch saves that skips them all.
+
+        Raises:
+            Refused: as `on_fit_start`.
+        """
+        found = find_convolutions(network, example)
+        prefix = found.prefixes[found.most - 1]
+        skippable = {inner for module in prefix for inner in module.modules()}
+        covered = [name for name, module in network.named_modules()
+                   if module in skippable and next(module.parameters(recurse=False), None) is not None]
+        notes = []
+        if found.most < len(found.names):
+            notes.append(f"{found.names[found.most]} always learns, so that something is left to learn.")
+        saved = 1 - step_flops(network, example, prefix) / step_flops(network, example, ())
+        return Preflight.of(
+            network, covered, found.unmeasured, otherwise="no convolution that may be skipped comes after it",
+            saves={"training FLOPs in an epoch that skips all of these": saved}, notes=notes)
 
     def on_fit_start(self, run: Run) -> None:
         """Find the convolutions in forward order.
 
         Raises:
-            LayerlabError: the network has none.
+            Refused: the network has none that learns, or nothing but them and a single one.
         """
-        self._layers = prefixes(run.model, run.example)
-        if not self._layers:
-            raise LayerlabError(
-                f"lars-skip needs convolutions, and {type(run.model).__name__} has none; use another network."
-            )
-        count = len(self._layers)
+        self._found = find_convolutions(run.model, run.example)
+        count = len(self._found.names)
         self._edge = 0
         self._latest, self._age = [None] * count, [0] * count
         self._log_sum, self._count = [0.0] * count, [0] * count
 
     def on_epoch_start(self, run: Run) -> None:
-        run.freeze(self.name, self._layers[self._edge - 1][1] if self._edge else ())
+        run.freeze(self.name, self._found.prefixes[self._edge - 1] if self._edge else ())
         self._before = {
-            index: self._weight(run, index).detach().clone() for index in range(self._edge, len(self._layers))
+            index: self._weight(run, index).detach().clone() for index in range(self._edge, len(self._found.names))
+            if self._found.names[index] not in self._found.unmeasured
         }
         run.log("lars-skip/skipped_layers", self._edge)
 
     def on_epoch_end(self, run: Run) -> None:
-        variables = {index: lars_variable(self._weight(run, index).detach(), before)
-                     for index, before in self._before.items()}
-        self._before = {}
-        for index, value in variables.items():
+        variables = {}
+        for index, before in self._before.items():
+            value = lars_variable(self._weight(run, index).detach(), before)
+            # A layer that stood still was not trained: it is frozen by the user or by another strategy, or the tail of
+            # the network trains without it. Its nw says nothing.
             if math.isfinite(value):
-                run.log(f"lars-skip/nw/{self._layers[index][0]}", value)
+                variables[index] = value
+                run.log(f"lars-skip/nw/{self._found.names[index]}", value)
+        self._before = {}
         self.decide(variables)
 
     def decide(self, variables: dict[int, float]) -> int:
         """Algorithm 1: choose the next epoch's edge from this epoch's nw.
 
         Args:
-            variables: index of a convolution in forward order → its nw; those that were skipped are missing.
+            variables: index of a convolution in forward order → its nw, finite; those that did not learn are missing.
 
         Returns:
             The number of convolutions to skip.
@@ -120,7 +142,7 @@ class LarsSkip(Strategy):
             threshold = self._threshold(index)
             if index in variables:
                 self._latest[index], self._age[index] = variables[index], 0
-                if 0 < variables[index] < math.inf:
+                if variables[index] > 0:
                     self._log_sum[index] += math.log(variables[index])
                     self._count[index] += 1
             else:
@@ -130,7 +152,7 @@ class LarsSkip(Strategy):
                     self._latest[index] = None
             value = self._latest[index]
             if value is not None and value > threshold:
-                self._edge = index + 1
+                self._edge = min(index + 1, self._found.most)
         return self._edge
 
     def _threshold(self, index: int) -> float:
@@ -139,7 +161,7 @@ class LarsSkip(Strategy):
         return math.exp(self._log_sum[index] / self._count[index]) if self._count[index] else math.inf
 
     def _weight(self, run: Run, index: int) -> Tensor:
-        weight = run.model.get_submodule(self._layers[index][0]).weight
+        weight = run.model.get_submodule(self._found.names[index]).weight
         assert isinstance(weight, Tensor)
         return weight
 
@@ -150,6 +172,11 @@ class LarsSkip(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._edge, self._latest, self._age = state["edge"], list(state["latest"]), list(state["age"])
         self._log_sum, self._count = list(state["log_sum"]), list(state["count"])
+
+    def placebo(self, result: FitResult) -> Strategy | None:
+        """Alternation at fixed epochs that saves the same FLOPs; None where the run skipped nothing."""
+        plan = alternation(result.history)
+        return PlannedFreezing(plan=plan) if plan else None
 
     def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
         """Which convolution was skipped in which epoch, and nw of those that learned."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Preflight, Run, build_model, fit, load_dataset, measure
+from layerlab import LayerlabError, Preflight, Refused, Run, Strategy, build_model, compare, fit, load_dataset, measure
 from layerlab.training.loop import Fit
 from layerlab_lars_skip import LarsSkip, analysis
+from layerlab_lars_skip.method.planned import alternation
 from layerlab_lars_skip.strategy import lars_variable
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.01, progress=False)
@@ -178,10 +179,162 @@ def test_bad_settings_get_one_sentence(settings):
         LarsSkip(**settings)
 
 
-def test_a_network_without_convolutions_is_refused(data):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
-    with pytest.raises(LayerlabError, match="lars-skip needs convolutions, and Sequential has none"):
+# ---------------------------------------------------------------------------------------------- other people's networks
+
+
+def all_convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 10, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )
+
+
+class Rows(nn.Module):
+    """One-dimensional convolutions over an image's rows, and a transposed one."""
+
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        weight_norm = nn.utils.parametrizations.weight_norm if normed else lambda module: module
+        self.first = weight_norm(nn.Conv1d(16, 8, 3, bias=False))
+        self.second = weight_norm(nn.ConvTranspose1d(8, 12, 3, bias=False))
+        self.last = nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x.squeeze(1)).relu()).relu().mean(2))
+
+
+class Volume(nn.Module):
+    """Three-dimensional convolutions over an image cut in slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(1, 4, 3, padding=1), nn.ConvTranspose3d(4, 4, 2, 2)
+        self.last = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(-1, 1, 4, 8, 8)
+        return self.last(self.second(self.first(x).relu()).mean((2, 3, 4)))
+
+
+def _skipped(result: Any) -> list[float]:
+    return [row["lars-skip/skipped_layers"] for row in result.history]
+
+
+def _frozen(build: Any, *names: str) -> nn.Module:
+    model = build()
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(("build", "layer"), [(network, "4"), (lambda: build_model("lenet"), "conv1")])
+def test_a_layer_that_the_user_froze_is_not_taken_for_a_finished_one(build, layer):
+    data = load_dataset("digits", image_size=28, limit=128, test_limit=64, device="cpu")
+    result = fit(_frozen(build, layer), data, LarsSkip(alpha=1e9), epochs=4, **OPTIONS)
+    assert _skipped(result) == [0, 0, 0, 0]
+    assert f"lars-skip/nw/{layer}" not in result.final
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("build", "layer"), [(network, "7"), (lambda: Rows(normed=True), "second")])
+def test_a_layer_that_another_strategy_freezes_is_not_taken_for_a_finished_one(data, first, build, layer):
+    class Other(Strategy):
+        name: ClassVar[str] = "other"
+
+        def on_epoch_start(self, run: Run) -> None:
+            run.freeze(self.name, [run.model.get_submodule(layer)])
+
+    pair: list[Strategy] = [Other(), LarsSkip(alpha=1e9)]
+    result = fit(build(), data, pair if first else pair[::-1], epochs=3, **OPTIONS)
+    assert _skipped(result) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("build", [lambda: Rows(normed=False), lambda: Rows(normed=True), Volume])
+def test_convolutions_of_every_dimension_are_seen_with_normed_weights_too(data, build):
+    result = fit(build, data, LarsSkip(alpha=0), epochs=3, **OPTIONS)
+    assert result.strategies[0].layers == ["first", "second"]
+    assert _skipped(result) == [0, 2, 0]
+    assert math.isfinite(result.history[0]["lars-skip/nw/second"])
+    assert result.history[1]["cost/backward_flops"] < result.history[0]["cost/backward_flops"] / 5
+
+
+def test_a_convolution_whose_weight_a_hook_makes_is_named(data):
+    model = Rows(normed=False)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.first)
+    found = LarsSkip().preflight(model, torch.zeros(2, 1, 16, 16))
+    assert found.covered == ("second",)
+    assert "a hook makes its weight" in found.left_out["first"]
+
+
+@pytest.mark.parametrize(
+    ("build", "names"), [(all_convolutional, ["0", "2", "4"]), (lambda: build_model("squeezenet1_1"), None)])
+def test_the_last_layer_that_learns_is_never_skipped(build, names):
+    channels = 3 if names is None else 1
+    data = load_dataset("digits", image_size=32, channels=channels, limit=32, test_limit=16, device="cpu")
+    result = fit(build, data, LarsSkip(alpha=0), epochs=2, **OPTIONS | {"batch_size": 16})
+    layers = result.strategies[0].layers
+    assert names is None or layers == names
+    assert _skipped(result) == [0, len(layers) - 1]
+    found = result.preflights["lars-skip"]
+    assert layers[-1] in found.left_out
+    assert found.notes == (f"{layers[-1]} always learns, so that something is left to learn.",)
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), "lars-skip needs convolutions, and Sequential has none"),
+    (_frozen(network, "0", "4", "7"), "all 3 of Sequential are frozen"),
+    (nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "nothing in Sequential learns after"),
+    (_frozen(lambda: Rows(normed=True), "second", "last"), "nothing in Rows learns after its first, first"),
+])
+def test_a_network_that_leaves_nothing_to_skip_or_to_learn_is_refused(data, model, message):
+    with pytest.raises(Refused, match=message):
         fit(model, data, LarsSkip(), epochs=1, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11"])
+def test_the_preflight_says_what_skipping_all_convolutions_saves(name):
+    data = load_dataset("digits", image_size=32, channels=3, limit=16, test_limit=8, device="cpu")
+    result = fit(build_model(name, num_classes=10), data, LarsSkip(alpha=0), epochs=2, **OPTIONS | {"batch_size": 8})
+    full, skipping = (row["cost/forward_flops"] + row["cost/backward_flops"] for row in result.history)
+    found = result.preflights["lars-skip"]
+    assert list(found.saves.values()) == [pytest.approx(1 - skipping / full)]
+    linear = {name for name, module in result.model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(found.left_out) == linear
+
+
+# ---------------------------------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("build", [network, Volume])
+def test_the_placebo_alternates_at_the_flops_of_the_run(data, build):
+    # Three epochs of skipping, one after the other, are spread over the run.
+    strategy = LarsSkip(alpha=0, memory="keep", forget_after=3)
+    runs = compare(build, data, {"full": (), "skip": strategy}, epochs=5, placebo=True, **OPTIONS)
+    count = len(runs.results["skip", 0].strategies[0].layers)
+    assert _skipped(runs.results["skip", 0]) == [0, count, count, count, 0]
+    (placebo,) = runs.placebos.values()
+    plan = [row["planned-freezing/skipped_layers"] for row in runs.results[placebo, 0].history]
+    assert plan == [0, count, 0, count, count]
+    assert runs.paired("TFLOP", placebo, "skip").mean == pytest.approx(1)
+
+
+def test_a_run_that_skipped_nothing_has_no_placebo(data):
+    result = fit(network, data, LarsSkip(alpha=math.inf), epochs=2, **OPTIONS)
+    assert result.strategies[0].placebo(result) is None
+
+
+def test_an_alternation_takes_the_prefix_that_comes_nearest():
+    def row(count: int, flops: float) -> dict[str, float]:
+        return {"lars-skip/skipped_layers": count, "cost/forward_flops": 4, "cost/backward_flops": flops - 4}
+
+    # 6 + 2 + 2 saved: twice 6 misses it by 2, five times 2 by nothing.
+    history = [row(0, 10), row(3, 4), row(1, 8), row(1, 8), row(0, 10), row(0, 10)]
+    assert alternation(history) == {2: 1, 3: 1, 4: 1, 5: 1, 6: 1}
+    # Without costs a convolution counts as much as another: 3 + 1 + 1.
+    assert alternation([{"lars-skip/skipped_layers": each["lars-skip/skipped_layers"]} for each in history]) == {
+        2: 1, 3: 1, 4: 1, 5: 1, 6: 1}
+    assert alternation([row(0, 10), row(3, 4), row(0, 10), row(3, 4)]) == {2: 3, 4: 3}
 
 
 def test_the_papers_numbers_of_figures_2_and_3():

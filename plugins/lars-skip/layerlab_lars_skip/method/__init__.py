@@ -1,0 +1,1 @@
+"""What the strategy needs besides itself."""
