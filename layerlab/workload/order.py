@@ -70,7 +70,9 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
             last[parameter] = max(call, last.get(parameter, 0))
 
     def place(module: nn.Module) -> tuple[int, int]:
-        return max(last[parameter] for parameter in module.parameters(recurse=False)), calls[module]
+        # One whose weights are computed from parameters of its children has none of its own.
+        own = [last[parameter] for parameter in module.parameters(recurse=False)]
+        return max(own, default=calls[module]), calls[module]
 
     names = {module: name for name, module in model.named_modules()}
     return [(names[module], module) for module in sorted(calls, key=place)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -100,6 +101,11 @@ def candidates(doses: Mapping[float, float], share: float, stage_epochs: int, br
             if arm != BASELINE}
 
 
+def _top1_after(run: FitResult, epoch: int) -> float:
+    """Top-1 at an epoch's end, in per cent."""
+    return 100 * run.history[epoch - 1]["test/top1"]
+
+
 def dose_choice(comparison: Comparison) -> tuple[pd.DataFrame, float]:
     """Which penalty dose to take: the one with which both methods together are best after the pruning.
 
@@ -117,8 +123,7 @@ def dose_choice(comparison: Comparison) -> tuple[pd.DataFrame, float]:
         end = pruning_of(comparison.of(name)[0]).stages[1]["epoch"]
         rows.append({
             "method": method, "dose": float(dose), "λ": pruning_of(comparison.of(name)[0]).sparsity,
-            "top-1 dense [%]": comparison.estimate(
-                lambda run, end=end: 100 * run.history[end - 1]["test/top1"], name).mean,
+            "top-1 dense [%]": comparison.estimate(partial(_top1_after, epoch=end), name).mean,
             "top-1 pruned [%]": comparison.estimate("top-1", name).mean,
             "small scales [%]": comparison.estimate(lambda run: 100 * pruning_of(run).stages[1]["small"], name).mean,
         })

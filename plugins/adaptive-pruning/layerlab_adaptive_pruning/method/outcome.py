@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from layerlab_adaptive_pruning.method.pruning import count
 from layerlab_adaptive_pruning.method.structure import rebuild, structure
 from layerlab_adaptive_pruning.method.surgery import Bridge, remove_channels, scales
 
-BRIDGES: dict[Bridge, str] = {"zero": "4.4.1", "relu": "4.4.2", "merge": "4.4.2, activation open", "random": "4.4.3"}
+BRIDGES: dict[str, str] = {"zero": "4.4.1", "relu": "4.4.2", "merge": "4.4.2, activation open", "random": "4.4.3"}
 """The ways to bridge a layer with one channel, and where the paper has them."""
 
 
@@ -43,7 +43,7 @@ def bridged(network: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         example: images, (batch, channels, height, width).
     """
     dead = thin_layers(network)
-    return {bridge: remove_channels(copy.deepcopy(network), example, dead, bridge)[0] for bridge in BRIDGES}
+    return {bridge: remove_channels(copy.deepcopy(network), example, dead, bridge)[0] for bridge in get_args(Bridge)}
 
 
 def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) -> pd.DataFrame:
