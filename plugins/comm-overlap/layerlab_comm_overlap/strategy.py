@@ -134,12 +134,16 @@ class CommOverlap(Strategy):
         with watched(self.time_limit_s):
             if self._epoch != run.epoch:
                 self._begin_epoch(run)
-            assert self._engine is not None
             assert self._loss is not None
             x, y, weight = self._share(run, x, y)
             self._done += 1
             last = self._done >= run.steps_per_epoch
-            loss = self._engine.step(run, x, y, weight, last)
+            if self._engine is not None:
+                loss = self._engine.step(run, x, y, weight, last)
+            else:
+                # Nothing learns in this epoch, so that there is nothing to send and nothing to update.
+                with run.autocast():
+                    loss = run.loss(run.training_model(x), y)
         self._loss += loss.detach() * weight
         if last:
             devices.set_random_state(self._random, run.device)
@@ -147,10 +151,13 @@ class CommOverlap(Strategy):
 
     def on_epoch_end(self, run: Run) -> None:
         """Leave the same network in all workers, and log what all of them saw."""
-        if _workers() == 1 or self._engine is None or self._loss is None:
+        if _workers() == 1 or self._loss is None:
             return
-        self._engine.arrive()
         assert self._transport is not None
+        waited = 0.0
+        if self._engine is not None:
+            self._engine.arrive()
+            waited, self._engine.waited = self._engine.waited, 0.0
         statistics = [b for b in run.training_model.buffers() if b.is_floating_point()]
         flat = torch.cat([(self._loss / self._done).double().view(1),
                           *(b.detach().double().reshape(-1) / _workers() for b in statistics)])
@@ -162,9 +169,9 @@ class CommOverlap(Strategy):
                 buffer.copy_(part.view(buffer.shape))
         run.log("train/loss", mean_loss.item())
         run.log("comm-overlap/workers", _workers())
-        run.log("comm-overlap/waited_seconds", self._engine.waited)
+        run.log("comm-overlap/waited_seconds", waited)
         run.log("comm-overlap/gradient_bytes", self._transport.volume)
-        self._engine.waited, self._transport.volume, self._transport.busy = 0.0, 0, 0.0
+        self._transport.volume, self._transport.busy = 0, 0.0
 
     def on_fit_end(self, run: Run) -> None:
         """Leave the network plain."""
@@ -222,9 +229,11 @@ class CommOverlap(Strategy):
             self._engine = None
             assert self._transport is not None
             self._transport.follow(())
-            self._engine = Engine(run, self._transport, self.overlap_backward, self.overlap_forward,
-                                  int(self.bucket_mb * 2**20), self.find_unused_parameters, not self._synchronised)
-            self._key, self._synchronised = key, True
+            if any(parameter.requires_grad for parameter in run.training_model.parameters()):
+                self._engine = Engine(run, self._transport, self.overlap_backward, self.overlap_forward,
+                                      int(self.bucket_mb * 2**20), self.find_unused_parameters, not self._synchronised)
+                self._synchronised = True
+            self._key = key
         self._epoch, self._done = run.epoch, 0
         self._loss = torch.zeros((), device=run.device)
         # Outside of steps all workers have the same random state, so that all strategies decide alike.

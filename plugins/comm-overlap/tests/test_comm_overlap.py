@@ -18,7 +18,7 @@ import torch.distributed as dist
 from helpers import Freezer, Residual
 from torch import nn
 
-from layerlab import LayerlabError, Refused, Run, Split, Strategy, build_model, fit, load_dataset
+from layerlab import LayerlabError, Refused, Run, Split, Strategy, build_model, fit, forward_order, load_dataset
 from layerlab_comm_overlap import CommOverlap, analysis, launch
 from layerlab_comm_overlap.method.model import AllReduce, Measured, fit_link, margins, scaling, step_seconds
 from layerlab_comm_overlap.method.stock import STOCK, StockDDP
@@ -112,6 +112,16 @@ class Whole(Strategy):
             run.data = replace(run.data, share=(0, 1), padding=2)
 
 
+class Still(Strategy):
+    """Freezes the whole network in the second of three epochs."""
+
+    name: ClassVar[str] = "still"
+
+    def on_epoch_start(self, run: Run) -> None:
+        order = [module for _, module in forward_order(run.model, run.example)]
+        run.freeze(self.name, order if run.epoch == 2 else [])
+
+
 class Hooked(Strategy):
     """Changes all gradients after backward."""
 
@@ -153,6 +163,8 @@ CASES = {
     "whole": (lenet, [Whole()], CommOverlap(**SMALL), {}),
     "hooked": (lenet, [Hooked()], CommOverlap(**SMALL), {}),
     "frozen": (chain, [Freezer()], CommOverlap(bucket_mb=0.004), {"epochs": 4, "measure": True}),
+    "nothing learns": (lenet, [Still()], CommOverlap(**SMALL), {"epochs": 3}),
+    "nothing learns in a chain": (chain, [Still()], CommOverlap(bucket_mb=0.004), {"epochs": 3}),
     "unused": (Changing, [], CommOverlap(find_unused_parameters=True, **SMALL), {}),
     "DDP as it comes": (lenet, [], StockDDP(bucket_mb=0.05), {"batch_size": 30}),
     "DDP over a slow link": (chain, [], StockDDP(bucket_mb=0.02, link_megabits=100, link_latency_ms=2),
@@ -470,6 +482,13 @@ def test_gains_over_ddp_are_over_its_fastest_buckets(layers):
 
 
 # ------------------------------------------------------------------------------------ before the first step
+
+
+@pytest.mark.parametrize("network", [lenet, chain])
+def test_a_frozen_network_has_no_idle_parameters(network):
+    found = CommOverlap().preflight(network().requires_grad_(False), torch.zeros(2, 1, 16, 16))
+    assert not found.covered
+    assert set(found.left_out.values()) == {"frozen before the fit"}
 
 
 def test_a_preflight_says_which_parameters_take_no_part_and_what_a_share_of_the_batch_changes():

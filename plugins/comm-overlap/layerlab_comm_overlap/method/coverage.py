@@ -26,7 +26,8 @@ def idle_parameters(network: nn.Module, example: Tensor) -> list[str]:
     before = devices.random_state(images.device)
     with torch.enable_grad():
         reached = [leaf.sum() for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        torch.autograd.backward(reached)
+        if reached:
+            torch.autograd.backward(reached)
     devices.set_random_state(before, images.device)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
 

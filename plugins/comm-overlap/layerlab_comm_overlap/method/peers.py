@@ -14,7 +14,8 @@ TIME_LIMIT = 300.0
 """Seconds that a worker waits for the others before it takes one of them for hanging."""
 # How torch.distributed words what it meets, by gloo and by nccl.
 _DIED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-_TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout")
+_TIMED_OUT = ("Timed out waiting", "Application timeout", "Operation timed out", "wait timeout after",
+              "Watchdog caught collective operation timeout")
 # The one that died shall be seen first by whatever watches the workers, not those that miss it.
 _AFTER_A_DEATH = 2.0
 
