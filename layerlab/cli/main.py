@@ -195,7 +195,7 @@ def _run(
         retries=plan.retries if retries is None else retries, rerun=rerun, scheduler=scheduler,
     )
     # Not before: it imports pandas, for which the first kernel need not wait.
-    from layerlab.reporting.scoreboard import scoreboard_table, sentences
+    from layerlab.reporting.scoreboard import brief_table, sentences
     from layerlab.runs.record import read_results
 
     ended = list(zip(jobs, outcomes, strict=True))
@@ -209,10 +209,10 @@ def _run(
             unreadable.append((job, Outcome("failed", str(error))))
     if results:
         click.echo()
-        _print(scoreboard_table(results))
+        _print(brief_table(results))
         click.echo()
         for line in sentences(results):
-            click.echo(line)
+            click.echo(click.wrap_text(line, 80, subsequent_indent="  "))
     if done:
         again = {"done before": "finished before; --rerun runs it again"}
         click.echo()

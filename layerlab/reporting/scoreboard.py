@@ -34,6 +34,17 @@ def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
     return Table(list(frame.columns), rows)
 
 
+def brief_table(results: Sequence[ClaimResult]) -> Table:
+    """The scoreboard in four columns, for a terminal: claim, published, measured, verdict without its reason."""
+    several = len({result.paper for result in results}) > 1
+    rows: list[list[str | Cell]] = []
+    for result in results:
+        claim = f"{result.paper}: {result.statement}" if several else result.statement
+        verdict = Cell(result.verdict, VERDICT_TONES.get(result.verdict.split()[0], ""))
+        rows.append([claim, f"{result.paper_value:g} {result.unit}", result.measured_text, verdict])
+    return Table(("claim", "paper", "measured", "verdict"), rows)
+
+
 def sentences(results: Sequence[ClaimResult]) -> list[str]:
     """One line for each paper: what its rows say, what they cannot say and why."""
     papers = dict.fromkeys(row.paper for row in results)
