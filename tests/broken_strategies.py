@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import LayerlabError, Run, Strategy
+from layerlab import LayerlabError, Preflight, Refused, Run, Split, Strategy
 from layerlab.testing.networks import mlp, plain_cnn
 
 
@@ -29,20 +29,27 @@ class SettingsRoundTrip(Strategy):
     """Counted from one, kept from zero: each way through YAML takes one away."""
 
 
+def _climb(run: Run) -> None:
+    """Turn the gradients round, so that the loss rises."""
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = -0.01 * parameter.grad.sign()
+
+
 class TrainsMlp(Strategy):
     name: ClassVar[str] = "trains-mlp"
 
-    def on_fit_start(self, run: Run) -> None:
-        _convolutions(run.model)[0]
+    def on_after_backward(self, run: Run) -> None:
+        if not _convolutions(run.model):
+            _climb(run)
 
 
 class TrainsCnn(Strategy):
     name: ClassVar[str] = "trains-cnn"
 
-    def on_fit_start(self, run: Run) -> None:
-        norms = _norms(run.model)
-        for number, _ in enumerate(_convolutions(run.model)):
-            norms[number]
+    def on_after_backward(self, run: Run) -> None:
+        if _convolutions(run.model) and not _norms(run.model):
+            _climb(run)
 
 
 class TrainsResidual(Strategy):
@@ -52,9 +59,9 @@ class TrainsResidual(Strategy):
     def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module:
         return plain_cnn()
 
-    def on_fit_start(self, run: Run) -> None:
+    def on_after_backward(self, run: Run) -> None:
         if _norms(run.model):
-            raise RuntimeError("no rule for batch norm")
+            _climb(run)
 
 
 class _Reversed(torch.autograd.Function):
@@ -82,6 +89,63 @@ class TrainsExample(Strategy):
         return nn.Sequential(mlp(), Uphill())
 
 
+class RefusedAtTheStart(Strategy):
+    name: ClassVar[str] = "refused-at-the-start"
+
+    def on_epoch_start(self, run: Run) -> None:
+        if run.epoch == 3 and type(run.model).__name__ == "TwoModes":
+            raise Refused("refused-at-the-start cannot cut this network; use another one.")
+
+
+class CoverageSaid(Strategy):
+    name: ClassVar[str] = "coverage-said"
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        return Preflight(tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear)))
+
+
+class SharedModules(Strategy):
+    """Puts a chain together anew from its different modules."""
+
+    name: ClassVar[str] = "shared-modules"
+
+    def on_fit_start(self, run: Run) -> None:
+        if type(run.model) is nn.Sequential:
+            run.restructure(nn.Sequential(*run.model.children()))
+
+
+class TiedWeights(Strategy):
+    """Gives every layer a weight of its own."""
+
+    name: ClassVar[str] = "tied-weights"
+
+    def on_fit_start(self, run: Run) -> None:
+        seen: set[nn.Parameter] = set()
+        for module in run.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter in seen:
+                    setattr(module, name, nn.Parameter(parameter.detach().clone()))
+                seen.add(parameter)
+        run.restructure(run.model)
+
+
+class FrozenByOthers(Strategy):
+    """Lets everything learn in each epoch, and puts requires_grad back afterwards."""
+
+    name: ClassVar[str] = "frozen-by-others"
+    _frozen: list[nn.Parameter] = PrivateAttr(default_factory=list)
+
+    def on_epoch_start(self, run: Run) -> None:
+        own = {parameter for module in run.frozen for parameter in module.parameters(recurse=False)}
+        self._frozen = [each for each in run.model.parameters() if not each.requires_grad and each not in own]
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+
+    def on_epoch_end(self, run: Run) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+
 class Deterministic(Strategy):
     name: ClassVar[str] = "deterministic"
     _scale: float = PrivateAttr(1.0)
@@ -103,6 +167,14 @@ class LeavesUsersModel(Strategy):
         if not hasattr(kind, "plain_forward"):
             kind.plain_forward = kind.forward
             kind.forward = lambda network, x: 2 * network.plain_forward(x)
+
+
+class DataUntouched(Strategy):
+    name: ClassVar[str] = "data-untouched"
+
+    def on_fit_start(self, run: Run) -> None:
+        if isinstance(run.data, Split):
+            run.data.images[0, 0, 0, 0] = 7
 
 
 class FinalModel(Strategy):
@@ -169,6 +241,14 @@ class LeavesNothingBehind(Strategy):
         run.model.register_forward_hook(lambda module, inputs, output: None)
 
 
+class GlobalSwitches(Strategy):
+    name: ClassVar[str] = "global-switches"
+
+    def on_epoch_end(self, run: Run) -> None:
+        if run.epoch == 3:
+            torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+
+
 class MetricsFinite(Strategy):
     name: ClassVar[str] = "metrics-finite"
 
@@ -227,7 +307,7 @@ class Pickles(Strategy):
 
 
 EVERY = [
-    SettingsRoundTrip, TrainsMlp, TrainsCnn, TrainsResidual, TrainsExample, Deterministic, LeavesUsersModel,
-    FinalModel, FitsAgain, HookCalls, Resumes, LeavesNothingBehind, MetricsFinite, Composes, Bfloat16, Compiles,
-    Pickles,
+    SettingsRoundTrip, TrainsMlp, TrainsCnn, TrainsResidual, TrainsExample, RefusedAtTheStart, CoverageSaid,
+    SharedModules, TiedWeights, FrozenByOthers, Deterministic, LeavesUsersModel, DataUntouched, FinalModel, FitsAgain,
+    HookCalls, Resumes, LeavesNothingBehind, GlobalSwitches, MetricsFinite, Composes, Bfloat16, Compiles, Pickles,
 ]

@@ -11,8 +11,7 @@ from helpers import Freezer, run_check, slow
 
 from layerlab import LayerlabError
 from layerlab.cli import main as cli
-from layerlab.testing import CHECKS, check_strategy, parametrize_with_checks
-from layerlab.testing.checks import composes
+from layerlab.testing import CHECKS, check_strategy, composes, parametrize_with_checks
 
 
 def test_every_check_has_a_strategy_that_breaks_it():

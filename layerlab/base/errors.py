@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -37,7 +39,10 @@ class Refused(LayerlabError):
 
 
 class Diverged(LayerlabError):
-    """A training whose loss is no longer finite; its history up to there is kept.
+    """A training whose loss is no longer finite, with its traceback: it says in which step of which method.
+
+    Attributes:
+        history: one row an epoch up to there, the last one with a loss that is not finite.
 
     Example:
         >>> from layerlab import Diverged, build_model, fit, load_dataset
@@ -49,6 +54,13 @@ class Diverged(LayerlabError):
         ...     print(str(error)[:17])
         Training diverged
     """
+
+    def __init__(self, message: str, history: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.history = [dict(row) for row in history]
+
+    def _render_traceback_(self) -> list[str]:
+        return "".join(traceback.format_exception(self)).splitlines()
 
 
 def reason(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import click
 
-from layerlab.base.errors import LayerlabError, LayerlabWarning
+from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning
 from layerlab.show.table import Cell, Table, Tone
 
 FORMS = ("text", "markdown", "html", "csv", "latex", "json")
@@ -19,7 +19,7 @@ NOTHING_INSTALLED = "No strategies are installed; install a plugin with pip, suc
 
 
 class _Group(click.Group):
-    """Bad input ends with one sentence on standard error and exit status 2."""
+    """Bad input ends with one sentence on standard error and exit status 2, a training that diverged with 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,7 +28,7 @@ class _Group(click.Group):
                 return super().invoke(ctx)
         except LayerlabError as error:
             click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
-            ctx.exit(2)
+            ctx.exit(1 if isinstance(error, Diverged) else 2)
 
 
 def _show_warning(

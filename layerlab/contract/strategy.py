@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError, first_line, sentence
+from layerlab.base.errors import Refused, first_line, sentence
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.rehearsal import rehearsal
 from layerlab.show.table import Table
@@ -46,7 +46,7 @@ class Strategy(BaseModel):
     tensors, numbers, strings, lists and dicts (checkpoints are read with `weights_only=True`).
 
     Raises:
-        LayerlabError: a setting that does not exist or does not validate, in one sentence.
+        Refused: a setting that does not exist or does not validate, in one sentence.
 
     Example:
         >>> from layerlab import Strategy
@@ -57,7 +57,7 @@ class Strategy(BaseModel):
         0.25
         >>> Half(shar=0.25)
         Traceback (most recent call last):
-        layerlab.base.errors.LayerlabError: half has no setting 'shar'.
+        layerlab.base.errors.Refused: half has no setting 'shar'.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
@@ -71,7 +71,7 @@ class Strategy(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise LayerlabError(sentence(error, type(self).name or type(self).__name__)) from None
+            raise Refused(sentence(error, type(self).name or type(self).__name__)) from None
 
     def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
         """Say what this strategy can do with a network, before any training; `fit` asks each of its strategies.
@@ -215,39 +215,39 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
     """Refuse strategies that cannot run together.
 
     Raises:
-        LayerlabError: two of them replace the training step, or the network that trains, or one does the one and
+        Refused: two of them replace the training step, or the network that trains, or one does the one and
             another the other; one changes the structure while another follows its layers; or one is given twice.
     """
     strategies = list(strategies)
     for strategy in strategies:
         if not isinstance(strategy, Strategy):
-            raise LayerlabError(f"{strategy!r} is no strategy: pass objects of layerlab.Strategy, such as "
-                                "layerlab.strategies(NAME) makes.")
+            raise Refused(f"{strategy!r} is no strategy: pass objects of layerlab.Strategy, such as "
+                          "layerlab.strategies(NAME) makes.")
     names = [strategy.name for strategy in strategies]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise LayerlabError(f"Strategy {twice[0]!r} is given twice in one fit; give it once.")
+        raise Refused(f"Strategy {twice[0]!r} is given twice in one fit; give it once.")
     stepping = [strategy.name for strategy in strategies if strategy.defines("training_step")]
     if len(stepping) > 1:
-        raise LayerlabError(
+        raise Refused(
             f"Strategies {stepping[0]!r} and {stepping[1]!r} cannot run together: both replace the training step "
             "(hook training_step); use one of them at a time."
         )
     replacing = [strategy.name for strategy in strategies if strategy.replaces_network]
     if len(replacing) > 1:
-        raise LayerlabError(
+        raise Refused(
             f"Strategies {replacing[0]!r} and {replacing[1]!r} cannot run together: both replace the network that "
             "trains; use one of them at a time."
         )
     changing = [strategy.name for strategy in strategies if strategy.changes_structure]
     following = [strategy.name for strategy in strategies if strategy.follows_layers]
     if changing and following:
-        raise LayerlabError(
+        raise Refused(
             f"Strategies {changing[0]!r} and {following[0]!r} cannot run together: the one removes layers, "
             "the other follows each layer from epoch to epoch; use one of them at a time."
         )
     if replacing and stepping:
-        raise LayerlabError(
+        raise Refused(
             f"Strategies {replacing[0]!r} and {stepping[0]!r} cannot run together: the one replaces the network that "
             "trains and its data between epochs, the other the training step; use one of them at a time."
         )

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, Refused, first_line
 from layerlab.base.files import write_json
 from layerlab.base.folder_lock import HELD, AtWork, folder_lock
+from layerlab.base.names import ATTEMPT
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
 from layerlab.runs.record import OUTPUT, RECORD, read_record, workbook_folder
@@ -91,7 +92,7 @@ def _run(job: Job) -> None:
             extra_arguments=["--IPKernelApp.log_level=40"],
         )
     except papermill.PapermillExecutionError as error:
-        if error.ename == LayerlabError.__name__:
+        if error.ename == Refused.__name__ or (error.ename == LayerlabError.__name__ and not _trained(folder)):
             # Bad input that only the notebook could see: its sentence says everything.
             close_runs(job)
             job.partial.unlink(missing_ok=True)
@@ -104,6 +105,11 @@ def _run(job: Job) -> None:
             f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
             "from its last finished epoch."
         ) from None
+
+
+def _trained(folder: Path) -> bool:
+    """Whether a fit has begun in a folder: what goes wrong from then on is no bad input."""
+    return any((folder / "checkpoints").rglob(ATTEMPT))
 
 
 def fail(job: Job, what: str) -> NotebookFailed:

@@ -12,6 +12,7 @@ import torch
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically, write_json
+from layerlab.base.names import ATTEMPT
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 
@@ -35,7 +36,7 @@ class Checkpoint:
 
     def attempt(self) -> str:
         """An id for this fit that survives interruptions, by which its MLflow run is found again."""
-        file = self.folder / "attempt.json"
+        file = self.folder / ATTEMPT
         if file.exists():
             return json.loads(file.read_text())["attempt"]
         attempt = uuid.uuid4().hex

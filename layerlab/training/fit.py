@@ -8,7 +8,7 @@ from typing import Unpack, overload
 
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError
+from layerlab.base.errors import Refused
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
 from layerlab.training.companions import Companions, Equal
@@ -109,7 +109,7 @@ def fit(
 
     Raises:
         LayerlabError: settings that do not validate, strategies that cannot run together, a network that does not
-            fit the data, a checkpoint of another fit, a loss that is no longer finite.
+            fit the data, a checkpoint of another fit (all `Refused`); a loss that is no longer finite (`Diverged`).
 
     Example:
         >>> from layerlab import build_model, fit, load_dataset
@@ -175,7 +175,7 @@ def compare(
         ['full', 'skip']
     """
     if not seeds:
-        raise LayerlabError("seeds is empty; give at least one.")
+        raise Refused("seeds is empty; give at least one.")
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
     companions = Companions(every, equal, placebo)
@@ -198,5 +198,5 @@ def _network(model: Network | Mapping[str, Network], arm: str) -> Network:
     if not isinstance(model, Mapping):
         return model
     if arm not in model:
-        raise LayerlabError(f"No network is given for arm {arm!r}; give one for each arm.")
+        raise Refused(f"No network is given for arm {arm!r}; give one for each arm.")
     return model[arm]

@@ -286,7 +286,8 @@ class Fit:
             return loss
         raise Diverged(
             f"Training diverged: the loss of {self.name!r} (seed {self.seed}) is {loss} in epoch {self.run.epoch}; "
-            f"lower the learning rate ({self.settings.lr:g}) or start from other weights."
+            f"lower the learning rate ({self.settings.lr:g}) or start from other weights.",
+            [*self.run.history, {"epoch": self.run.epoch, "train/loss": loss}],
         )
 
     def _evaluate(self, data: Batches, half: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
-from layerlab.base.errors import LayerlabError, sentence
+from layerlab.base.errors import LayerlabError, Refused, sentence
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -112,12 +112,12 @@ def checked_settings(settings: Mapping[str, Any]) -> Settings:
     """Validate the keyword arguments of `fit`.
 
     Raises:
-        LayerlabError: an unknown setting or a value that is not allowed.
+        Refused: an unknown setting or a value that is not allowed.
     """
     try:
         return Settings(**settings)
     except ValidationError as error:
-        raise LayerlabError(sentence(error, "fit")) from None
+        raise Refused(sentence(error, "fit")) from None
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

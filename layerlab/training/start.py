@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError, Refused, first_line
+from layerlab.base.errors import Refused, first_line
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
@@ -52,10 +52,10 @@ def start(
         settings, seed, loss: as `fit`.
 
     Raises:
-        LayerlabError: no network, one without parameters, one that does not fit the data, or too few images.
+        Refused: no network, one without parameters or frozen whole, one that does not fit the data, or too few images.
     """
     if len(data.train) < settings.batch_size:
-        raise LayerlabError(
+        raise Refused(
             f"batch_size {settings.batch_size} is larger than the {len(data.train)} training images of "
             f"{data.name!r}; make it smaller."
         )
@@ -93,7 +93,7 @@ def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Modu
     """A network of this run's own, on the device."""
     network = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(network, nn.Module):
-        raise LayerlabError(f"model must be an nn.Module or a function that builds one, got {type(network)!r}.")
+        raise Refused(f"model must be an nn.Module or a function that builds one, got {type(network)!r}.")
     # Both at once is not in torch's stubs.
     network = network.to(device, memory_format=memory_format(settings))  # type: ignore[call-overload]
     parameters = list(network.parameters())
@@ -115,13 +115,13 @@ def _check_forward(run: Run, data: Dataset) -> None:
             logits = network(run.example)  # (batch, classes)
             network.train(was)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise LayerlabError(
+        raise Refused(
             f"The network does not take images of shape {tuple(run.example.shape[1:])} as {data.name!r} gives "
             f"them ({first_line(error)}); load the data with another image_size or channels."
         ) from None
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.classes:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise LayerlabError(
+        raise Refused(
             f"The network gives {shape} for {len(run.example)} images, but {data.name!r} has "
             f"{data.classes} classes: it must give one logit a class."
         )

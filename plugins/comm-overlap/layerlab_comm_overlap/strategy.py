@@ -105,8 +105,8 @@ class CommOverlap(Strategy):
         if _workers() == 1:
             return
         if run.batch_size < _workers():
-            raise LayerlabError(f"batch_size {run.batch_size} leaves some of {_workers()} workers without an image; "
-                                "make it larger or start fewer.")
+            raise Refused(f"batch_size {run.batch_size} leaves some of {_workers()} workers without an image; "
+                          "make it larger or start fewer.")
         self._transport = self._open(run.device)
 
     def on_epoch_start(self, run: Run) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from layerlab import LayerlabError, LayerMap, Run, Strategy
+from layerlab import LayerMap, Refused, Run, Strategy
 from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
 from layerlab_low_bit.method.products import Units, find_units
@@ -86,14 +86,14 @@ class LowBit(Strategy):
         """Put fixed point in the place of autocast.
 
         Raises:
-            LayerlabError: the run has a precision of its own; units that do not hold the bits.
+            Refused: the run has a precision of its own; units that do not hold the bits.
         """
         if run.autocast is not nullcontext:
-            raise LayerlabError(
+            raise Refused(
                 "low-bit and another precision both decide what forward computes in; leave precision at float32."
             )
         if self.units == "fp8" and max(self.bits, self.gradient_bits or 0) > 5:
-            raise LayerlabError("low-bit: units='fp8' hold codes of up to 5 bits exactly; set bits=5, or units='int8'.")
+            raise Refused("low-bit: units='fp8' hold codes of up to 5 bits exactly; set bits=5, or units='int8'.")
         errors = self.gradient_bits or self.bits
         self._store = Store(
             {"activation": self.bits, "weight": self.bits, "error": errors, "gradient": errors,
@@ -122,7 +122,7 @@ class LowBit(Strategy):
         """Round the gradients, unless they came over the wire; then choose the next step's formats.
 
         Raises:
-            LayerlabError: NaN or Inf in a tensor of this step, naming the layer.
+            Diverged: NaN or Inf in a tensor of this step, naming the layer.
         """
         wire, arithmetic, store = self._wire, self._arithmetic, self._store
         assert wire is not None

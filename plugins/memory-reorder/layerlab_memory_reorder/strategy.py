@@ -71,13 +71,13 @@ class MemoryReorder(Strategy):
         """Refuse what needs the gradients after backward.
 
         Raises:
-            LayerlabError: another strategy has the hook on_after_backward; an optimizer that needs all gradients at
+            Refused: another strategy has the hook on_after_backward; an optimizer that needs all gradients at
                 once, or functions registered around its step.
         """
         self._release()
         if run.after_backward:
             owners = {type(getattr(hook, "__self__", hook)).__name__ for hook in run.after_backward}
-            raise LayerlabError(
+            raise Refused(
                 f"memory-reorder frees each gradient as soon as it is applied, and {', '.join(sorted(owners))} reads "
                 "gradients after backward (hook on_after_backward), as clipping the whole model's gradient would; use "
                 "them in separate fits."

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from layerlab import LayerlabError, Run
+from layerlab import Refused, Run
 from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
 
 _MEASURED = range(2, 5)
@@ -51,7 +51,7 @@ class Engine:
         synchronise: give all workers the first one's weights.
 
     Raises:
-        LayerlabError: what cannot wait inside the forward pass or be updated bucket by bucket.
+        Refused: what cannot wait inside the forward pass or be updated bucket by bucket.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Engine:
     def _wait_in_forward(self) -> None:
         compiled = [name for name, module in self.model.named_modules() if module._compiled_call_impl is not None]
         if compiled:
-            raise LayerlabError(
+            raise Refused(
                 f"comm-overlap with overlap_forward waits inside the forward pass, which torch.compile cannot trace "
                 f"(module {compiled[0]!r}); set compile=False or overlap_forward=False."
             )
@@ -284,10 +284,10 @@ class Engine:
 
 def _check_updates(run: Run) -> None:
     if isinstance(run.optimizer, torch.optim.LBFGS):
-        raise LayerlabError("comm-overlap with overlap_forward updates one bucket of layers at a time and LBFGS needs "
-                            "all gradients at once; use another optimizer or overlap_forward=False.")
+        raise Refused("comm-overlap with overlap_forward updates one bucket of layers at a time and LBFGS needs "
+                      "all gradients at once; use another optimizer or overlap_forward=False.")
     if run.optimizer._optimizer_step_pre_hooks or run.optimizer._optimizer_step_post_hooks:
-        raise LayerlabError(
+        raise Refused(
             "comm-overlap with overlap_forward updates one bucket of layers at a time, so that a function registered "
             "around the optimizer's step (clipping the whole model's gradient, say) would see a part of the gradients; "
             "remove it or set overlap_forward=False."

@@ -13,7 +13,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import NORMALISATION, LayerlabError, first_line
+from layerlab import NORMALISATION, LayerlabError, Refused, first_line
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def trace(network: nn.Module, training: bool) -> fx.GraphModule:
         try:
             graph = tracer.trace(network)
         except Exception as error:  # whatever the network's own code raises when it meets a proxy
-            raise LayerlabError(
+            raise Refused(
                 f"learn-and-drop cuts a network along its torch.fx graph, and {type(network).__name__} cannot be "
                 f"traced ({first_line(error)}); take control flow that depends on "
                 "values out of its forward, or into a module without children."
@@ -140,7 +140,7 @@ def make_plan(network: nn.Module, example: Tensor) -> Plan:
     nodes = [node for node in sizes[0].traced.graph.nodes if node.op != "get_attr"]
     layers, ends = _layers(network, nodes)
     if len(layers) < 2:
-        raise LayerlabError(
+        raise Refused(
             f"learn-and-drop needs a network of two layers or more, and {type(network).__name__} has {len(layers)}; "
             "use another network."
         )

@@ -201,7 +201,7 @@ class Arithmetic(TorchFunctionMode):
             gather: add its statistic to the store. Else NaN and Inf raise at once.
 
         Raises:
-            LayerlabError: NaN or Inf, naming the layer.
+            Diverged: NaN or Inf, naming the layer.
         """
         store = self.store
         index = store.find(name, kind) if gather else store.known(name)

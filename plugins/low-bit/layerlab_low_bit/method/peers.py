@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Run, Strategy
+from layerlab import Refused, Run, Strategy
 
 Build = Callable[[], nn.Module]
 
@@ -65,10 +65,10 @@ class EightBitSGD(Strategy):
         """Put the optimizer in the place of the run's, with its rate and decay; the rate stays constant.
 
         Raises:
-            LayerlabError: bitsandbytes is not installed.
+            Refused: bitsandbytes is not installed.
         """
         if not has_bitsandbytes():
-            raise LayerlabError("This arm needs bitsandbytes; install it with pip install 'layerlab-low-bit[peers]'.")
+            raise Refused("This arm needs bitsandbytes; install it with pip install 'layerlab-low-bit[peers]'.")
         import bitsandbytes
 
         (group,) = run.optimizer.param_groups

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from layerlab import LayerlabError
+from layerlab import Diverged
 from layerlab_low_bit.method.fixedpoint import BIAS, BINS, LOWEST, NOT_FINITE
 
 Steering = Literal["statistic", "static", "current-max", "delayed-max"]
@@ -114,7 +114,7 @@ class Store:
         """Take this iteration's histograms into the store and choose the next formats.
 
         Raises:
-            LayerlabError: a tensor had NaN or Inf; the first one in the order of the computation is named.
+            Diverged: a tensor had NaN or Inf; the first one in the order of the computation is named.
         """
         now = self._now
         bad = now[:, NOT_FINITE].nonzero().flatten().tolist()
@@ -202,10 +202,10 @@ def _longer(table: Tensor, dim: int) -> Tensor:
     return torch.cat([table, table.new_zeros(shape)], dim)
 
 
-def not_finite(tensor: str, what: str) -> LayerlabError:
+def not_finite(tensor: str, what: str) -> Diverged:
     """The error that names the tensor."""
     layer, _, part = tensor.rpartition(".")
-    return LayerlabError(
+    return Diverged(
         f"low-bit: layer {layer or part!r} ({part}) has {what}; fixed point would hide it by saturation. Lower the "
         "learning rate, or look at that layer."
     )

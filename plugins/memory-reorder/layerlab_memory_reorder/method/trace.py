@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import LayerlabError, first_line
+from layerlab import Refused, first_line
 
 PARAMETRIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _RELU = (nn.ReLU, torch.relu, torch.relu_, nn.functional.relu, "relu", "relu_")
@@ -87,12 +87,12 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     """`torch.fx`'s graph of a network.
 
     Raises:
-        LayerlabError: its forward pass depends on the data, so that there is no one graph.
+        Refused: its forward pass depends on the data, so that there is no one graph.
     """
     try:
         return fx.symbolic_trace(model)
     except Exception as error:
-        raise LayerlabError(
+        raise Refused(
             f"{type(model).__name__} cannot be traced ({first_line(error)}); a plan needs a network "
             "whose forward pass does not depend on the data."
         ) from None
@@ -110,7 +110,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Ne
         batch_size: images a step.
 
     Raises:
-        LayerlabError: untraceable, or it does not take these images.
+        Refused: untraceable, or it does not take these images.
     """
     network = copy.deepcopy(model).to("meta").train()
     graph = symbolic(network)
@@ -118,7 +118,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], batch_size: int) -> Ne
     try:
         shapes.run(torch.empty(batch_size, *input_shape, device="meta"))
     except Exception as error:
-        raise LayerlabError(
+        raise Refused(
             f"{type(model).__name__} does not take images of shape {input_shape} ({first_line(error)})."
         ) from None
     traced = _Traced(network, shapes)
@@ -154,7 +154,7 @@ class _Traced:
         """The next node of the graph.
 
         Raises:
-            LayerlabError: the network's result is not one tensor.
+            Refused: the network's result is not one tensor.
         """
         if node.op == "placeholder":
             self._alias[node] = "data"
@@ -163,7 +163,7 @@ class _Traced:
         sources = [each for each in node.all_input_nodes if each in self._alias]
         if node.op == "output":
             if len(sources) != 1:
-                raise LayerlabError(f"{type(self._network).__name__} must give one tensor of logits for a plan.")
+                raise Refused(f"{type(self._network).__name__} must give one tensor of logits for a plan.")
             self.result = self._alias[sources[0]]
             return
         if node not in self._shapes.bytes or not sources:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerlab import LayerlabError
+from layerlab import Refused
 
 
 class Updater:
@@ -20,16 +20,16 @@ class Updater:
         optimizer: one whose update of a parameter depends on that parameter alone.
 
     Raises:
-        LayerlabError: LBFGS; or functions registered around its step, such as clipping the whole model's gradient,
+        Refused: LBFGS; or functions registered around its step, such as clipping the whole model's gradient,
             which would see one gradient at a time.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise LayerlabError("memory-reorder updates one layer at a time and LBFGS needs all gradients at once; "
-                                "use another optimizer, such as sgd or adamw.")
+            raise Refused("memory-reorder updates one layer at a time and LBFGS needs all gradients at once; "
+                          "use another optimizer, such as sgd or adamw.")
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            raise LayerlabError(
+            raise Refused(
                 "memory-reorder frees each gradient as soon as it is applied, so that a function registered around the "
                 "optimizer's step (clipping the whole model's gradient, say) would see one gradient at a time; remove "
                 "it."

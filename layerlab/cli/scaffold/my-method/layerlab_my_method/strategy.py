@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field, PrivateAttr
 from torch import nn
 
-from layerlab import LayerlabError, Run, Strategy, prefixes
+from layerlab import Refused, Run, Strategy, prefixes
 
 
 class MyMethod(Strategy):
@@ -37,13 +37,13 @@ class MyMethod(Strategy):
         """Find the layers that rest.
 
         Raises:
-            LayerlabError: the network has fewer than two layers.
+            Refused: the network has fewer than two layers.
         """
         # Layers in the order of the forward pass, each with everything that learns no later than it.
         layers = prefixes(run.model, run.example, (nn.Conv2d, nn.Linear))
         if len(layers) < 2:
             # What a user can mend: one sentence that names the thing and the remedy.
-            raise LayerlabError(
+            raise Refused(
                 f"my-method needs a network of two layers or more, and {type(run.model).__name__} has {len(layers)}; "
                 "use another network."
             )
