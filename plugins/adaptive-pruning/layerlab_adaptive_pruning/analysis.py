@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -101,11 +100,6 @@ def candidates(doses: Mapping[float, float], share: float, stage_epochs: int, br
             if arm != BASELINE}
 
 
-def _top1_after(run: FitResult, epoch: int) -> float:
-    """Top-1 at an epoch's end, in per cent."""
-    return 100 * run.history[epoch - 1]["test/top1"]
-
-
 def dose_choice(comparison: Comparison) -> tuple[pd.DataFrame, float]:
     """Which penalty dose to take: the one with which both methods together are best after the pruning.
 
@@ -120,10 +114,11 @@ def dose_choice(comparison: Comparison) -> tuple[pd.DataFrame, float]:
     rows = []
     for name in comparison.arms:
         method, _, dose = name.partition(", dose ")
-        end = pruning_of(comparison.of(name)[0]).stages[1]["epoch"]
+        runs = comparison.of(name)
+        end = pruning_of(runs[0]).stages[1]["epoch"]
         rows.append({
-            "method": method, "dose": float(dose), "λ": pruning_of(comparison.of(name)[0]).sparsity,
-            "top-1 dense [%]": comparison.estimate(partial(_top1_after, epoch=end), name).mean,
+            "method": method, "dose": float(dose), "λ": pruning_of(runs[0]).sparsity,
+            "top-1 dense [%]": Estimate(tuple(100 * run.history[end - 1]["test/top1"] for run in runs)).mean,
             "top-1 pruned [%]": comparison.estimate("top-1", name).mean,
             "small scales [%]": comparison.estimate(lambda run: 100 * pruning_of(run).stages[1]["small"], name).mean,
         })
@@ -368,11 +363,11 @@ def bridge_table(comparison: Comparison, at_once: Mapping[tuple[str, int], float
         comparison: the bridged networks after one more stage of training, an arm a bridge.
         at_once: (bridge, seed) → top-1 right after bridging, a share.
     """
-    rows = []
+    rows, papers = [], {str(bridge): where for bridge, where in BRIDGES.items()}
     for bridge in comparison.arms:
         before = Estimate(tuple(100 * at_once[bridge, seed] for seed in comparison.seeds))
         models = [run.model for run in comparison.of(bridge)]
-        rows.append({"bridge": bridge, "paper": BRIDGES[bridge], "parameters": _spread([count(m) for m in models]),
+        rows.append({"bridge": bridge, "paper": papers[bridge], "parameters": _spread([count(m) for m in models]),
                      "top-1 at once [%]": str(before), "after one stage [%]": _spread(
                          [100 * run.final["test/top1"] for run in comparison.of(bridge)])})
     return pd.DataFrame(rows).set_index("bridge")

@@ -366,8 +366,7 @@ def test_without_batch_norms_a_convolution_of_one_channel_is_bridged(data):
     assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (3, 8, (1, 1))
 
 
-@pytest.mark.parametrize("build", [network, lambda: torchvision.models.resnet.ResNet(
-    torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)], ids=["preact", "basic"])
+@pytest.mark.parametrize("build", [network, lambda: build_model("resnet-cifar", depth=8)], ids=["preact", "basic"])
 def test_the_placebo_leaves_as_many_channels_but_others(data, build):
     options = dict(OPTIONS, epochs=3, progress=False)
     shrinking = AdaptivePruning(targets=[{"ratio": 0.2}, {"ratio": 0.35}], sparsity=0.05)
