@@ -96,10 +96,11 @@ def describe(name: str) -> None:
         Table(("setting", "default", "meaning"), settings, notes=() if settings else ("It has no settings.",)),
         Table(("profile", "parameter", "value"), profiles),
         replace(paper_table(paper), caption="", notes=()),
-        Table(("",), [[f"Notebook: {paper.notebook_file}"]]),
     ):
         click.echo()
         _print(table)
+    # Whole, so that it can be copied.
+    click.echo(f"\nNotebook: {paper.notebook_file}")
 
 
 def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
