@@ -134,6 +134,7 @@ def load_model(
         >>> load_model(file).model.training
         False
     """
+    # Long because its docstring names every argument and error, with an example.
     from layerlab.contract.registry import strategies
 
     path = Path(file)

@@ -87,6 +87,7 @@ def load_dataset(
         >>> data.shape, data.classes, len(data.train)
         ((1, 16, 16), 10, 200)
     """
+    # Long because its docstring names every argument and error, with an example.
     place = resolve_device(device)
     path = Path(name).expanduser()
     known = DATASETS.get(name)
