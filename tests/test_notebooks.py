@@ -12,10 +12,12 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
 from helpers import slow
 
 from layerlab import LayerlabError, Study
+from layerlab.cli.main import main
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs import tracking
 from layerlab.runs.execution import execute
@@ -110,6 +112,31 @@ def test_bad_input_that_only_the_notebook_sees_leaves_nothing_that_looks_finishe
         reproduce("fake", output=tmp_path / "out")
     assert _files(tmp_path / "out") == {"manifest.json", "parameters.json", "study.json"}
     assert not json.loads((tmp_path / "out" / "study.json").read_text())["finished"]
+
+
+@slow
+def test_a_training_that_diverges_keeps_its_notebook_with_the_traceback_and_is_no_bad_input(fake, tmp_path):
+    train = """from layerlab import build_model, fit, load_dataset
+data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+network = build_model("mlp", num_classes=10, image_size=8, width=16)
+fit(network, data, epochs=3, lr=1e30, batch_size=64, progress=False)"""
+    fake(OPEN, train, FINISH)
+    ended = CliRunner().invoke(main, ["reproduce", "fake", "--output", str(tmp_path / "out")])
+    assert ended.exit_code == 1, ended.output
+    kept = (tmp_path / "out" / "fake.failed.ipynb").read_text()
+    assert "Diverged: Training diverged" in kept
+    assert "loop.py" in kept
+
+
+@slow
+@pytest.mark.parametrize(("error", "status", "kept"), [("LayerlabError", 1, True), ("Refused", 2, False)])
+def test_what_goes_wrong_after_a_training_has_begun_is_bad_input_only_if_it_is_refused(
+    fake, tmp_path, error, status, kept
+):
+    fake(OPEN, TRAIN, f"from layerlab import {error}\nraise {error}('No more.')", FINISH)
+    ended = CliRunner().invoke(main, ["reproduce", "fake", "--output", str(tmp_path / "out")])
+    assert ended.exit_code == status, ended.output
+    assert (tmp_path / "out" / "fake.failed.ipynb").exists() == kept
 
 
 @slow

@@ -161,17 +161,21 @@ def load_model(
             strategy = strategies(each["name"], **each["settings"])
             strategy.load_state_dict(each["state"])
             model = strategy.rebuild(model)
-    try:
-        model.load_state_dict(content["weights"])
-        tied = shared_names(model) == content["shared"]
-    except RuntimeError as error:
-        raise LayerlabError(f"The weights in {path} do not fit {content['network'] or type(model).__name__} "
-                            f"({' '.join(str(error).split())[:200]}); give the network that was saved.") from None
-    if not tied:
-        raise LayerlabError(f"The network that was saved in {path} shares other weights among its layers than the one "
-                            "that is given; give the network that was saved.")
+    _fill(model, content, path)
     return SavedModel(
         model.to(device).eval(), tuple(content["class_names"]), shape, tuple(content["mean"]), tuple(content["std"]),
         content["network"], tuple((each["name"], each["settings"]) for each in content["strategies"]), content["top1"],
         content["versions"],
     )
+
+
+def _fill(model: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Load a file's weights into a network of the same kind, which shares them among its layers in the same way."""
+    try:
+        model.load_state_dict(content["weights"])
+    except RuntimeError as error:
+        raise LayerlabError(f"The weights in {path} do not fit {content['network'] or type(model).__name__} "
+                            f"({' '.join(str(error).split())[:200]}); give the network that was saved.") from None
+    if shared_names(model) != content["shared"]:
+        raise LayerlabError(f"The network that was saved in {path} shares other weights among its layers than the one "
+                            "that is given; give the network that was saved.")
