@@ -419,9 +419,10 @@ def test_a_preflight_says_where_the_method_with_checkpointing_is_worse_than_pyto
 
 @pytest.mark.parametrize("network", [Plain, Twice])
 def test_what_memory_reorder_cannot_train_is_refused_before_the_first_step(network, data):
-    frozen = network().requires_grad_(False)
-    with pytest.raises(Refused, match="the whole network is frozen; unfreeze some layers"):
-        fit(frozen, data, MemoryReorder(), epochs=1, progress=False)
+    with pytest.raises(Refused, match="Every parameter of the network is frozen"):
+        fit(network().requires_grad_(False), data, MemoryReorder(), epochs=1, progress=False)
+    found = MemoryReorder().preflight(network().requires_grad_(False), torch.randn(2, 3, 16, 16))
+    assert set(found.left_out.values()) == {"frozen before the fit"}
 
     class Again(nn.Module):
         """Uses its last layer twice in training, once in evaluation."""

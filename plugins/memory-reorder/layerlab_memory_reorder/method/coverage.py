@@ -37,6 +37,8 @@ def coverage(network: nn.Module, example: Tensor, settings: Mapping[str, Any], c
             covered.append(name)
         elif isinstance(module, CONVOLUTIONS) and type(module) in CONVOLUTIONS:
             left_out[name] = "its padding is not zeros by number, so it keeps PyTorch's backward"
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        return Preflight.of(network, covered, left_out)
     notes, saves = [], {}
     called = _called_relus(network) if "relu" in settings["fuse"] else ""
     notes += [called] if called else []
