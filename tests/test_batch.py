@@ -123,7 +123,7 @@ jobs:
 time_limit: 5
 """)
     jobs = jobs_of(read_plan(plan), tmp_path)
-    assert [job.parameters for job in jobs] == [
+    assert [job.changed for job in jobs] == [
         {"epochs": 1, "pause": 0.0}, {"epochs": 1, "pause": 0.5}, {"epochs": 2, "pause": 0.0},
         {"epochs": 2, "pause": 0.5}, {"size": 7, "seed": 3}, {"size": 7, "seed": 4},
     ]
@@ -362,7 +362,7 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
     if not undisturbed:
         quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 4]}}]), tmp_path)
         assert _statuses(quiet) == ["finished"] * 2
-        undisturbed |= {str(job.parameters["epochs"]): _values(job) for job in quiet}
+        undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
     home = tmp_path / "home"
     before = len(tracking.client().search_runs([tracking.experiment_id("fake")]))
     for _ in range(3):
@@ -381,7 +381,7 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
     last = command("batch", plan, "--retries", "5")
     assert last.communicate(timeout=120)[0]
     assert last.returncode == 0
-    assert {str(job.parameters["epochs"]): _values(job) for job in jobs} == undisturbed
+    assert {str(job.changed["epochs"]): _values(job) for job in jobs} == undisturbed
     _wait(lambda: not _processes(home), 15)
     runs = tracking.client().search_runs([tracking.experiment_id("fake")])
     assert len(runs) - before == 6

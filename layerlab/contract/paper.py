@@ -6,14 +6,16 @@ import importlib.util
 import math
 import tomllib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.base.names import NAME
 from layerlab.contract.claims import Claim, ClaimResult, Data
+from layerlab.contract.parameters import Parameters, merged_parameters
 from layerlab.contract.registry import Plugin
 from layerlab.contract.verdicts import judge
 from layerlab.show.table import Table
@@ -58,14 +60,16 @@ class Profile(Data):
 
     Attributes:
         description: what it runs on and how long it takes.
-        parameters: name → value.
+        like: another profile of the paper, whose values it has where it gives none itself.
+        parameters: name → value; those of `like` included.
         cores: threads that a run should have; `all` keeps the machine to itself, for runs that are long or that time
             what they do.
         memory_gb: host memory that a run may take, in 10⁹ bytes.
     """
 
     description: str
-    parameters: dict[str, Any]
+    like: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict)
     cores: PositiveInt | Literal["all"] = 1
     memory_gb: PositiveFloat = 2.0
 
@@ -96,6 +100,14 @@ class Paper(Data):
     profiles: dict[str, Profile]
     strategy: str = ""
     folder: Path = Path()
+
+    @field_validator("profiles", mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> Any:
+        """Each profile with what it has from the one that it is like."""
+        if not isinstance(value, dict):
+            return value
+        return {name: _filled(name, value, ()) for name in value}
 
     @property
     def short_authors(self) -> str:
@@ -177,6 +189,14 @@ class Paper(Data):
         """The paper's claims, then this project's own targets."""
         return [*self.claims, *self.targets]
 
+    def parameters(self, profile: str, given: Mapping[str, Any]) -> Parameters:
+        """A profile's parameters with those that were given in their place.
+
+        Raises:
+            LayerlabError: no such profile or parameter, or a value of another kind.
+        """
+        return merged_parameters(f"the {self.strategy} notebook", self.profile(profile).parameters, given)
+
     def profile(self, name: str) -> Profile:
         """The run profile of that name.
 
@@ -186,6 +206,25 @@ class Paper(Data):
         if name not in self.profiles:
             raise unknown("profile", name, self.profiles)
         return self.profiles[name]
+
+
+def _filled(name: str, profiles: Mapping[str, Any], above: tuple[str, ...]) -> Any:
+    """A profile's own content over that of the one it is like.
+
+    Raises:
+        ValueError: there is no such profile, or a circle of them.
+    """
+    content = profiles[name]
+    like = content.get("like") if isinstance(content, dict) else None
+    if not like:
+        return content
+    if like not in profiles:
+        raise ValueError(f"profile {name!r} is like {like!r}, which there is not")
+    if like in (name, *above):
+        raise ValueError(f"profiles are like each other in a circle: {', '.join((*above, name, like))}")
+    base = _filled(like, profiles, (*above, name))
+    parameters = {**base.get("parameters", {}), **content.get("parameters", {})}
+    return {**base, **content, "parameters": parameters}
 
 
 def published_share(claim: Claim, measured: float | None) -> float | None:

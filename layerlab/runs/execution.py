@@ -62,7 +62,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         _run(job)
         if not job.strategy:
             write_json(folder / RECORD, {
-                "finished": True, "key": job.key, "parameters": job.parameters,
+                "finished": True, "key": job.key, "parameters": job.changed,
                 "seconds": round(time.monotonic() - begin, 1), "ended": time.time(),
             })
         record = read_record(folder)
@@ -81,7 +81,7 @@ def _run(job: Job) -> None:
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
                    HELD: str(folder.resolve())}
-    parameters = dict(job.parameters)
+    parameters = dict(job.changed)
     if job.strategy:
         environment[OUTPUT] = job.folder
         parameters = {"profile": job.profile, **parameters}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,8 @@ from typing import Any, Literal
 from layerlab.base.errors import LayerlabError, LayerlabWarning, reason, unknown
 from layerlab.base.text import reproduce_command
 from layerlab.contract.paper import load_paper
+from layerlab.contract.parameters import check_settings
+from layerlab.contract.registry import strategies
 from layerlab.runs.record import default_folder, is_finished, notebook_key, read_record, workbook_folder
 
 
@@ -29,7 +30,7 @@ class Job:
         notebook: the notebook's file.
         folder: the output folder, a job's own.
         strategy, profile: of a paper's notebook; empty for any other.
-        parameters: the values that differ from the profile's, or from the notebook's own.
+        changed: the parameters that differ from the profile's, or from the notebook's own, with their values.
         key: changes when the job would do something else, see `layerlab.runs.record.notebook_key`.
         cores: threads that it should have; `all` keeps the machine to itself.
         memory_gb: host memory that it may take, in 10⁹ bytes.
@@ -40,7 +41,7 @@ class Job:
     folder: str
     strategy: str = ""
     profile: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     cores: int | Literal["all"] = 1
     memory_gb: float = 2.0
@@ -54,7 +55,7 @@ class Job:
     @property
     def label(self) -> str:
         """Name, profile and the parameters that differ, in a few words."""
-        changed = ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+        changed = ", ".join(f"{name}={value}" for name, value in self.changed.items())
         return " ".join(part for part in (self.name, self.profile, changed) if part)
 
     @property
@@ -62,11 +63,11 @@ class Job:
         """What runs this job alone."""
         more = []
         if self.strategy and Path(self.folder) != default_folder(
-            self.strategy, self.profile, self.parameters
+            self.strategy, self.profile, self.changed
         ).resolve():
             more = ["--output", self.folder]
         return reproduce_command(self.strategy or self.notebook, self.profile if self.strategy else "",
-                                 self.parameters, *more)
+                                 self.changed, *more)
 
     @property
     def file(self) -> Path:
@@ -110,7 +111,7 @@ class Job:
 
 
 def paper_job(
-    strategy: str, profile: str = "quick", parameters: Mapping[str, Any] | None = None,
+    strategy: str, profile: str = "quick", changed: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
 ) -> Job:
     """The notebook of an installed strategy's paper.
@@ -118,25 +119,20 @@ def paper_job(
     Args:
         strategy: name of an installed strategy.
         profile: one of its paper's.
-        parameters: notebook parameters that override the profile's.
+        changed: notebook parameters that differ from the profile's.
         output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
 
     Raises:
-        LayerlabError: no such strategy, profile or parameter.
+        LayerlabError: no such strategy, profile or parameter; a value that the strategy's setting does not take.
     """
     paper = load_paper(strategy)
     chosen = paper.profile(profile)
-    given = dict(parameters or {})
-    known = set(chosen.parameters)
-    for name in given:
-        if name not in known:
-            raise unknown(f"parameter of the {strategy} notebook", name, known)
-    # As the study has them that its notebook opens.
-    values = json.loads(json.dumps({**chosen.parameters, **given}, default=str))
-    folder = Path(output) if output else default_folder(strategy, profile, given)
+    merged = paper.parameters(profile, changed or {})
+    check_settings(strategies[strategy], chosen.parameters, merged.changed)
+    folder = Path(output) if output else default_folder(strategy, profile, merged.changed)
     return Job(
-        str(paper.notebook_file), str(folder.resolve()), strategy, profile, given,
-        notebook_key(paper.notebook_file, values, paper.folder), chosen.cores, chosen.memory_gb,
+        str(paper.notebook_file), str(folder.resolve()), strategy, profile, merged.changed,
+        notebook_key(paper.notebook_file, merged.in_force, paper.folder), chosen.cores, chosen.memory_gb,
     )
 
 
@@ -175,7 +171,7 @@ def notebook_job(
         # Several may be called alike.
         name += "-" + hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()
     folder = Path(output) if output else default_folder("notebooks", name, given)
-    return Job(str(file), str(folder.resolve()), parameters=given, key=notebook_key(file, given))
+    return Job(str(file), str(folder.resolve()), changed=given, key=notebook_key(file, given))
 
 
 def import_papermill() -> Any:

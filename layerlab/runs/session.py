@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from layerlab.base.errors import LayerlabError, unknown
+from layerlab.base.errors import LayerlabError
 from layerlab.base.files import stamp, write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
@@ -254,23 +254,36 @@ class Study(Session):
     ) -> None:
         self.paper: Paper = load_paper(strategy)
         self.profile = profile
-        values = dict(self.paper.profile(profile).parameters)
-        for name, value in parameters.items():
-            if name not in values:
-                raise unknown("parameter", name, values)
-            if value is not None:
-                values[name] = value
-        self.parameters = SimpleNamespace(**values)
-        overrides = {name: value for name, value in parameters.items() if value is not None}
-        values = json.loads(json.dumps(values, default=str))
+        merged = self.paper.parameters(profile, parameters)
+        self.parameters = SimpleNamespace(**{**self.paper.profile(profile).parameters, **merged.changed})
+        values = merged.in_force
         self._results: list[ClaimResult] = []
         super().__init__(
             strategy, f"{strategy} · {profile} · notebook",
-            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, overrides)), values,
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), values,
             {"paper": strategy, "profile": profile},
             {"profile": profile, "key": notebook_key(self.paper.notebook_file, values, self.paper.folder)},
             self.paper.notebook_file,
         )
+
+    @classmethod
+    def of_notebook(cls, strategy: str, variables: Mapping[str, Any]) -> Study:
+        """The study of a notebook whose variables hold its parameters: `Study.of_notebook("lars-skip", globals())`.
+
+        Args:
+            strategy: name of the installed strategy whose paper this is.
+            variables: the notebook's. `profile`, `output` and every parameter of the profile are taken from them.
+
+        Raises:
+            LayerlabError: as `Study`; a parameter of the profile that is no variable.
+        """
+        profile = variables.get("profile", "quick")
+        names = load_paper(strategy).profile(profile).parameters
+        absent = [name for name in names if name not in variables]
+        if absent:
+            raise LayerlabError(f"The notebook of {strategy} has no parameter {absent[0]!r}; add it to the cell tagged "
+                                "`parameters`.")
+        return cls(strategy, profile, variables.get("output"), **{name: variables[name] for name in names})
 
     def claim(
         self, id: str, values: float | Sequence[float] | Estimate, *, seeds: Sequence[int] = (),

@@ -159,13 +159,14 @@ class LowBit(Strategy):
         run.log("low-bit/mean_bits", float(frame["bits"].mean()) if len(frame) else self.bits)
 
     def on_fit_end(self, run: Run) -> None:
-        """Leave a plain network whose convolutions' and linear layers' weights are those b-bit numbers."""
+        """Leave a plain network whose layers' weights are those b-bit numbers; the user's frozen ones stay as they are."""
         self._leave_optimizer()
         arithmetic = self._arithmetic
         assert arithmetic is not None
+        kept = {parameter for module in run.frozen_by_user for parameter in module.parameters(recurse=False)}
         with torch.no_grad():
             for name, parameter in run.model.named_parameters():
-                if self._store.known(name) is not None:
+                if self._store.known(name) is not None and parameter not in kept:
                     parameter.copy_(arithmetic.round(parameter, name, "weight", False, False).values)
         run.autocast, run.wire = nullcontext, None
         self._arithmetic = self._wire = None
