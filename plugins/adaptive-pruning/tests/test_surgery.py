@@ -440,6 +440,26 @@ def test_dead_channels_go_through_squeeze_and_excitation(depthwise):
     assert [cut.get_submodule(name).in_channels for name in ("squeeze.1", "out")] == [9, 9]
 
 
+@pytest.mark.parametrize(("name", "path"), [("preact-resnet", "stage2.1.conv2"), ("resnet", "layer1.0.conv1"),
+                                            ("vgg-bn", "features.3"), ("mobilenet-v2", "features.3.conv.3")])
+@torch.no_grad()
+def test_a_layer_that_the_user_froze_keeps_its_shape_and_its_weights_and_stays(name, path):
+    network, dead = built(name, 0.45)
+    frozen = network.get_submodule(path).requires_grad_(False)
+    for norm in dead:
+        if norm.startswith(path.rpartition(".")[0]) and "resnet" in name:
+            network.get_submodule(norm).weight.zero_()  # its whole branch is dead
+            network.get_submodule(norm).bias.zero_()
+            dead[norm] = list(range(network.get_submodule(norm).num_features))
+    kept = {part: value.clone() for part, value in frozen.state_dict().items()}
+    size = parameters(network)
+    cut, _ = remove_channels(network, images(), dead)
+    now = cut.get_submodule(path).state_dict()
+    assert kept.keys() == now.keys()
+    assert all(torch.equal(now[part], value) for part, value in kept.items())
+    assert parameters(cut) < 0.9 * size
+
+
 class ByWidth(nn.Module):
     """An activation that divides by the number of its channels."""
 

@@ -17,7 +17,7 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from layerlab import LayerlabError, Refused, Replaced, first_line
 from layerlab_adaptive_pruning.method.constants import add_bias
-from layerlab_adaptive_pruning.method.structure import Select, edit, layer, name_of, source
+from layerlab_adaptive_pruning.method.structure import Select, edit, frozen_by_user, layer, name_of, source
 
 
 class _SelectPruner(BasePruningFunc):
@@ -103,6 +103,7 @@ def cut(network: fx.GraphModule, example: Tensor, values: Mapping[str, Tensor], 
              if (isinstance(module, nn.Conv2d) and module.groups == 1)
              or (isinstance(module, _BatchNorm) and isinstance(layer(network, source(n)), Select))]
     done: set[nn.Module] = set()
+    frozen = frozen_by_user(network)
     plan: list[tuple[nn.Conv2d | _BatchNorm, Any, list[int]]] = []
     for root in roots:
         if root in done or root not in graph.module2node:
@@ -112,6 +113,8 @@ def cut(network: fx.GraphModule, example: Tensor, values: Mapping[str, Tensor], 
         done |= {item.dep.target.module for item in group
                  if isinstance(item.dep.target.module, nn.Module) and _gives(graph, item.dep)}
         if inside_only and _is_trunk(graph, group):
+            continue
+        if any(item.dep.target.module in frozen for item in group):
             continue
         removable, folds = _removable(graph, group, nodes, values)
         if not removable:
@@ -194,7 +197,8 @@ def _fold(network: fx.GraphModule, at: fx.Node, channels: list[int], values: Map
     weight = module.weight[:, channels]
     moved = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ constant
     follower = layer(network, next(iter(at.users)))
-    if module.bias is None and len(at.users) == 1 and isinstance(follower, _BatchNorm) and follower.track_running_stats:
+    settles = isinstance(follower, _BatchNorm) and follower.track_running_stats and len(at.users) == 1
+    if module.bias is None and settles and follower not in frozen_by_user(network):
         follower.running_mean.sub_(moved)
     else:
         add_bias(module, moved, replaced)

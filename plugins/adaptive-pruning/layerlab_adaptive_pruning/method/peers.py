@@ -17,6 +17,7 @@ from torch import fx, nn
 from layerlab import Refused, Replaced, Run
 from layerlab_adaptive_pruning.method.dependencies import recorded, refused_in_a_sentence
 from layerlab_adaptive_pruning.method.pruning import Pruning, Target, thresholds
+from layerlab_adaptive_pruning.method.structure import frozen_by_user
 from layerlab_adaptive_pruning.method.surgery import below, remove_channels, scales
 
 
@@ -116,8 +117,10 @@ class TorchPruning(Pruning):
 
     def _library(self, network: nn.Module, example: torch.Tensor, ratio: float, everywhere: bool = False) -> Any:
         """The library's pruner; `everywhere`: each layer by itself loses that share."""
-        outputs = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
-        shared: dict[str, Any] = {"global_pruning": not everywhere, "pruning_ratio": ratio, "ignored_layers": outputs}
+        kept = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+        if isinstance(network, fx.GraphModule):
+            kept += frozen_by_user(network)
+        shared: dict[str, Any] = {"global_pruning": not everywhere, "pruning_ratio": ratio, "ignored_layers": kept}
         if self.pruner == "BNScale":
             importance = torch_pruning.importance.BNScaleImportance()
             return torch_pruning.pruner.BNScalePruner(network, example[:2], importance=importance, **shared)

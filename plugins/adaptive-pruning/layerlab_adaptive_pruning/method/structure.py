@@ -113,6 +113,8 @@ def trace(network: nn.Module) -> fx.GraphModule:
     traced.train(network.training)
     traced.meta["edits"] = []
     traced.meta["name"] = name
+    traced.meta["frozen"] = [path for path, module in network.named_modules()
+                             if any(not each.requires_grad for each in module.parameters(recurse=False))]
     traced.meta["original"] = _shapes(traced)
     traced.meta["in_place"] = sorted(in_place)
     _work_in_place(traced)
@@ -128,6 +130,11 @@ def _refuse_ties(network: nn.Module) -> None:
             if other is not module and (isinstance(module, _CUT) or isinstance(other, _CUT)):
                 raise Refused(f"{type(network).__name__} cannot be pruned: its layers {first} and {path} share a "
                               "parameter, which removing channels would part; give each its own.")
+
+
+def frozen_by_user(network: fx.GraphModule) -> set[nn.Module]:
+    """The layers that were frozen when the network was traced, which keep their shape and their weights."""
+    return {module for path, module in network.named_modules() if path in network.meta["frozen"]}
 
 
 def name_of(network: nn.Module) -> str:

@@ -37,6 +37,7 @@ from layerlab_adaptive_pruning.method.structure import (
     clean,
     edit,
     forget_selections,
+    frozen_by_user,
     layer,
     name_of,
     source,
@@ -244,7 +245,7 @@ def _branches_to_remove(
     gone: set[fx.Node] = set()
     zeroed: set[fx.Node] = set()
     for _, alive, each in sorted(weak, key=lambda item: item[0]):
-        if _starved(network, gone | {each}) is not None:
+        if _starved(network, gone | {each}) is not None and not _loses_frozen(network, gone | {each}):
             gone.add(each)
             if alive:
                 zeroed.add(each)
@@ -252,6 +253,19 @@ def _branches_to_remove(
         elif not alive:
             marks[str(each.target)][layer(network, each).weight.abs().argmax()] = False
     return gone, _reached(network, zeroed)
+
+
+def _loses_frozen(network: fx.GraphModule, gone: set[fx.Node]) -> bool:
+    """Whether a layer that the user froze would go with the branches that some norms cut off."""
+    frozen = frozen_by_user(network)
+    if not frozen:
+        return False
+    lost = _lost_terms(network, gone)
+    kept = {each for each in network.graph.nodes if each.op == "output"}
+    for each in reversed(network.graph.nodes):
+        if each in kept:
+            kept.update(n for n in each.all_input_nodes if n is not lost.get(each))
+    return any(layer(network, each) in frozen for each in network.graph.nodes if each not in kept)
 
 
 def _lost_terms(network: fx.GraphModule, gone: set[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -289,6 +303,8 @@ def _remove_branches(network: fx.GraphModule, example: Tensor, marks: dict[str, 
 def _add_constant(network: fx.GraphModule, at: fx.Node, constant: Tensor, replaced: list[Replaced]) -> bool:
     """Add a constant a channel to what a node gives, in the bias of a layer; False if no layer gives just that."""
     module = layer(network, at)
+    if module in frozen_by_user(network):
+        return False
     if isinstance(module, (nn.Conv2d, nn.Linear, Shift)) or (isinstance(module, _BatchNorm) and module.affine):
         add_bias(module, constant, replaced)
         return True
@@ -308,7 +324,8 @@ def _merge(network: fx.GraphModule, replaced: list[Replaced], bridge: Bridge) ->
         conv2.weight = nn.Parameter(weight[:, :, None, None], requires_grad=before.requires_grad)
         replaced.append(Replaced(before, conv2.weight, None))
         follower = layer(network, next(iter(second.users)))
-        if conv2.bias is None and len(second.users) == 1 and isinstance(follower, _BatchNorm):
+        settles = isinstance(follower, _BatchNorm) and follower not in frozen_by_user(network)
+        if conv2.bias is None and len(second.users) == 1 and settles:
             follower.running_mean.sub_(bias)
         else:
             add_bias(conv2, bias - (conv2.bias if conv2.bias is not None else 0.0), replaced)
@@ -343,14 +360,17 @@ def _bridged(
 
 def _thin(network: fx.GraphModule) -> tuple[fx.Node, fx.Node | None, list[fx.Node], fx.Node] | None:
     """The first convolution with one output that one more convolution, behind a norm and an activation, reads."""
+    frozen = frozen_by_user(network)
     for first in network.graph.nodes:
         conv1 = layer(network, first)
-        if not isinstance(conv1, nn.Conv2d) or conv1.out_channels != 1 or not _mergeable(conv1):
+        if not isinstance(conv1, nn.Conv2d) or conv1.out_channels != 1 or not _mergeable(conv1) or conv1 in frozen:
             continue
         norm, between, at = None, [first], first
         while len(at.users) == 1:
             (at,) = at.users
             module = layer(network, at)
+            if module in frozen:
+                break
             if isinstance(module, nn.Conv2d):
                 if _mergeable(module):
                     return first, norm, between, at
