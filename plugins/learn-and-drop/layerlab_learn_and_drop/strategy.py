@@ -96,6 +96,7 @@ class LearnAndDrop(Strategy):
     _before_that: tuple[int, bool, int, int, int] = PrivateAttr(_NOTHING)
     _gradients: Gradients | None = PrivateAttr(None)
     _image_bytes: int = PrivateAttr(0)
+    _norms: bool = PrivateAttr(False)
     _too_large: float = PrivateAttr(math.inf)
     _applied: tuple[Any, ...] = PrivateAttr(())
     _parts: tuple[Cut, tuple[nn.Module, nn.Module]] | None = PrivateAttr(None)
@@ -157,6 +158,7 @@ class LearnAndDrop(Strategy):
         """
         self._release()
         self._image_bytes = run.example[0].numel()  # as uint8
+        self._norms = bool(batch_norms(run.model, dict(run.model.named_modules())))
         self._plan, self._images = make_plan(run.model, run.example), run.data
         count = len(self._plan.layers)
         self._changes, self._done = [[] for _ in range(count)], [False] * count
@@ -284,13 +286,16 @@ class LearnAndDrop(Strategy):
     def cost(self, count: int, epochs: int, made: bool = False) -> float:
         """FLOPs an image of training for so many epochs with the first `count` layers dropped, the making included.
 
-        Backward is taken as twice the forward pass. Features that are `made` cost only their refreshing.
+        Backward is taken as twice the forward pass. Features that are `made` cost only their refreshing, new ones a
+        pass for the batch norms' statistics as well.
         """
         if not count:
             return epochs * 3 * self._plan.flops
         passes = 0 if made else max(1, self._passes)
         if self._refreshes:
             passes = math.ceil(epochs / self.refresh_every)
+        if self._norms and not made:
+            passes += 1
         before = self._plan.cuts[count].flops
         return epochs * 3 * (self._plan.flops - before) + passes * before
 
