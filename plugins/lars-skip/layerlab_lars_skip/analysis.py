@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from layerlab import Dataset, Strategy, measure, prefixes
+from layerlab import Comparison, Dataset, Estimate, FitResult, Strategy, measure, prefixes
+from layerlab_lars_skip.method.convolutions import find_convolutions, step_flops
+from layerlab_lars_skip.method.planned import PlannedFreezing, linear
 from layerlab_lars_skip.strategy import LarsSkip
 
+CONVENTIONAL, PROPOSED, LINEAR = "conventional", "proposed", "linear freezing"
 FLOPS = ("cost/forward_flops", "cost/backward_flops")
 SECONDS = ("time/epoch_seconds",)
 
@@ -110,31 +114,42 @@ def measure_prefixes(
     return pd.DataFrame(rows)
 
 
-def time_to(result: Any, metric: str, target: float) -> float:
-    """Seconds of training after which `metric` first reaches `target`; infinite if it never does."""
-    seconds = 0.0
-    for row in result.history:
-        seconds += row["time/epoch_seconds"]
-        if row[metric] >= target:
-            return seconds
-    return math.inf
+def linear_freezing(
+    comparison: Comparison, build: Callable[[], nn.Module], data: Dataset, baseline: str = CONVENTIONAL,
+    arm: str = PROPOSED,
+) -> PlannedFreezing:
+    """Composer's linear layer freezing at the FLOPs that an arm took, as a share of the baseline's."""
+    network = build().to(data.train.labels.device)
+    example = next(data.train.batches(2))[0]  # (2, channels, height, width)
+    found = find_convolutions(network, example)
+    costs = [step_flops(network, example, prefix) for prefix in ((), *found.prefixes[: found.most])]
+    epochs = len(comparison.of(arm)[0].history)
+    return PlannedFreezing(plan=linear(costs, epochs, comparison.paired("TFLOP", arm, baseline).mean))
 
 
-def speedup(comparison: Any, metric: str, baseline: str, arm: str) -> list[float]:
-    """Table II, a value a seed: the baseline's time to its best `metric` over the arm's time to the same value.
+def joined(first: Comparison, second: Comparison) -> Comparison:
+    """The arms of two comparisons with the same seeds."""
+    return replace(first, results=first.results | second.results, failures=first.failures | second.failures)
 
-    A seed in which the arm never gets there gives NaN.
+
+def null_arms(runs: Mapping[str, Comparison], baseline: str, arm: str) -> pd.DataFrame:
+    """What a user has without the method, at about the method's FLOPs, and how far the method is above it.
+
+    Returns:
+        One row a dataset and arm: FLOPs relative to the baseline's, top-1, and points that `arm` is above it.
     """
-    ratios = []
-    for seed in comparison.seeds:
-        full = comparison.results[baseline, seed]
-        best = max(row[metric] for row in full.history)
-        reached = time_to(comparison.results[arm, seed], metric, best)
-        ratios.append(time_to(full, metric, best) / reached if math.isfinite(reached) else math.nan)
-    return ratios
+    rows = []
+    for name, comparison in runs.items():
+        for other in comparison.arms:
+            rows.append({
+                "dataset": name, "arm": other, "FLOPs": str(comparison.paired("TFLOP", other, baseline)),
+                "top-1": str(comparison.estimate("top-1", other)),
+                f"{arm} is above by": "" if other == arm else str(comparison.paired("top-1", arm, other)),
+            })
+    return pd.DataFrame(rows)
 
 
-def at_equal_cost(runs: Mapping[str, Any], baseline: str, arm: str) -> pd.DataFrame:
+def at_equal_cost(runs: Mapping[str, Comparison], baseline: str, arm: str) -> pd.DataFrame:
     """Top-1 of both methods once the arm has ended: at the same seconds, and at the same FLOPs, of training.
 
     Returns:
@@ -144,45 +159,39 @@ def at_equal_cost(runs: Mapping[str, Any], baseline: str, arm: str) -> pd.DataFr
     for name, comparison in runs.items():
         for what, costs in (("seconds", SECONDS), ("FLOPs", FLOPS)):
             row: dict[str, Any] = {"dataset": name, "at the same": what}
-            budgets = [_spent(comparison.results[arm, seed], costs) for seed in comparison.seeds]
+            budgets = [_spent(result, costs) for result in comparison.of(arm)]
             for method in (baseline, arm):
                 # A hair more than the sum, so that rounding does not cut the last epoch.
-                values = [accuracy_within(comparison.results[method, seed], budget * (1 + 1e-9), costs)
-                          for seed, budget in zip(comparison.seeds, budgets, strict=True)]
-                row[method], row[f"{method} ±"] = measure.mean_interval(values)
+                values = [accuracy_within(result, budget * (1 + 1e-9), costs)
+                          for result, budget in zip(comparison.of(method), budgets, strict=True)]
+                row[method], row[f"{method} ±"] = Estimate(tuple(values)).interval
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def saving(comparison: Any, metrics: Sequence[str], baseline: str, arm: str) -> list[float]:
-    """Per cent of the sum of `metrics` over the whole run that the arm saves against the baseline, a value a seed."""
-    spent = {method: [_spent(comparison.results[method, seed], metrics) for seed in comparison.seeds]
-             for method in (baseline, arm)}
-    return [100 * (1 - less / full) for less, full in zip(spent[arm], spent[baseline], strict=True)]
-
-
-def _spent(result: Any, metrics: Sequence[str]) -> float:
+def _spent(result: FitResult, metrics: Sequence[str]) -> float:
     """The sum of `metrics` over a run."""
-    return math.fsum(row[metric] for row in result.history for metric in metrics)
+    return math.fsum(map(result.total, metrics))
 
 
-def paper_saving(comparison: Any, costs: pd.DataFrame, arm: str) -> list[float]:
+def paper_saving(comparison: Comparison, costs: pd.DataFrame, arm: str) -> Estimate:
     """The MAC saving over the run in the paper's arithmetic (see `skipping_macs`), from the epochs' skips, in %."""
-    return [
-        100 * (1 - sum(skipping_macs(costs, int(row["lars-skip/skipped_layers"]), autograd=False)
-                       for row in comparison.results[arm, seed].history) / len(comparison.results[arm, seed].history))
-        for seed in comparison.seeds
-    ]
+    saved = []
+    for result in comparison.of(arm):
+        skips = [int(row["lars-skip/skipped_layers"]) for row in result.history]
+        left = sum(skipping_macs(costs, count, autograd=False) for count in skips)
+        saved.append(100 * (1 - left / len(skips)))
+    return Estimate(tuple(saved), "%")
 
 
-def observed(comparison: Any, baseline: str, arm: str) -> dict[str, float]:
+def observed(comparison: Comparison, baseline: str, arm: str) -> dict[str, float]:
     """What the claims' gates read: the baseline's top-1, and in how many of the epochs something was skipped, in %."""
     epochs = [row for result in comparison.of(arm) for row in result.history]
     skipped = sum(row["lars-skip/skipped_layers"] > 0 for row in epochs)
     return comparison.observed(baseline) | {"skipped share": 100 * skipped / len(epochs)}
 
 
-def skip_map(result: Any) -> pd.DataFrame:
+def skip_map(result: FitResult) -> pd.DataFrame:
     """Which layer was skipped (1) or learned (0) in which epoch: layers in forward order × epochs."""
     table = result.strategies[0].layer_maps(result.history)["skipped"].table
     return table.rename(index=lambda layer: layer.removeprefix("features."))
@@ -199,7 +208,7 @@ def sweep_arms(alphas: Sequence[float]) -> dict[str, Strategy | tuple[()]]:
     return arms
 
 
-def accuracy_within(result: Any, budget: float, costs: Sequence[str] = FLOPS, metric: str = "test/top1") -> float:
+def accuracy_within(result: FitResult, budget: float, costs: Sequence[str] = FLOPS, metric: str = "test/top1") -> float:
     """Accuracy once `budget` of what `costs` add up to is spent, interpolated between epochs' ends; 0 at the start."""
     spent, last = 0.0, 0.0
     for row in result.history:
@@ -210,7 +219,7 @@ def accuracy_within(result: Any, budget: float, costs: Sequence[str] = FLOPS, me
     return last
 
 
-def sweep_table(comparison: Any, title: str) -> pd.DataFrame:
+def sweep_table(comparison: Comparison, title: str) -> pd.DataFrame:
     """The sweep on one dataset and network: final top-1, FLOPs relative to full learning, and top-1 at
     equal FLOPs (those that the cheapest arm spends in all), means over seeds with half-widths of 95 % intervals."""
     baseline = comparison.arms[0]
@@ -225,7 +234,7 @@ def sweep_table(comparison: Any, title: str) -> pd.DataFrame:
             parts["FLOPs"].append(_spent(result, FLOPS) / _spent(full, FLOPS))
             parts["top-1 at equal FLOPs"].append(accuracy_within(result, budget))
         for name, values in parts.items():
-            row[name], row[f"{name} ±"] = measure.mean_interval(values)
+            row[name], row[f"{name} ±"] = Estimate(tuple(values)).interval
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -243,64 +252,54 @@ def rule_against_sweep(table: pd.DataFrame, rule: str = "own history") -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def gain(comparison: Any, metric: str, baseline: str, arm: str) -> list[float]:
-    """Points of final `metric` (a share) that the arm has more than the baseline, a value a seed."""
-    return [100 * (comparison.results[arm, seed].final[metric] - comparison.results[baseline, seed].final[metric])
-            for seed in comparison.seeds]
-
-
-def table_1(published: pd.DataFrame, runs: Mapping[str, Any]) -> pd.DataFrame:
+def table_1(published: pd.DataFrame, runs: Mapping[str, Comparison]) -> pd.DataFrame:
     """Table I, published beside measured: final top-1, top-5 and seconds, mean ± half-width of the 95 % interval."""
     rows = [{"dataset": "imagenet (paper)", "method": method, **{column: f"{value:g}" for column, value in row.items()}}
             for method, row in published.iterrows()]
     for name, comparison in runs.items():
         for arm in comparison.arms:
-            results = [comparison.results[arm, seed] for seed in comparison.seeds]
             rows.append({
                 "dataset": name, "method": arm,
-                "top-1": _spread([result.final["test/top1"] for result in results], 3),
-                "top-5": _spread([result.final["test/top5"] for result in results], 3),
-                "time [s]": _spread([result.frame["seconds"].iloc[-1] for result in results], 1),
-                "seeds": str(len(results)),
+                "top-1": str(comparison.estimate(lambda result: result.final["test/top1"], arm)),
+                "top-5": str(comparison.estimate(lambda result: result.final["test/top5"], arm)),
+                "time [s]": str(comparison.estimate("seconds", arm)),
+                "seeds": str(len(comparison.seeds)),
             })
     return pd.DataFrame(rows).fillna("").set_index(["dataset", "method"])
 
 
-def table_2(published: pd.DataFrame, runs: Mapping[str, Any], baseline: str, arm: str) -> pd.DataFrame:
+def table_2(published: pd.DataFrame, runs: Mapping[str, Comparison], baseline: str, arm: str) -> pd.DataFrame:
     """Table II, published beside measured; a seed that never reached the baseline's best is counted, not averaged."""
     table = published.rename(columns={"speed-up": "imagenet (paper)"}).map(lambda value: f"{value:g}×")
     for name, comparison in runs.items():
         cells = []
         for metric in ("test/top1", "test/top5"):
-            ratios = speedup(comparison, metric, baseline, arm)
-            reached = [ratio for ratio in ratios if math.isfinite(ratio)]
-            text = f"{_spread(reached, 2)}×" if reached else "never"
-            cells.append(text if len(reached) == len(ratios) else f"{text} ({len(reached)} of {len(ratios)} seeds)")
+            ratios = comparison.speedup(arm, baseline, metric)
+            reached, count = ratios.reached, len(ratios.values)
+            text = str(reached) if reached.values else "never"
+            cells.append(text if len(reached.values) == count else f"{text} ({len(reached.values)} of {count} seeds)")
         table[name] = cells
     return table
 
 
-def savings(runs: Mapping[str, Any], costs: pd.DataFrame, baseline: str, arm: str) -> pd.DataFrame:
+def savings(runs: Mapping[str, Comparison], costs: pd.DataFrame, baseline: str, arm: str) -> pd.DataFrame:
     """Figs. 6 and 7 and their seconds: what both methods spent over the run, and the share that the arm saved.
 
     Returns:
         One row a dataset and quantity: the means of both methods in `unit`, `saved` and its half-width `±`.
     """
-    quantities = {"FLOPs, measured": (FLOPS, 1e12, "TFLOP"),
-                  "bytes moved, measured": (("cost/bytes_moved",), 1e9, "GB"),
-                  "seconds, measured": (SECONDS, 1.0, "s")}
+    quantities = {"FLOPs, measured": ("TFLOP", "TFLOP"), "bytes moved, measured": ("GB moved", "GB"),
+                  "seconds, measured": ("seconds", "s")}
     rows = []
     for name, comparison in runs.items():
-        mean, half = measure.mean_interval([value / 100 for value in paper_saving(comparison, costs, arm)])
-        rows.append({"dataset": name, "what": "MACs, paper's arithmetic", "saved": mean, "±": half})
-        for what, (metrics, scale, unit) in quantities.items():
-            mean, half = measure.mean_interval([value / 100 for value in saving(comparison, metrics, baseline, arm)])
-            spent = {method: measure.mean_interval([_spent(comparison.results[method, seed], metrics) / scale
-                                                    for seed in comparison.seeds])[0] for method in (baseline, arm)}
-            rows.append({"dataset": name, "what": what, **spent, "unit": unit, "saved": mean, "±": half})
+        saved = paper_saving(comparison, costs, arm)
+        rows.append({"dataset": name, "what": "MACs, paper's arithmetic", **_shares(saved)})
+        for what, (metric, unit) in quantities.items():
+            spent = {method: comparison.estimate(metric, method).mean for method in (baseline, arm)}
+            saved = comparison.saving(metric, arm, baseline)
+            rows.append({"dataset": name, "what": what, **spent, "unit": unit, **_shares(saved)})
     return pd.DataFrame(rows, columns=["dataset", "what", baseline, arm, "unit", "saved", "±"])
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean, half = measure.mean_interval(values)
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+def _shares(percent: Estimate) -> dict[str, float]:
+    return {"saved": percent.mean / 100, "±": percent.half / 100}

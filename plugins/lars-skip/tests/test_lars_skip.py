@@ -10,10 +10,24 @@ import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, Preflight, Refused, Run, Strategy, build_model, compare, fit, load_dataset, measure
+from layerlab import (
+    Comparison,
+    FitResult,
+    LayerlabError,
+    Preflight,
+    Refused,
+    Run,
+    Strategy,
+    build_model,
+    compare,
+    fit,
+    load_dataset,
+    measure,
+)
 from layerlab.training.loop import Fit
+from layerlab.training.settings import Settings
 from layerlab_lars_skip import LarsSkip, analysis
-from layerlab_lars_skip.method.planned import alternation
+from layerlab_lars_skip.method.planned import alternation, linear
 from layerlab_lars_skip.strategy import lars_variable
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.01, progress=False)
@@ -353,26 +367,25 @@ def test_savings_of_skipped_prefixes_worked_out():
     assert autograd == pytest.approx([0.0, 21.8, 41.7, 51.7, 61.7, 66.7], abs=0.06)
 
 
-class _Result:
-    def __init__(self, accuracies: list[float], seconds: float) -> None:
-        fixed = {"time/epoch_seconds": seconds, "cost/forward_flops": 1, "cost/backward_flops": 1}
-        self.history = [{"test/top1": accuracy, **fixed} for accuracy in accuracies]
+def _result(accuracies: list[float], seconds: float) -> FitResult:
+    fixed = {"time/epoch_seconds": seconds, "cost/forward_flops": 1, "cost/backward_flops": 1}
+    history = [{"epoch": epoch, "test/top1": accuracy, **fixed} for epoch, accuracy in enumerate(accuracies, 1)]
+    return FitResult(nn.Identity(), history, 0, "", (), Settings())
 
 
-class _Comparison:
-    def __init__(self, full: _Result, mine: _Result) -> None:
-        self.results, self.seeds = {("full", 0): full, ("mine", 0): mine}, [0]
-
-
-def test_time_to_the_baselines_best():
-    full = _Result([0.1, 0.4, 0.5, 0.45], 10.0)
-    assert analysis.speedup(_Comparison(full, _Result([0.2, 0.5, 0.6, 0.6], 5.0)), "test/top1", "full", "mine") == [3.0]
-    never = analysis.speedup(_Comparison(full, _Result([0.2, 0.3, 0.4, 0.49], 5.0)), "test/top1", "full", "mine")
-    assert math.isnan(never[0])
+def test_composers_linear_freezing_at_a_given_cost():
+    # Five layers, each a sixth of the step; the schedule of start 0 and level 1 over six epochs freezes 0, 0, 1, …, 4.
+    costs = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert linear(costs, 6, 1.0) == {}
+    plan = linear(costs, 6, (6 + 6 + 5 + 4 + 3 + 2) / 36)
+    assert plan == {3: 1, 4: 2, 5: 3, 6: 4}
+    late = linear(costs, 6, 0.8)
+    assert list(late.values()) == sorted(late.values())
+    assert sum(costs[0] - costs[count] for count in late.values()) / 36 == pytest.approx(0.2, abs=0.03)
 
 
 def test_accuracy_within_a_budget():
-    result = _Result([0.2, 0.4, 0.6], 1.0)
+    result = _result([0.2, 0.4, 0.6], 1.0)
     assert [analysis.accuracy_within(result, flops) for flops in (0, 1, 2, 3, 6, 9)] == pytest.approx(
         [0, 0.1, 0.2, 0.3, 0.6, 0.6])
 
@@ -385,7 +398,8 @@ def test_the_rule_is_set_beside_the_best_threshold():
 
 
 def test_both_methods_at_the_cost_of_the_cheaper_one():
-    full, mine = _Result([0.2, 0.4, 0.6], 10.0), _Result([0.3, 0.5], 10.0)
-    table = analysis.at_equal_cost({"here": _Comparison(full, mine)}, "full", "mine").set_index("at the same")
+    full, mine = _result([0.2, 0.4, 0.6], 10.0), _result([0.3, 0.5], 10.0)
+    both = Comparison({("full", 0): full, ("mine", 0): mine})
+    table = analysis.at_equal_cost({"here": both}, "full", "mine").set_index("at the same")
     assert table.loc["seconds", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
     assert table.loc["FLOPs", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])

@@ -13,13 +13,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from layerlab import Augment, Dataset, build_model, explore, load_dataset, measure
+from layerlab import Augment, Comparison, Dataset, Estimate, FitResult, build_model, explore, load_dataset, measure
 from layerlab_learn_and_drop.method.cutting import Plan, make_plan, split
 from layerlab_learn_and_drop.method.features import Making, Storage
 from layerlab_learn_and_drop.strategy import NAME, LearnAndDrop
 
 PLAIN, FROZEN, DROPPED = "plain", "freezing", "Learn&Drop"
-PUBLISHED = {"vgg11": 17.83, "resnet152": 83.74}
+# The paper's VGG has batch norm: its summary says so.
+PUBLISHED = {"vgg11_bn": 17.83, "resnet152": 83.74}
+CLAIMS = {"vgg11_bn": "flops-vgg11", "resnet152": "flops-resnet152"}
 # Points of top-1 that count as no loss, and the ratios that are aimed at, by family of networks.
 MARGIN = 0.5
 TARGETS = {"resnet": 2.0, "vgg": 1.3}
@@ -31,12 +33,17 @@ def arms(strategy: LearnAndDrop) -> dict[str, Any]:
 
 
 def storage_arms(strategy: LearnAndDrop) -> dict[str, Any]:
-    """Plain training, and Learn&Drop with each storage and each way with augmented images."""
+    """Plain training, Learn&Drop with each storage and each way with augmented images, and with the other score."""
     settings = strategy.model_dump()
     ways = [{"storage": storage} for storage in _BITS]
     ways += [{"augmentation": way} for way in ("none", "copies", "refresh") if way != strategy.augmentation]
-    changed = [LearnAndDrop(**settings | way) for way in ways]
-    return {PLAIN: (), **{f"{_BITS[each.storage]}, {_way(each)}": each for each in changed}}
+    arms: dict[str, Any] = {PLAIN: ()}
+    for way in ways:
+        changed = LearnAndDrop(**settings | way)
+        arms[f"{_BITS[changed.storage]}, {_way(changed)}"] = changed
+    other = "gradients" if strategy.score == "weights" else "weights"
+    arms[f"score from {other}"] = LearnAndDrop(**settings | {"score": other})
+    return arms
 
 
 _BITS = {"compute": "32 bits", "bfloat16": "16 bits", "int8": "8 bits"}
@@ -164,73 +171,53 @@ def _step(
 # ---------------------------------------------------------------------------------------------- a run
 
 
-def forward_flops(result: Any) -> float:
+def forward_flops(result: FitResult) -> float:
     """Of a whole run, those of making features included."""
     return math.fsum(row["cost/forward_flops"] + row.get(f"{NAME}/feature_flops", 0) for row in result.history)
 
 
-def flop_reduction(comparison: Any, arm: str = DROPPED) -> list[float]:
-    """Per cent of plain training's forward FLOPs that an arm saved, making features included; a value a seed."""
-    return [100 * (1 - forward_flops(comparison.results[arm, seed]) / forward_flops(comparison.results[PLAIN, seed]))
-            for seed in comparison.seeds]
+def flop_reduction(comparison: Comparison, arm: str = DROPPED) -> Estimate:
+    """Per cent of plain training's forward FLOPs that an arm saved, making features included."""
+    return comparison.saving(forward_flops, arm, PLAIN)
 
 
-def observed(comparison: Any) -> dict[str, float]:
+def observed(comparison: Comparison) -> dict[str, float]:
     """What the claims' gates read: plain training's top-1, and the dropped share of its forward FLOPs, in per cent."""
-    dropped = flop_reduction(comparison)
-    return comparison.observed(PLAIN) | {"dropped share": sum(dropped) / len(dropped)}
+    return comparison.observed(PLAIN) | {"dropped share": flop_reduction(comparison).mean}
 
 
-def flop_reduction_alone(result: Any) -> float:
+def flop_reduction_alone(result: FitResult) -> float:
     """The same from a run of Learn&Drop alone: its first epoch, in which everything learns, is what all would cost."""
     return 100 * (1 - forward_flops(result) / (len(result.history) * result.history[0]["cost/forward_flops"]))
 
 
-def seconds(result: Any) -> float:
-    """Of training, evaluation excluded and making features included."""
-    return math.fsum(row["time/epoch_seconds"] for row in result.history)
+def speedup(comparison: Comparison, arm: str, baseline: str = PLAIN) -> Estimate:
+    """How many times faster an arm did the same number of epochs, evaluation excluded and features included."""
+    return comparison.paired("seconds", baseline, arm)
 
 
-def speedup(comparison: Any, arm: str, baseline: str = PLAIN) -> list[float]:
-    """How many times faster an arm did the same number of epochs; a value a seed."""
-    return [seconds(comparison.results[baseline, seed]) / seconds(comparison.results[arm, seed])
-            for seed in comparison.seeds]
+def points(comparison: Comparison, arm: str) -> Estimate:
+    """Percentage points of final top-1 that an arm is above plain training."""
+    return comparison.paired("top-1", arm, PLAIN)
 
 
-def points(comparison: Any, arm: str) -> list[float]:
-    """Percentage points of final top-1 that an arm is above plain training; a value a seed."""
-    top1 = {method: [comparison.results[method, seed].final["test/top1"] for seed in comparison.seeds]
-            for method in (arm, PLAIN)}
-    return [100 * (mine - plain) for mine, plain in zip(top1[arm], top1[PLAIN], strict=True)]
-
-
-def time_to(result: Any, target: float) -> float:
-    """Seconds of training until top-1 first reaches `target`; infinite if it never does."""
-    spent = 0.0
-    for row in result.history:
-        spent += row["time/epoch_seconds"]
-        if row["test/top1"] >= target:
-            return spent
-    return math.inf
-
-
-def peak_bytes(result: Any) -> float:
+def peak_bytes(result: FitResult) -> float:
     """The most that a run held: a step's peak and the features that lay in memory beside it."""
     return max(row.get("cost/peak_memory_bytes", math.nan) for row in result.history)
 
 
-def table(runs: Mapping[str, Any]) -> pd.DataFrame:
+def table(runs: Mapping[str, Comparison]) -> pd.DataFrame:
     """What each arm cost and gained over whole runs: means, with half-widths of 95 % intervals as ±."""
     rows = []
     for name, run in runs.items():
         for arm in run.arms:
-            results = [run.results[arm, seed] for seed in run.seeds]
+            results = run.of(arm)
             row: dict[str, Any] = {"run": name, "arm": arm}
-            row["top-1"] = _spread([100 * result.final["test/top1"] for result in results], 2, " %")
-            row["against plain"] = "" if arm == PLAIN else _spread(points(run, arm), 2, " points")
-            row["seconds"] = _spread([seconds(result) for result in results], 1)
-            row["faster"] = "" if arm == PLAIN else _spread(speedup(run, arm), 2, "×")
-            row["forward FLOPs saved"] = "" if arm == PLAIN else _spread(flop_reduction(run, arm), 1, " %")
+            row["top-1"] = str(run.estimate("top-1", arm))
+            row["against plain"] = "" if arm == PLAIN else str(points(run, arm))
+            row["seconds"] = str(run.estimate("seconds", arm))
+            row["faster"] = "" if arm == PLAIN else str(speedup(run, arm))
+            row["forward FLOPs saved"] = "" if arm == PLAIN else str(flop_reduction(run, arm))
             features = [max(epoch.get(f"{NAME}/feature_bytes", 0) for epoch in result.history) for result in results]
             row["features"] = f"{max(features) / 1e6:.1f} MB" if max(features) else ""
             row["peak"] = f"{max(map(peak_bytes, results)) / 1e6:.0f} MB"
@@ -238,7 +225,7 @@ def table(runs: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def times(runs: Mapping[str, Any], below: float = MARGIN) -> pd.DataFrame:
+def times(runs: Mapping[str, Comparison], below: float = MARGIN) -> pd.DataFrame:
     """Seconds of each arm until its top-1 is at plain training's final one, less `below` points; by seed."""
     rows = []
     for name, run in runs.items():
@@ -246,56 +233,64 @@ def times(runs: Mapping[str, Any], below: float = MARGIN) -> pd.DataFrame:
             target = run.results[PLAIN, seed].final["test/top1"] - below / 100
             row: dict[str, Any] = {"run": name, "seed": seed, "target": f"{target:.1%}"}
             for arm in run.arms:
-                spent = time_to(run.results[arm, seed], target)
+                spent = run.results[arm, seed].time_to(target)
                 row[arm] = f"{spent:.1f} s" if math.isfinite(spent) else "never"
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def targets(runs: Mapping[str, Any]) -> pd.DataFrame:
+def targets(runs: Mapping[str, Comparison]) -> pd.DataFrame:
     """What this workbook asks of the method on the CPU, and whether it was met: on the mean over seeds."""
     rows = []
     for name, run in runs.items():
         family = "vgg" if "vgg" in name else "resnet"
         checks = {
-            f"at least {TARGETS[family]}× faster than plain": (speedup(run, DROPPED), TARGETS[family], "×"),
-            "faster than freezing the same layers": (speedup(run, DROPPED, FROZEN), 1.0, "×"),
-            f"at most {MARGIN} points of top-1 lost": (points(run, DROPPED), -MARGIN, " points"),
+            f"at least {TARGETS[family]}× faster than plain": (speedup(run, DROPPED), TARGETS[family]),
+            "faster than freezing the same layers": (speedup(run, DROPPED, FROZEN), 1.0),
+            f"at most {MARGIN} points of top-1 lost": (points(run, DROPPED), -MARGIN),
         }
-        for what, (values, bound, unit) in checks.items():
-            met = "yes" if measure.mean_interval(values)[0] >= bound else "no"
-            rows.append({"run": name, "target": what, "measured": _spread(values, 2, unit), "met": met})
+        for what, (estimate, bound) in checks.items():
+            met = "yes" if estimate.mean >= bound else "no"
+            rows.append({"run": name, "target": what, "measured": str(estimate), "met": met})
     return pd.DataFrame(rows)
 
 
-def score_map(result: Any, score: str) -> pd.DataFrame:
+def score_map(result: FitResult, score: str) -> pd.DataFrame:
     """A score of every layer and epoch: `change` (as log₁₀) or `trend`; empty where a layer did not learn."""
     return result.strategies[0].layer_maps(result.history)[score].table
 
 
-def edges(result: Any) -> list[int]:
+def edges(result: FitResult) -> list[int]:
     """How many layers, from the input on, were dropped or frozen in each epoch."""
     return [int(row[f"{NAME}/dropped_layers"] + row[f"{NAME}/frozen_layers"]) for row in result.history]
 
 
-def decisions(runs: Mapping[str, Any]) -> pd.DataFrame:
+def decisions(runs: Mapping[str, Comparison]) -> pd.DataFrame:
     """Every change of the prefix: when, up to which layer, what it took."""
     rows = []
     for name, run in runs.items():
         for seed in run.seeds:
             result, before = run.results[DROPPED, seed], 0
+            layers = _layers(result)
             for row, edge in zip(result.history, edges(result), strict=True):
                 if edge != before:
                     rows.append({
                         "run": name, "seed": seed, "epoch": row["epoch"],
                         "what": "dropped" if row[f"{NAME}/dropped_layers"] else "frozen",
-                        "layers": f"{edge} of {len(result.strategies[0].layers)}",
-                        "up to": result.strategies[0].layers[edge - 1],
+                        "layers": f"{edge} of {len(layers)}",
+                        "up to": layers[edge - 1],
                         "features": f"{row[f'{NAME}/feature_bytes'] / 1e6:.1f} MB",
                         "made in": f"{row[f'{NAME}/feature_seconds']:.2f} s",
                     })
                     before = edge
     return pd.DataFrame(rows)
+
+
+def _layers(result: FitResult) -> list[str]:
+    """The network's layers as the run's strategy counts them."""
+    (strategy,) = result.strategies
+    assert isinstance(strategy, LearnAndDrop)
+    return strategy.layers
 
 
 def network_of(name: str, data: Dataset) -> Callable[[], nn.Module]:
@@ -317,8 +312,3 @@ def load(options: Mapping[str, Any]) -> Dataset:
     name, padding = options.pop("dataset"), options.pop("padding", 2)
     how: Augment = "crop" if "digits" in name or "mnist" in name else "crop-flip"
     return load_dataset(name, **options).augmented(how, padding)
-
-
-def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:
-    mean, half = measure.mean_interval(values)
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "") + unit

@@ -1,8 +1,8 @@
-"""The two pictures that only this method needs."""
+"""Cuts, steps, and the scores of each layer with what was decided on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -43,3 +43,9 @@ def steps(tables: Mapping[str, pd.DataFrame]) -> Figure:
             which.set_major_formatter(PercentFormatter(1.0))
     axes[0].legend(loc="lower left")
     return figure
+
+
+def scores(maps: Mapping[str, pd.DataFrame], score: str, edges: Mapping[str, Sequence[int]]) -> Figure:
+    """A score of each layer in each epoch, `analysis.score_map` of several runs; below the line layers are gone."""
+    labels = {"change": "log₁₀ of the relative change", "trend": "trend of its logarithm, per epoch"}
+    return figures.layer_epoch_map(maps, labels[score], edges=edges)

@@ -1,7 +1,7 @@
 """Learn&Drop: layers that stopped learning leave the training network, which goes on from their stored feature maps.
 
 Cruciata et al., "Learn&Drop: Fast Learning of CNNs based on Layer Dropping", arXiv 2604.23403. The paper's scores are
-known from its abstract and summaries only; `relative_change` and `trend` say how they are read here.
+known from its abstract and summaries only; `method.scores` says how they are read here.
 """
 
 from __future__ import annotations
@@ -20,72 +20,28 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import Batches, LayerlabError, LayerMap, Preflight, Run, Strategy, devices
-from layerlab.measure import synchronise, time_by_turns
-from layerlab_learn_and_drop.method.cutting import Cut, Plan, make_plan, split
+from layerlab import Batches, FitResult, LayerMap, Preflight, Run, Strategy, devices
+from layerlab.measure import synchronise
+from layerlab_learn_and_drop.method.cutting import Cut, Plan, check_cut, make_plan, split
 from layerlab_learn_and_drop.method.features import Features, Making, NoRoom, Storage
+from layerlab_learn_and_drop.method.same_layers import Decisions, SameLayersFrozen
+from layerlab_learn_and_drop.method.scores import Gradients, relative_change, trend
+from layerlab_learn_and_drop.method.statistics import batch_norms, memory_format, settle
 
 NAME = "learn-and-drop"
-PROBE_BATCHES = 4  # that are stored to measure how fast they are read
-_NOTHING = (0, False, 0, 0)
-
-
-def relative_change(weights: Sequence[Tensor], before: Sequence[Tensor]) -> float:
-    """The first score: ‖w − w_before‖₂ / ‖w_before‖₂ over a layer's parameters.
-
-    Args:
-        weights: a layer's parameters at the end of an epoch.
-        before: the same at its start.
-
-    Returns:
-        ≥ 0; infinite for a layer that was zero and moved.
-    """
-    moved = _norm([weight - start for weight, start in zip(weights, before, strict=True)])
-    size = _norm(before)
-    return moved / size if size else (math.inf if moved else 0.0)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
-    return float(torch.stack(norms).norm()) if norms else 0.0
-
-
-def trend(changes: Sequence[float], window: int) -> float:
-    """The second score: the slope of ln(change) per epoch, by least squares over the last `window` epochs.
-
-    −0.5 means that an epoch changes the layer by e^−0.5 = 0.61 of what the epoch before did: it is still on its way to
-    somewhere. A positive slope, as when a network leaves a plateau, means that it has only begun. About 0 means that
-    its change has become steady: what is left is the noise of the gradients.
-
-    Returns:
-        The slope; NaN while there are fewer than `window` epochs; 0 for a layer that stands still.
-    """
-    recent = changes[-window:]
-    if len(recent) == window and recent[-1] == 0:
-        return 0.0
-    if len(recent) < window or min(recent) == 0 or math.isinf(max(recent)):
-        return math.nan
-    logs = [math.log(change) for change in recent]
-    middle, mean = (window - 1) / 2, math.fsum(logs) / window
-    return math.fsum((i - middle) * (value - mean) for i, value in enumerate(logs)) / math.fsum(
-        (i - middle) ** 2 for i in range(window))
-
-
-class _Shared(dict[int, dict[int, tuple[str, ...]]]):
-    """Seed → epoch → modules that were dropped or frozen in it. Copies of a strategy share one."""
-
-    def __deepcopy__(self, memo: Any) -> _Shared:
-        return self
+_BYTES = {"compute": 4, "bfloat16": 2, "int8": 1}
+_NOTHING = (0, False, 0, 0, 0)
 
 
 class LearnAndDrop(Strategy):
     """Drop the layers nearest the input once their scores say that they have learned.
 
-    After each epoch every layer that learned in it gets two scores, `relative_change` (divided by the learning rate's
-    share of its first value, so that a falling rate does not pass for having learned) and `trend`. A layer is done
-    when its change is at most `settled` times its largest so far and its trend between −`flat` and `flat`; done stays
-    done. The longest prefix of done layers leaves the training network at the start of the next epoch, if the FLOPs
-    that this saves in the epochs that are left exceed those of evaluating the prefix over the training set. The last
+    After each epoch every layer that learned in it gets two scores: its change, and whether that still rises or falls.
+    `score` says what a change is; that of weights is divided by the learning rate's share of its first value, so that
+    a falling rate does not pass for having learned. A layer is done when its change is at most `settled` times its
+    largest so far and its trend between −`flat` and `flat`; done stays done. The longest prefix of done layers leaves
+    the training network at the start of the next epoch, if the FLOPs that this saves in the epochs that are left exceed
+    those of evaluating the prefix over the training set. Its batch norms' statistics are made anew first. The last
     layer always learns. `run.model` remains the whole network.
     """
 
@@ -93,6 +49,9 @@ class LearnAndDrop(Strategy):
     replaces_network: ClassVar[bool] = True
     follows_layers: ClassVar[bool] = True
 
+    score: Literal["weights", "gradients"] = "weights"
+    """What a layer's change is: `weights`, how far an epoch moves them; `gradients`, the mean size of a step's
+    gradient; both relative to the size of the weights."""
     settled: float = Field(0.5, gt=0)
     """A layer's change has to be at most this share of its largest so far."""
     flat: float = Field(0.25, ge=0)
@@ -101,6 +60,12 @@ class LearnAndDrop(Strategy):
     """Epochs over which the trend is taken, and after which a layer can be done at the earliest."""
     at_most: float = Field(1.0, gt=0, le=1)
     """Never drop more than this share of the whole network's forward FLOPs."""
+    drops: dict[int, int] = Field(default_factory=dict)
+    """Epoch, counted from 1, to the number of layers that are dropped from it on: a plan in the place of the scores'
+    decision. Empty: the scores decide."""
+    flops_per_byte: float = Field(10.0, ge=0)
+    """Features that are larger than the images are stored only if their making takes at least so many FLOPs for each
+    byte; below that reading takes longer than computing them anew, and the prefix is frozen instead."""
     augmentation: Literal["none", "copies", "refresh"] = "refresh"
     """What becomes of augmented images: `none`, features of the plain images; `copies`, features of `copies` augmented
     passes, which the epochs read in turn; `refresh`, one augmented pass, made anew every `refresh_every` epochs."""
@@ -127,13 +92,17 @@ class LearnAndDrop(Strategy):
     _dropped: bool = PrivateAttr(False)
     _since: int = PrivateAttr(0)
     _seed: int = PrivateAttr(0)
-    _before_that: tuple[int, bool, int, int] = PrivateAttr(_NOTHING)
+    _fresh: int = PrivateAttr(0)
+    _before_that: tuple[int, bool, int, int, int] = PrivateAttr(_NOTHING)
+    _gradients: Gradients | None = PrivateAttr(None)
+    _image_bytes: int = PrivateAttr(0)
+    _norms: bool = PrivateAttr(False)
     _too_large: float = PrivateAttr(math.inf)
     _applied: tuple[Any, ...] = PrivateAttr(())
     _parts: tuple[Cut, tuple[nn.Module, nn.Module]] | None = PrivateAttr(None)
     _features: Features | None = PrivateAttr(None)
     _temporary: Any = PrivateAttr(None)
-    _shared: _Shared = PrivateAttr(default_factory=_Shared)
+    _shared: Decisions = PrivateAttr(default_factory=Decisions)
     _record: dict[int, tuple[str, ...]] = PrivateAttr(default_factory=dict)
 
     @property
@@ -159,18 +128,43 @@ class LearnAndDrop(Strategy):
 
     # ---------------------------------------------------------------------------- hooks
 
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Cut a copy behind the first and the last layer that can go; say which can, and what a step then saves.
+
+        Raises:
+            Refused: the network cannot be cut.
+        """
+        plan = make_plan(network, example)
+        allowed = [cut for cut in plan.cuts.values() if cut.flops <= self.at_most * plan.flops]
+        reached = allowed or [plan.cuts[min(plan.cuts)]]
+        for cut in dict.fromkeys((reached[0], reached[-1])):
+            check_cut(network, cut, example)
+        gone = {parameter for name in reached[-1].modules for parameter in network.get_submodule(name).parameters()}
+        covered = [name for name, module in network.named_modules() if allowed and not gone.isdisjoint(
+            module.parameters(recurse=False))]
+        notes = []
+        if not allowed:
+            notes.append(f"No prefix has at most {self.at_most:g} of the forward FLOPs (at_most): nothing is dropped.")
+        return Preflight.of(
+            network, covered, otherwise="it always learns: no cut that at_most allows lies behind it",
+            saves={"forward FLOPs of a step": reached[-1].flops / plan.flops} if allowed else {}, notes=notes)
+
     def on_fit_start(self, run: Run) -> None:
         """Find the layers and the cuts.
 
         Raises:
-            LayerlabError: torch.fx cannot trace the network, or it has a single layer.
+            Refused: torch.fx cannot trace the network, it runs other operations in training than in inference, or it
+                has a single layer or no place to cut.
         """
         self._release()
+        self._image_bytes = run.example[0].numel()  # as uint8
+        self._norms = bool(batch_norms(run.model, dict(run.model.named_modules())))
         self._plan, self._images = make_plan(run.model, run.example), run.data
         count = len(self._plan.layers)
         self._changes, self._done = [[] for _ in range(count)], [False] * count
         self._before, self._first_rate = {}, 0.0
-        self._count, self._dropped, self._since, self._seed = self._before_that = _NOTHING
+        self._count, self._dropped, self._since, self._seed, self._fresh = self._before_that = _NOTHING
+        self._gradients = None
         self._too_large, self._applied = math.inf, ()
         self._record = self._shared[run.generator.initial_seed()] = {}
 
@@ -184,36 +178,69 @@ class LearnAndDrop(Strategy):
             index: [weight.clone() for weight in self._weights(run, index)]
             for index in range(self._count, len(self._plan.layers))
         }
+        if self.score == "gradients":
+            self._gradients = Gradients({index: self._parameters(run, index) for index in self._before})
         run.log(f"{NAME}/dropped_layers", self._count if self._dropped else 0)
         run.log(f"{NAME}/frozen_layers", self._count if not self._dropped else 0)
         features = self._features
         run.log(f"{NAME}/feature_bytes", features.nbytes if features else 0)
         run.log(f"{NAME}/features_in_file", features is not None and features.file is not None)
 
+    def on_after_backward(self, run: Run) -> None:
+        if self._gradients is not None:
+            self._gradients.add()
+
     def on_epoch_end(self, run: Run) -> None:
         frozen = {id(parameter) for module in run.frozen for parameter in module.parameters(recurse=False)}
         rate = (self._rate + _rate(run)) / 2
         if rate > 0:
             self._first_rate = self._first_rate or rate
-            changes = {}
+            changes: dict[int, float] = {}
             for index, before in self._before.items():
-                weights = self._weights(run, index)
                 # A layer that another strategy kept from learning shows nothing by standing still.
-                if not any(id(parameter) in frozen for parameter in self._parameters(run, index)):
-                    changes[index] = relative_change(weights, before) * self._first_rate / rate
+                if any(id(parameter) in frozen for parameter in self._parameters(run, index)):
+                    continue
+                change: float | None
+                if self._gradients is None:
+                    change = relative_change(self._weights(run, index), before) * self._first_rate / rate
+                else:
+                    change = self._gradients.score(index, before)
+                if change is not None:
+                    changes[index] = change
             self.observe(changes)
             for index, change in changes.items():
                 run.log(f"{NAME}/change/{self.layers[index]}", change)
                 slope = trend(self._changes[index], self.window)
                 if math.isfinite(slope):
                     run.log(f"{NAME}/trend/{self.layers[index]}", slope)
-        self._before = {}
+        self._before, self._gradients = {}, None
         self._decide(run)
 
     def on_fit_end(self, run: Run) -> None:
         """Leave the whole network and the images, and no feature maps."""
         run.training_model, run.data = run.model, self._images
         self._release()
+
+    def placebo(self, result: FitResult) -> Strategy | None:
+        """One drop at half of the epochs that saves as many FLOPs, whatever the scores and `at_most`; None without one.
+
+        Where even the longest prefix saves too little from there on, it is dropped earlier.
+        """
+        saved = 0.0
+        for row in result.history:
+            if row[f"{NAME}/dropped_layers"] or row[f"{NAME}/frozen_layers"]:
+                saved += self._saved_in_an_epoch(int(row[f"{NAME}/dropped_layers"] + row[f"{NAME}/frozen_layers"]))
+            saved -= row[f"{NAME}/feature_flops"] / len(self._images)
+        if saved <= 0:
+            return None
+        epochs = len(result.history)
+        for start in range(epochs // 2 + 1, 1, -1):
+            left = epochs - start + 1
+            savings = {count: self.cost(0, left) - self.cost(count, left) for count in self._plan.cuts}
+            if start == 2 or max(savings.values()) >= saved:
+                break
+        count = min(savings, key=lambda count: abs(savings[count] - saved))
+        return LearnAndDrop(**self.model_dump() | {"drops": {start: count}, "at_most": 1.0})
 
     def layer_maps(self, history: Sequence[Mapping[str, Any]]) -> dict[str, LayerMap]:
         """What became of each layer in each epoch, and its two scores where it learned."""
@@ -259,65 +286,56 @@ class LearnAndDrop(Strategy):
     def cost(self, count: int, epochs: int, made: bool = False) -> float:
         """FLOPs an image of training for so many epochs with the first `count` layers dropped, the making included.
 
-        Backward is taken as twice the forward pass. Features that are `made` cost only their refreshing.
+        Backward is taken as twice the forward pass. Features that are `made` cost only their refreshing, new ones a
+        pass for the batch norms' statistics as well.
         """
         if not count:
             return epochs * 3 * self._plan.flops
         passes = 0 if made else max(1, self._passes)
         if self._refreshes:
             passes = math.ceil(epochs / self.refresh_every)
+        if self._norms and not made:
+            passes += 1
         before = self._plan.cuts[count].flops
         return epochs * 3 * (self._plan.flops - before) + passes * before
+
+    def _saved_in_an_epoch(self, count: int) -> float:
+        """FLOPs an image: dropped, a prefix saves all three passes, frozen the two of backward."""
+        cut = self._plan.cuts[count]
+        return (3 if self._worth_storing(cut) else 2) * cut.flops
 
     def _decide(self, run: Run) -> None:
         """Choose the next epochs' prefix and whether it is dropped or frozen."""
         left = run.epochs - run.epoch
+        ready = self.drops.get(run.epoch + 1, 0) if self.drops else self.ready
         allowed = [
             count for count, cut in self._plan.cuts.items()
-            if self._count < count <= self.ready and cut.flops <= self.at_most * self._plan.flops
-            and self._estimate(run, cut) < self._too_large
+            if self._count < count <= ready and cut.flops <= self.at_most * self._plan.flops
+            and self._estimate(cut) < self._too_large
         ]
         if not allowed or not left:
             return
-        best = min(allowed, key=lambda count: self.cost(count, left))
-        if self.cost(best, left) >= self.cost(self._count, left, made=True):
+        best = max(allowed) if self.drops else min(allowed, key=lambda count: self.cost(count, left))
+        if not self.drops and self.cost(best, left) >= self.cost(self._count, left, made=True):
             return
-        drop = self._worth_storing(run, self._plan.cuts[best])
+        drop = self._worth_storing(self._plan.cuts[best])
         if self._dropped and not drop:
             return
-        self._before_that = (self._count, self._dropped, self._since, self._seed)
+        self._before_that = (self._count, self._dropped, self._since, self._seed, self._fresh)
         self._count, self._dropped, self._since = best, drop, run.epoch + 1
         self._seed = int(torch.randint(2**62, (), generator=run.generator))
 
-    def _estimate(self, run: Run, cut: Cut) -> float:
+    def _estimate(self, cut: Cut) -> float:
         """Bytes of the features, before any are made."""
-        width = {"compute": 4, "bfloat16": 2, "int8": 1}[self.storage]
-        return cut.elements * width * len(self._images) * max(1, self._passes)
+        return cut.elements * _BYTES[self.storage] * len(self._images) * max(1, self._passes)
 
-    def _worth_storing(self, run: Run, cut: Cut) -> bool:
-        """Whether features are smaller than the images, or read faster than made again; the latter measured."""
-        image = run.example[0].numel()  # bytes, as uint8
-        if self._estimate(run, cut) <= image * len(self._images) * max(1, self._passes):
-            return True
-        prefix, _ = self._split(run, cut)
-        making = self._making(run, prefix, 0)
-        # Where the whole would lie, a sample is laid.
-        budget = math.inf if making.size <= self._budget(run) else 0
-        try:
-            sample = making.make(run.device, budget, self._folder(run) / "probe.bin", limit=PROBE_BATCHES)
-        except NoRoom:
-            return True  # whether there is room is found out, with a warning, when all of it is made
-        images, shuffle = next(making.images())[0], torch.Generator()
-        try:
-            turns = time_by_turns({
-                "read": lambda: list(sample.batches(run.batch_size, shuffle)),
-                "compute": lambda: making.evaluate(images),
-            }, rounds=5, warmup=1, device=str(run.device))
-        finally:
-            sample.close()
-        # The fastest round of each: what else the machine does only adds.
-        batches = len(sample) // run.batch_size
-        return min(turns["read"].seconds) / batches < min(turns["compute"].seconds)
+    def _worth_storing(self, cut: Cut) -> bool:
+        """Whether features are smaller than the images, or save enough FLOPs for each byte that is read.
+
+        A count and no stopwatch, so that the same seed gives the same weights on every machine.
+        """
+        size = cut.elements * _BYTES[self.storage]
+        return size <= self._image_bytes or cut.flops >= self.flops_per_byte * size
 
     # ---------------------------------------------------------------------------- network and data
 
@@ -328,6 +346,7 @@ class LearnAndDrop(Strategy):
         wanted = (self._count, self._dropped, version)
         if self._count and self._applied != wanted:
             if not self._dropped:
+                self._settle(run, run.model)
                 run.freeze(NAME, [run.model.get_submodule(name) for name in self._plan.cuts[self._count].modules])
             elif not self._drop(run, version):
                 self._go_back(run)
@@ -338,7 +357,7 @@ class LearnAndDrop(Strategy):
 
     def _go_back(self, run: Run) -> None:
         """Return to what was in force before a drop for which there was no room."""
-        self._count, self._dropped, self._since, self._seed = self._before_that
+        self._count, self._dropped, self._since, self._seed, self._fresh = self._before_that
         self._before_that = _NOTHING
         if self._count == 0:
             run.training_model, run.data = run.model, self._images
@@ -351,6 +370,8 @@ class LearnAndDrop(Strategy):
         start = time.perf_counter()
         cut = self._plan.cuts[self._count]
         prefix, tail = self._split(run, cut)
+        before = {name: value.clone() for name, value in prefix.named_buffers()}
+        self._settle(run, prefix)
         making = self._making(run, prefix, version)
         key = self._key(prefix, making)
         if self._applied[:2] == (self._count, self._dropped):
@@ -359,7 +380,9 @@ class LearnAndDrop(Strategy):
             features = making.make_or_take(
                 run.device, self._budget(run), self._folder(run) / f"features-{key}.bin", key)
         except NoRoom as error:
-            self._too_large = min(self._too_large, self._estimate(run, cut))
+            for name, value in prefix.named_buffers():
+                value.copy_(before[name])
+            self._too_large = min(self._too_large, self._estimate(cut))
             warnings.warn(
                 f"learn-and-drop: {error}; the layers up to {self.layers[self._count - 1]} are not dropped, training "
                 "goes on without. Make room, or store in fewer bits (storage=\"int8\").",
@@ -373,22 +396,33 @@ class LearnAndDrop(Strategy):
         tail.train()
         run.apply_freezing()
         if not features.reused:
-            run.log(f"{NAME}/feature_flops", cut.flops * making.rows * features.passes)
+            made = cut.flops * making.rows * features.passes
+            run.log(f"{NAME}/feature_flops", run.logged[f"{NAME}/feature_flops"] + made)
         synchronise(run.device)
         run.log(f"{NAME}/feature_seconds", time.perf_counter() - start)
         return True
 
+    def _settle(self, run: Run, network: nn.Module) -> None:
+        """Make the statistics of the batch norms that stop learning anew, once for each of them."""
+        if self._fresh >= self._count:
+            return
+        cut = self._plan.cuts[self._count]
+        earlier = self._plan.cuts[self._fresh].modules if self._fresh else ()
+        norms = batch_norms(run.model, [name for name in cut.modules if name not in earlier])
+        images = settle(run, network, norms, self._images, self._seed)
+        run.log(f"{NAME}/feature_flops", run.logged[f"{NAME}/feature_flops"] + cut.flops * images)
+        self._fresh = self._count
+
     def _split(self, run: Run, cut: Cut) -> tuple[nn.Module, nn.Module]:
-        """The parts, which the measuring, the drop and every refresh of its features share."""
+        """The parts, which the drop and every refresh of its features share."""
         if self._parts is None or self._parts[0] is not cut:
             self._parts = (cut, split(run.model, cut))
         return self._parts[1]
 
     def _making(self, run: Run, prefix: nn.Module, version: int) -> Making:
-        channels_last = run.example.is_contiguous(memory_format=torch.channels_last) and not run.example.is_contiguous()
         return Making(
             prefix, self._images, self.storage, self._passes, (self._seed + version) % 2**62, run.batch_size,
-            run.autocast, torch.channels_last if channels_last else torch.contiguous_format,
+            run.autocast, memory_format(run),
         )
 
     @property
@@ -446,8 +480,8 @@ class LearnAndDrop(Strategy):
     def state_dict(self) -> dict[str, Any]:
         return {
             "changes": self._changes, "done": self._done, "first_rate": self._first_rate, "count": self._count,
-            "dropped": self._dropped, "since": self._since, "seed": self._seed, "too_large": self._too_large,
-            "before_that": list(self._before_that),
+            "dropped": self._dropped, "since": self._since, "seed": self._seed, "fresh": self._fresh,
+            "too_large": self._too_large, "before_that": list(self._before_that),
             "record": {epoch: list(names) for epoch, names in self._record.items()},
         }
 
@@ -455,40 +489,10 @@ class LearnAndDrop(Strategy):
         self._changes, self._done = [list(history) for history in state["changes"]], list(state["done"])
         self._first_rate, self._count, self._dropped = state["first_rate"], state["count"], state["dropped"]
         self._since, self._seed, self._too_large = state["since"], state["seed"], state["too_large"]
-        count, dropped, since, seed = state["before_that"]
-        self._before_that = (count, dropped, since, seed)
+        self._fresh = state["fresh"]
+        count, dropped, since, seed, fresh = state["before_that"]
+        self._before_that = (count, dropped, since, seed, fresh)
         self._record.update({epoch: tuple(names) for epoch, names in state["record"].items()})
-
-
-class SameLayersFrozen(Strategy):
-    """Freezes the layers that a `LearnAndDrop` of the same comparison drops, in the same epochs: what dropping adds.
-
-    Made by `LearnAndDrop.same_layers_frozen()`; the arm stands after that of the strategy whose decisions it takes.
-    """
-
-    name: ClassVar[str] = "same-layers-frozen"
-    follows_layers: ClassVar[bool] = True
-
-    _shared: _Shared = PrivateAttr(default_factory=_Shared)
-
-    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
-        """Which layers these are is decided in the other arm's training; there is nothing to try."""
-        return Preflight.of(network)
-
-    def on_epoch_start(self, run: Run) -> None:
-        """Freeze.
-
-        Raises:
-            LayerlabError: the strategy that decides has not come to this epoch.
-        """
-        decided = self._shared.get(run.generator.initial_seed(), {})
-        if run.epoch not in decided:
-            raise LayerlabError(
-                "same-layers-frozen takes its decisions from learn-and-drop: make it with "
-                "LearnAndDrop.same_layers_frozen() and give it to the same compare() as a later arm."
-            )
-        run.freeze(self.name, [run.model.get_submodule(name) for name in decided[run.epoch]])
-        run.log(f"{self.name}/frozen_modules", len(decided[run.epoch]))
 
 
 def _rate(run: Run) -> float:

@@ -159,7 +159,7 @@ class LowBit(Strategy):
         run.log("low-bit/mean_bits", float(frame["bits"].mean()) if len(frame) else self.bits)
 
     def on_fit_end(self, run: Run) -> None:
-        """Leave a plain network whose layers' weights are those b-bit numbers; the user's frozen ones stay as they are."""
+        """Leave a plain network whose layers' weights are those b-bit numbers, but for those that the user froze."""
         self._leave_optimizer()
         arithmetic = self._arithmetic
         assert arithmetic is not None

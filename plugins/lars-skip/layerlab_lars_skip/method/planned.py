@@ -74,6 +74,39 @@ def alternation(history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     return plan
 
 
+def linear(
+    step_flops: Sequence[float], epochs: int, share: float, starts: int = 20, levels: int = 10
+) -> dict[int, int]:
+    """Composer's linear freezing at a given cost: from `start` on, layers freeze one after the other up to `level`.
+
+    Its algorithm LayerFreezing freezes in an epoch int(level · (p − start) / (1 − start) · layers) of them, p being the
+    share of the training that is over. Both of its settings are searched for the cost that comes nearest.
+
+    Args:
+        step_flops: of a step with 0, 1, … convolutions frozen.
+        epochs: of the run.
+        share: FLOPs of the run, relative to one in which everything learns.
+        starts, levels: how fine both are searched.
+
+    Returns:
+        Epoch → number of convolutions, of the epochs that freeze any.
+    """
+    nearest, plan = math.inf, {}
+    layers = len(step_flops) - 1
+    for index in range(starts * levels):
+        start, level = index // levels / starts, (index % levels + 1) / levels
+        counts = [_frozen_at((epoch - 1) / epochs, start, level, layers) for epoch in range(1, epochs + 1)]
+        spent = math.fsum(step_flops[count] for count in counts) / (epochs * step_flops[0])
+        if abs(spent - share) < nearest:
+            nearest = abs(spent - share)
+            plan = {epoch: count for epoch, count in enumerate(counts, 1) if count}
+    return plan
+
+
+def _frozen_at(progress: float, start: float, level: float, layers: int) -> int:
+    return int(max(0.0, (progress - start) / (1 - start)) * level * layers)
+
+
 def spread_epochs(epochs: int, times: int) -> list[int]:
     """So many epochs of a run, evenly spread, never the first.
 

@@ -13,7 +13,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerlab import NORMALISATION, LayerlabError, Refused, first_line
+from layerlab import NORMALISATION, Refused, first_line
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 
 def trace(network: nn.Module, training: bool) -> fx.GraphModule:
-    """The network as a graph whose modules are the network's own.
+    """The network as a graph whose modules are the network's own, compiled or not.
 
     Raises:
-        LayerlabError: torch.fx cannot trace it.
+        Refused: torch.fx cannot trace it.
     """
-    with mode(network, training):
+    with mode(network, training), _eager(network):
         tracer = _Tracer()
         try:
             graph = tracer.trace(network)
@@ -101,6 +101,33 @@ def trace(network: nn.Module, training: bool) -> fx.GraphModule:
                 "values out of its forward, or into a module without children."
             ) from None
         return fx.GraphModule(tracer.root, graph)
+
+
+@contextmanager
+def refusing(network: nn.Module) -> Iterator[None]:
+    """Whatever the network's own code or torch.fx raises in the block becomes a refusal in one sentence."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(
+            f"learn-and-drop cannot cut {type(network).__name__}: the first try ends in {type(error).__name__} "
+            f"({first_line(error)}); use another network."
+        ) from None
+
+
+@contextmanager
+def _eager(network: nn.Module) -> Iterator[None]:
+    """Every module as if it were not compiled, which torch.fx cannot trace; afterwards as it was."""
+    compiled = {module: module._compiled_call_impl for module in network.modules()}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 class _Sizes(fx.Interpreter):
@@ -133,9 +160,16 @@ def make_plan(network: nn.Module, example: Tensor) -> Plan:
         example: images as it takes them; the first is used.
 
     Raises:
-        LayerlabError: it cannot be traced, or has a single layer.
+        Refused: it cannot be traced, runs other operations in training than in inference, has a single layer or no
+            place for a cut.
     """
+    with refusing(network):
+        return _plan(network, example)
+
+
+def _plan(network: nn.Module, example: Tensor) -> Plan:
     sizes = _measured(network, example)
+    _check_modes(network, sizes[0].traced)
     # Parameters that are read as attributes belong to the module that uses them, and go to its side of a cut.
     nodes = [node for node in sizes[0].traced.graph.nodes if node.op != "get_attr"]
     layers, ends = _layers(network, nodes)
@@ -155,8 +189,13 @@ def make_plan(network: nn.Module, example: Tensor) -> Plan:
             cut = None if shared[place] else _cut(nodes, last_use, place, count, sizes)
             if cut is not None and (best is None or cut.elements <= best.elements):
                 best = cut
-        if best is not None:
+        if best is not None and _rest_learns(network, best):
             cuts[count] = best
+    if not cuts:
+        raise Refused(
+            f"learn-and-drop finds no place to cut {type(network).__name__}: behind each layer nothing learns, or the "
+            "image, a parameter or something without a row for each image is used on both sides; use another network."
+        )
     return Plan(tuple(layers), cuts, sizes[0].flops[nodes[-1]] / 2)
 
 
@@ -173,6 +212,17 @@ def _measured(network: nn.Module, example: Tensor) -> tuple[_Sizes, _Sizes]:
         with torch.no_grad():
             second.run(example[:1].expand(3, *example.shape[1:]))
     return first, second
+
+
+def _check_modes(network: nn.Module, inference: fx.GraphModule) -> None:
+    """Refuse a network that runs other operations in training than its graph for inference has."""
+    graphs = inference.graph, trace(network, training=True).graph
+    operations = [[(node.op, str(node.target), node.name) for node in graph.nodes] for graph in graphs]
+    if operations[0] != operations[1]:
+        raise Refused(
+            f"learn-and-drop cannot cut {type(network).__name__}: it runs other operations in training than in "
+            "inference; use a network without such branches, or move them into a module without children."
+        )
 
 
 def _layers(network: nn.Module, nodes: Sequence[fx.Node]) -> tuple[list[Layer], list[int]]:
@@ -194,6 +244,14 @@ def _layers(network: nn.Module, nodes: Sequence[fx.Node]) -> tuple[list[Layer], 
             ends.append(place)
             early = []
     return [Layer(name, tuple(names)) for name, names in layers], ends
+
+
+def _rest_learns(network: nn.Module, cut: Cut) -> bool:
+    """Whether a parameter behind a cut learns."""
+    before: set[nn.Parameter] = set()
+    for name in cut.modules:
+        before.update(network.get_submodule(name).parameters())
+    return any(parameter.requires_grad and parameter not in before for parameter in network.parameters())
 
 
 def _used_on_both_sides(network: nn.Module, nodes: Sequence[fx.Node]) -> list[bool]:
@@ -249,8 +307,8 @@ def _example_shape(node: fx.Node, first: _Sizes, second: _Sizes) -> tuple[int, .
     return a[1:] if a and b and (a[0], b[0]) == (2, 3) and a[1:] == b[1:] else None
 
 
-def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
-    """The part before a cut, for inference, and the part after it, for training.
+def split(network: nn.Module, cut: Cut, training: bool = True) -> tuple[nn.Module, nn.Module]:
+    """The part before a cut, for inference, and the part after it, for training or for inference too.
 
     Both share the network's modules, and one without parameters may be in both: so the prefix is put in inference mode
     for as long as it runs. What the network does in training may differ from what it does in inference, so each part
@@ -261,17 +319,10 @@ def split(network: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
         tail: what the prefix gives → logits.
 
     Raises:
-        LayerlabError: the network runs other operations in training than in inference.
+        Refused: torch.fx cannot trace the network.
     """
     parts = []
-    traces = [trace(network, training) for training in (False, True)]
-    operations = [[(node.op, str(node.target), node.name) for node in traced.graph.nodes] for traced in traces]
-    if operations[0] != operations[1]:
-        raise LayerlabError(
-            f"learn-and-drop cannot cut {type(network).__name__}: it runs other operations in training than in "
-            "inference; use a network without such branches."
-        )
-    for traced in traces:
+    for traced in (trace(network, training=False), trace(network, training)):
         names = [node.name for node in traced.graph.nodes]
         place = {name: index for index, name in enumerate(names)}
         edge = place[cut.node]
@@ -308,6 +359,24 @@ def _clean(parted: fx.GraphModule) -> fx.GraphModule:
     parted.graph.eliminate_dead_code()
     # A new one takes only what the graph still uses.
     return fx.GraphModule(parted, parted.graph)
+
+
+def check_cut(network: nn.Module, cut: Cut, example: Tensor) -> None:
+    """Check that a network cut in two computes what the whole does.
+
+    Raises:
+        Refused: it cannot be cut there, or the parts compute something else.
+    """
+    with refusing(network):
+        prefix, tail = split(network, cut, training=False)
+        with torch.no_grad(), mode(network, training=False), _eager(network):
+            whole, parted = network(example), tail(prefix(example))
+    # Relative to the largest logit: the parts may run their operations in other memory formats.
+    if not torch.allclose(whole, parted, rtol=1e-4, atol=1e-5 * float(whole.abs().max())):
+        raise Refused(
+            f"learn-and-drop cannot cut {type(network).__name__}: cut behind {cut.layers} layers it gives other "
+            "outputs than whole; use a network that draws nothing at random in inference and keeps no state."
+        )
 
 
 def features_of(values: object) -> tuple[Tensor, ...]:
