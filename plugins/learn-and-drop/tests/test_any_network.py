@@ -94,10 +94,16 @@ def _with(module: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), module, nn.Linear(16, 10))
 
 
+def _first_alone() -> nn.Module:
+    model = chain().requires_grad_(False)
+    model[0].requires_grad_(True)  # type: ignore[index]  # a Sequential
+    return model
+
+
 @pytest.mark.parametrize(("model", "message"), [
     (Noisy(), "cannot cut Noisy: it runs other operations in training than in inference"),
     (Shortened(), "cannot cut Shortened: it runs other operations in training than in inference"),
-    (chain().requires_grad_(False), "no place to cut Sequential: behind each layer nothing learns"),
+    (_first_alone(), "no place to cut Sequential: behind each layer nothing learns"),
     (_with(Table()), r"cannot cut Sequential: the first try ends in IndexError \(list index out of range\)"),
     (_with(Drawn()), "cannot cut Sequential: cut behind 1 layers it gives other outputs than whole"),
 ])
