@@ -94,11 +94,11 @@ def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
 def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
     fake(OPEN, "import os, signal\nif p.pause: os.kill(os.getpid(), signal.SIGKILL)", TRAIN, FINISH)
     with pytest.raises(LayerlabError, match="lost its kernel"):
-        reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out")
+        reproduce("fake", changed={"pause": 0.001}, output=tmp_path / "out")
     assert "claims.json" not in _files(tmp_path / "out")
     assert "fake.ipynb" not in _files(tmp_path / "out")
     fake(OPEN, TRAIN, FINISH)
-    (result,) = reproduce("fake", parameters={"pause": 0.001}, output=tmp_path / "out")
+    (result,) = reproduce("fake", changed={"pause": 0.001}, output=tmp_path / "out")
     assert result.measured is not None
     # The interrupted notebook run was taken up again, not doubled.
     runs = tracking.client().search_runs([tracking.experiment_id("fake")], "tags.kind = 'notebook'")
@@ -142,10 +142,10 @@ def test_what_goes_wrong_after_a_training_has_begun_is_bad_input_only_if_it_is_r
 @slow
 def test_an_old_result_does_not_survive_a_new_run_that_fails(fake, tmp_path):
     fake(OPEN, TRAIN, FINISH)
-    reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out")
+    reproduce("fake", changed={"epochs": 1}, output=tmp_path / "out")
     fake(OPEN, "1 / 0", FINISH)
     with pytest.raises(LayerlabError, match="ZeroDivisionError"):
-        reproduce("fake", parameters={"epochs": 1}, output=tmp_path / "out")
+        reproduce("fake", changed={"epochs": 1}, output=tmp_path / "out")
     with pytest.raises(LayerlabError, match="no finished run"):
         read_results(tmp_path / "out")
 
@@ -155,7 +155,7 @@ def test_an_old_result_does_not_survive_a_new_run_that_fails(fake, tmp_path):
     [
         ({"strategy": "fke"}, r"Unknown strategy 'fke'. Did you mean 'fake'\?"),
         ({"profile": "quik"}, r"Unknown profile 'quik'. Did you mean 'quick'\?"),
-        ({"parameters": {"epoch": 3}}, r"Unknown parameter of the fake notebook 'epoch'. Did you mean 'epochs'\?"),
+        ({"changed": {"epoch": 3}}, r"Unknown parameter of the fake notebook 'epoch'. Did you mean 'epochs'\?"),
         ({"output": "/dev/null/out"}, r"output folder /dev/null/out cannot be written.*--output"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_plugin_that_lies_in_no_folder_of_the_project_is_found_and_trains(site
     paper = load_paper("freezeout")
     assert paper.notebook_file.is_relative_to(site)
     assert {claim.id for claim in paper.claims} >= {"densenet-saving", "resnet-saving", "vgg-improvement"}
-    assert "t_0 = 0.8" in CliRunner().invoke(main, ["describe", "freezeout"]).output
+    assert re.search(r"t_0 +0\.8 ", CliRunner().invoke(main, ["describe", "freezeout"]).output)
     result = fit(residual, digits, Registry()("freezeout", t_0=0.7), epochs=4, batch_size=256, progress=False)
     assert [row["freezeout/frozen_layers"] for row in result.history] == [0, 1, 2, 2]
 
