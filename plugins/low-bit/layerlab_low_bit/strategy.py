@@ -7,17 +7,18 @@ Management", DATE 2021, and patent US 11551087.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
 from pydantic import Field, PrivateAttr, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from layerlab import LayerMap, Refused, Run, Strategy
+from layerlab import LayerMap, Preflight, Refused, Run, Strategy
 from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
 from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
 from layerlab_low_bit.method.products import Units, find_units
@@ -82,6 +83,24 @@ class LowBit(Strategy):
             raise ValueError("must be 32 (float) or 2 to 16 (fixed point)")
         return value
 
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """Which layers multiply in fixed point, found by one pass through a copy.
+
+        Args:
+            network: the user's.
+            example: images as it takes them, (batch, channels, height, width).
+        """
+        tried = super().preflight(network, example)
+        copied = copy.deepcopy(network)
+        arithmetic = self._arithmetic_of(copied.named_parameters, example.device)
+        with arithmetic, torch.enable_grad():
+            copied(example)
+        store = arithmetic.store
+        weights = [name for name, kind in zip(store.names, store.kinds, strict=True) if kind == "weight"]
+        layers = [name.rpartition(".")[0] for name in weights if "#" not in name]
+        # The first note says that nothing is known of the layers, which is said here.
+        return Preflight.of(network, layers, otherwise="its numbers stay float32", notes=tried.notes[1:])
+
     def on_fit_start(self, run: Run) -> None:
         """Put fixed point in the place of autocast.
 
@@ -94,21 +113,26 @@ class LowBit(Strategy):
             )
         if self.units == "fp8" and max(self.bits, self.gradient_bits or 0) > 5:
             raise Refused("low-bit: units='fp8' hold codes of up to 5 bits exactly; set bits=5, or units='int8'.")
-        errors = self.gradient_bits or self.bits
-        self._store = Store(
-            {"activation": self.bits, "weight": self.bits, "error": errors, "gradient": errors,
-             "master": self.master_bits},
-            self.steering, self.saturation, self.underflow, self.headroom, self.history, run.device,
-        )
-        self._arithmetic = Arithmetic(
-            self._store, lambda: (*run.training_model.named_parameters(), *run.model.named_parameters()),
-            (self.rounding == "stochastic", self.gradient_rounding == "stochastic"), self.store_activations,
-            find_units(self.units, run.device),
-            {"auto": None, "exact": True, "float32": False}[self.accumulation],
-        )
-        arithmetic = self._arithmetic
+        arithmetic = self._arithmetic_of(
+            lambda: (*run.training_model.named_parameters(), *run.model.named_parameters()), run.device)
+        self._arithmetic, self._store = arithmetic, arithmetic.store
         run.autocast = lambda: arithmetic
         run.wire = self._wire = GradientWire(arithmetic, self.gradient_rounding == "stochastic")
+
+    def _arithmetic_of(
+        self, parameters: Callable[[], Iterable[tuple[str, Tensor]]], device: torch.device
+    ) -> Arithmetic:
+        """Fixed point with these settings and an empty store, for networks with these parameters."""
+        errors = self.gradient_bits or self.bits
+        widths = {"activation": self.bits, "weight": self.bits, "error": errors, "gradient": errors,
+                  "master": self.master_bits}
+        store = Store(
+            widths, self.steering, self.saturation, self.underflow, self.headroom, self.history, device)
+        return Arithmetic(
+            store, parameters, (self.rounding == "stochastic", self.gradient_rounding == "stochastic"),
+            self.store_activations, find_units(self.units, device),
+            {"auto": None, "exact": True, "float32": False}[self.accumulation],
+        )
 
     def on_epoch_start(self, run: Run) -> None:
         """Follow the optimizer, if another strategy has put a new one there."""

@@ -108,3 +108,27 @@ def test_attention_is_torch_s(mask, needs, options):
     torch.testing.assert_close(got, wanted)
     if needs:
         torch.testing.assert_close(own, weights)
+
+
+class Volume(nn.Module):
+    """A convolution over three dimensions, which stays in floats, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Conv3d(1, 4, (1, 3, 3))
+        self.last = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.deep(x[:, :, None]).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("network", "covered", "left_out"),
+    [(Volume, {"last"}, {"deep"}), (Waves, {"down", "mix", "up", "last"}, set()),
+     (Rows, {"embed", "encoder.self_attn", "read", "last"}, {"encoder.norm1", "encoder.norm2"})],
+)
+def test_the_pre_flight_names_what_stays_in_floats(data, network, covered, left_out):
+    found = LowBit().preflight(network(), next(data.test.batches(2))[0])
+    assert covered <= set(found.covered)
+    assert left_out <= found.left_out.keys()
+    assert not left_out & set(found.covered)
