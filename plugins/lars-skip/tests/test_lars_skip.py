@@ -403,3 +403,32 @@ def test_both_methods_at_the_cost_of_the_cheaper_one():
     table = analysis.at_equal_cost({"here": both}, "full", "mine").set_index("at the same")
     assert table.loc["seconds", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
     assert table.loc["FLOPs", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
+
+
+def test_the_threshold_is_chosen_on_held_out_images_among_those_that_adapt(data):
+    tried = compare(network, data.held_out(), analysis.alpha_arms([64.0, 0.0, 1e9]), epochs=4, **OPTIONS)
+    table = analysis.alpha_table(tried).set_index("α")
+    assert table.index.tolist() == [0.0, 64.0, 1e9]
+    assert table["epochs that skip"].iloc[[0, 2]].tolist() == pytest.approx([2 / 3, 0])
+    assert table["chosen"].sum() == 1
+    assert not table.loc[1e9, "chosen"]
+    table = table.assign(chosen=table.index == 64.0).reset_index()
+    assert analysis.chosen_arm(table, 64.0) == {}
+    assert analysis.chosen_arm(table, 2.0) == {"proposed, α = 64": LarsSkip(alpha=64)}
+
+
+def test_a_sweeps_budget_is_that_of_the_arms_that_were_asked_for(data):
+    arms = {"full learning": (), "α = 0": LarsSkip(alpha=0), "own history": LarsSkip(rule="own-history")}
+    alone, judged = (compare(network, data, arms, epochs=4, placebo=how, **OPTIONS) for how in (False, True))
+    tables = [analysis.sweep_table(run, "here") for run in (alone, judged)]
+    assert set(tables[1]["arm"]) > set(tables[0]["arm"])
+    kept = tables[1][tables[1]["arm"].isin(arms)]
+    assert kept["top-1 at equal FLOPs"].tolist() == tables[0]["top-1 at equal FLOPs"].tolist()
+    assert "its placebo" in analysis.rule_against_sweep(tables[1])
+
+
+def test_vgg_f_has_its_published_normalisation_where_it_is_asked_for():
+    kinds = [type(layer).__name__ for layer in build_model("vgg-f", image_size=64, width=16, lrn=True).features]
+    assert kinds[:8] == ["Conv2d", "ReLU", "LocalResponseNorm", "MaxPool2d"] * 2
+    plain = build_model("vgg-f", image_size=64, width=16)
+    assert not any(isinstance(layer, nn.LocalResponseNorm) for layer in plain.features)
