@@ -405,26 +405,42 @@ def test_both_methods_at_the_cost_of_the_cheaper_one():
     assert table.loc["FLOPs", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
 
 
-def test_the_threshold_is_chosen_on_held_out_images_among_those_that_adapt(data):
-    tried = compare(network, data.held_out(), analysis.alpha_arms([64.0, 0.0, 1e9]), epochs=4, **OPTIONS)
+def _skipping(accuracies: list[float], skipped: list[int], flops: list[int]) -> FitResult:
+    result = _result(accuracies, 1.0)
+    for row, count, cost in zip(result.history, skipped, flops, strict=True):
+        row.update({"lars-skip/skipped_layers": count, "cost/forward_flops": cost, "cost/backward_flops": 0})
+    return result
+
+
+def test_the_threshold_is_chosen_among_those_that_adapt():
+    tried = Comparison({
+        ("α = 2", 0): _skipping([0.2, 0.9, 0.9], [0, 5, 5], [4, 2, 2]),  # every later epoch skips
+        ("α = 8", 0): _skipping([0.2, 0.4, 0.6], [0, 5, 0], [4, 2, 4]),
+        ("α = 16", 0): _skipping([0.2, 0.5, 0.9], [0, 0, 1], [4, 4, 4]),
+        ("α = 64", 0): _skipping([0.9, 0.9, 0.9], [0, 0, 0], [4, 4, 4]),  # none does
+    })
     table = analysis.alpha_table(tried).set_index("α")
-    assert table.index.tolist() == [0.0, 64.0, 1e9]
-    assert table["epochs that skip"].iloc[[0, 2]].tolist() == pytest.approx([2 / 3, 0])
-    assert table["chosen"].sum() == 1
-    assert not table.loc[1e9, "chosen"]
-    table = table.assign(chosen=table.index == 64.0).reset_index()
-    assert analysis.chosen_arm(table, 64.0) == {}
-    assert analysis.chosen_arm(table, 2.0) == {"proposed, α = 64": LarsSkip(alpha=64)}
+    assert table["epochs that skip"].tolist() == pytest.approx([1, 0.5, 0.5, 0])
+    # At the 8 FLOPs of the cheapest: halfway through the last epoch, and at the end of the second.
+    assert table["top-1 at equal FLOPs"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.9], abs=1e-6)
+    assert table.index[table["chosen"]].tolist() == [8]
+    assert analysis.chosen_arm(table.reset_index(), 8.0) == {}
+    assert analysis.chosen_arm(table.reset_index(), 2.0) == {"proposed, α = 8": LarsSkip(alpha=8)}
 
 
-def test_a_sweeps_budget_is_that_of_the_arms_that_were_asked_for(data):
-    arms = {"full learning": (), "α = 0": LarsSkip(alpha=0), "own history": LarsSkip(rule="own-history")}
-    alone, judged = (compare(network, data, arms, epochs=4, placebo=how, **OPTIONS) for how in (False, True))
-    tables = [analysis.sweep_table(run, "here") for run in (alone, judged)]
-    assert set(tables[1]["arm"]) > set(tables[0]["arm"])
-    kept = tables[1][tables[1]["arm"].isin(arms)]
-    assert kept["top-1 at equal FLOPs"].tolist() == tables[0]["top-1 at equal FLOPs"].tolist()
-    assert "its placebo" in analysis.rule_against_sweep(tables[1])
+def test_a_sweeps_budget_is_that_of_the_arms_that_were_asked_for():
+    results = {
+        ("full learning", 0): _skipping([0.2, 0.4, 0.6], [0, 0, 0], [4, 4, 4]),
+        ("α = 4", 0): _skipping([0.2, 0.5, 0.7], [0, 5, 0], [4, 2, 4]),
+        ("own history", 0): _skipping([0.2, 0.3, 0.4], [0, 5, 5], [4, 2, 2]),
+        ("own history · placebo", 0): _skipping([0.2, 0.2, 0.3], [0, 5, 5], [2, 1, 1]),
+    }
+    run = Comparison(results, placebos={"own history": "own history · placebo"})
+    table = analysis.sweep_table(run, "here")
+    # 8 FLOPs, the cheapest that was asked for; its placebo ended with 4.
+    assert table["top-1 at equal FLOPs"].tolist() == pytest.approx([0.4, 0.6, 0.4, 0.3])
+    (row,) = analysis.rule_against_sweep(table).to_dict("records")
+    assert (row["own history"], row["its placebo"]) == pytest.approx((0.4, 0.3))
 
 
 def test_vgg_f_has_its_published_normalisation_where_it_is_asked_for():
