@@ -23,7 +23,7 @@ def vgg_f(
         channels: of the image.
         width: of the two hidden fully connected layers; 4096 in the paper.
         lrn: the published network's local response normalisation behind the first two convolutions, with the
-            constants of its Caffe model.
+            constants of AlexNet: k = 2, n = 5, β = 0.75, and α = 1e-4 for each of the n neighbours.
     """
     if image_size < 48:
         raise LayerlabError(f"vgg-f needs images of at least 48 pixels a side, got {image_size}; enlarge them.")
@@ -34,6 +34,7 @@ def vgg_f(
         features.add_module(f"conv{number}", nn.Conv2d(before, after, kernel, stride, padding))
         features.add_module(f"relu{number}", nn.ReLU(inplace=True))
         if lrn and number < 3:
+            # torch divides alpha by the size.
             features.add_module(f"norm{number}", nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
         if number in (1, 2, 5):
             # Caffe's pooling rounds up for pool1 and pool2: 27 and 13 pixels, as in the published network.
