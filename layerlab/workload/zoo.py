@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from layerlab.base.errors import LayerlabError
 
 
-def vgg_f(num_classes: int = 1000, image_size: int = 224, channels: int = 3, width: int = 4096) -> nn.Sequential:
-    """VGG-F (CNN-F; Chatfield et al., BMVC 2014), without its two local response normalisations.
+def vgg_f(
+    num_classes: int = 1000, image_size: int = 224, channels: int = 3, width: int = 4096, lrn: bool = False
+) -> nn.Sequential:
+    """VGG-F (CNN-F; Chatfield et al., BMVC 2014).
 
     Weights start from He et al.'s normal distribution, biases from zero.
 
@@ -20,6 +22,8 @@ def vgg_f(num_classes: int = 1000, image_size: int = 224, channels: int = 3, wid
         image_size: pixels of a side, at least 48. At 224 the convolutions see 54, 27, 13, 13 and 13 pixels a side.
         channels: of the image.
         width: of the two hidden fully connected layers; 4096 in the paper.
+        lrn: the published network's local response normalisation behind the first two convolutions, with the
+            constants of AlexNet: k = 2, n = 5, β = 0.75, and α = 1e-4 for each of the n neighbours.
     """
     if image_size < 48:
         raise LayerlabError(f"vgg-f needs images of at least 48 pixels a side, got {image_size}; enlarge them.")
@@ -29,6 +33,9 @@ def vgg_f(num_classes: int = 1000, image_size: int = 224, channels: int = 3, wid
     for number, (after, kernel, stride, padding) in enumerate(shapes, 1):
         features.add_module(f"conv{number}", nn.Conv2d(before, after, kernel, stride, padding))
         features.add_module(f"relu{number}", nn.ReLU(inplace=True))
+        if lrn and number < 3:
+            # torch divides alpha by the size.
+            features.add_module(f"norm{number}", nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
         if number in (1, 2, 5):
             # Caffe's pooling rounds up for pool1 and pool2: 27 and 13 pixels, as in the published network.
             features.add_module(f"pool{number}", nn.MaxPool2d(3, 2, ceil_mode=number < 5 or image_size < 64))

@@ -127,6 +127,54 @@ def linear_freezing(
     return PlannedFreezing(plan=linear(costs, epochs, comparison.paired("TFLOP", arm, baseline).mean))
 
 
+def alpha_arms(alphas: Sequence[float]) -> dict[str, LarsSkip]:
+    """The method with each threshold, for `alpha_table`."""
+    return {f"α = {alpha:g}": LarsSkip(alpha=alpha) for alpha in sorted(alphas)}
+
+
+def alpha_table(comparison: Comparison) -> pd.DataFrame:
+    """Which threshold to take, from runs on held-out training images.
+
+    Of the thresholds with which some epoch after the first skips and some does not, the one with the best top-1 once as
+    many FLOPs are spent as the cheapest run took in all; of equals the smallest. Where there is none, of all.
+
+    Args:
+        comparison: the runs of `alpha_arms` on `Dataset.held_out`.
+
+    Returns:
+        A row a threshold: `α`, `epochs that skip` (share of those after the first), `top-1` and `top-1 at equal FLOPs`
+        (means over seeds, shares), `chosen`.
+    """
+    budgets = _cheapest(comparison)
+    rows = []
+    for arm in comparison.arms:
+        results = comparison.of(arm)
+        later = [row["lars-skip/skipped_layers"] > 0 for result in results for row in result.history[1:]]
+        equal = [accuracy_within(result, budget) for result, budget in zip(results, budgets, strict=True)]
+        rows.append({
+            "α": float(arm.removeprefix("α = ")),
+            "epochs that skip": sum(later) / len(later) if later else math.nan,
+            "top-1": comparison.estimate(lambda result: result.final["test/top1"], arm).mean,
+            "top-1 at equal FLOPs": Estimate(tuple(equal)).mean,
+        })
+    table = pd.DataFrame(rows)
+    adaptive = table[(table["epochs that skip"] > 0) & (table["epochs that skip"] < 1)]
+    candidates = adaptive if len(adaptive) else table
+    return table.assign(chosen=table.index == candidates["top-1 at equal FLOPs"].idxmax())
+
+
+def chosen_arm(table: pd.DataFrame, alpha: float) -> dict[str, LarsSkip]:
+    """The method with the threshold that `alpha_table` chose, by its arm's name; empty where that is `alpha` itself."""
+    chosen = float(table.loc[table["chosen"], "α"].iloc[0])
+    return {} if chosen == alpha else {f"{PROPOSED}, α = {chosen:g}": LarsSkip(alpha=chosen)}
+
+
+def _cheapest(comparison: Comparison) -> list[float]:
+    """FLOPs of the cheapest arm that was asked for, for each seed."""
+    arms = comparison.given.arms
+    return [min(_spent(comparison.results[arm, seed], FLOPS) for arm in arms) for seed in comparison.seeds]
+
+
 def joined(first: Comparison, second: Comparison) -> Comparison:
     """The arms of two comparisons with the same seeds."""
     return replace(first, results=first.results | second.results, failures=first.failures | second.failures)
@@ -227,9 +275,8 @@ def sweep_table(comparison: Comparison, title: str) -> pd.DataFrame:
     for arm in comparison.arms:
         row: dict[str, Any] = {"where": title, "arm": arm}
         parts: dict[str, list[float]] = {"top-1": [], "FLOPs": [], "top-1 at equal FLOPs": []}
-        for seed in comparison.seeds:
+        for seed, budget in zip(comparison.seeds, _cheapest(comparison), strict=True):
             result, full = comparison.results[arm, seed], comparison.results[baseline, seed]
-            budget = min(_spent(comparison.results[other, seed], FLOPS) for other in comparison.arms)
             parts["top-1"].append(result.final["test/top1"])
             parts["FLOPs"].append(_spent(result, FLOPS) / _spent(full, FLOPS))
             parts["top-1 at equal FLOPs"].append(accuracy_within(result, budget))
@@ -240,7 +287,8 @@ def sweep_table(comparison: Comparison, title: str) -> pd.DataFrame:
 
 
 def rule_against_sweep(table: pd.DataFrame, rule: str = "own history") -> pd.DataFrame:
-    """For each place of a sweep: the best hand-set α by top-1 at equal FLOPs, beside the rule and full learning."""
+    """For each place of a sweep: the best hand-set α by top-1 at equal FLOPs, beside the rule, its placebo and full
+    learning; a rule that skipped nothing has no placebo."""
     score = "top-1 at equal FLOPs"
     rows = []
     for where, part in table.groupby("where", sort=False):
@@ -248,7 +296,8 @@ def rule_against_sweep(table: pd.DataFrame, rule: str = "own history") -> pd.Dat
         best = fixed.loc[fixed[score].idxmax()]
         scores = part.set_index("arm")[score]
         rows.append({"where": where, "best α": best["arm"].removeprefix("α = "), "with it": best[score],
-                     rule: scores[rule], "full learning": scores["full learning"]})
+                     rule: scores[rule], "its placebo": scores.get(f"{rule} · placebo", math.nan),
+                     "full learning": scores["full learning"]})
     return pd.DataFrame(rows)
 
 

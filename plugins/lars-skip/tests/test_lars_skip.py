@@ -403,3 +403,48 @@ def test_both_methods_at_the_cost_of_the_cheaper_one():
     table = analysis.at_equal_cost({"here": both}, "full", "mine").set_index("at the same")
     assert table.loc["seconds", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
     assert table.loc["FLOPs", ["full", "mine"]].tolist() == pytest.approx([0.4, 0.5])
+
+
+def _skipping(accuracies: list[float], skipped: list[int], flops: list[int]) -> FitResult:
+    result = _result(accuracies, 1.0)
+    for row, count, cost in zip(result.history, skipped, flops, strict=True):
+        row.update({"lars-skip/skipped_layers": count, "cost/forward_flops": cost, "cost/backward_flops": 0})
+    return result
+
+
+def test_the_threshold_is_chosen_among_those_that_adapt():
+    tried = Comparison({
+        ("α = 2", 0): _skipping([0.2, 0.9, 0.9], [0, 5, 5], [4, 2, 2]),  # every later epoch skips
+        ("α = 8", 0): _skipping([0.2, 0.4, 0.6], [0, 5, 0], [4, 2, 4]),
+        ("α = 16", 0): _skipping([0.2, 0.5, 0.9], [0, 0, 1], [4, 4, 4]),
+        ("α = 64", 0): _skipping([0.9, 0.9, 0.9], [0, 0, 0], [4, 4, 4]),  # none does
+    })
+    table = analysis.alpha_table(tried).set_index("α")
+    assert table["epochs that skip"].tolist() == pytest.approx([1, 0.5, 0.5, 0])
+    # At the 8 FLOPs of the cheapest: halfway through the last epoch, and at the end of the second.
+    assert table["top-1 at equal FLOPs"].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.9], abs=1e-6)
+    assert table.index[table["chosen"]].tolist() == [8]
+    assert analysis.chosen_arm(table.reset_index(), 8.0) == {}
+    assert analysis.chosen_arm(table.reset_index(), 2.0) == {"proposed, α = 8": LarsSkip(alpha=8)}
+
+
+def test_a_sweeps_budget_is_that_of_the_arms_that_were_asked_for():
+    results = {
+        ("full learning", 0): _skipping([0.2, 0.4, 0.6], [0, 0, 0], [4, 4, 4]),
+        ("α = 4", 0): _skipping([0.2, 0.5, 0.7], [0, 5, 0], [4, 2, 4]),
+        ("own history", 0): _skipping([0.2, 0.3, 0.4], [0, 5, 5], [4, 2, 2]),
+        ("own history · placebo", 0): _skipping([0.2, 0.2, 0.3], [0, 5, 5], [2, 1, 1]),
+    }
+    run = Comparison(results, placebos={"own history": "own history · placebo"})
+    table = analysis.sweep_table(run, "here")
+    # 8 FLOPs, the cheapest that was asked for; its placebo ended with 4.
+    assert table["top-1 at equal FLOPs"].tolist() == pytest.approx([0.4, 0.6, 0.4, 0.3])
+    (row,) = analysis.rule_against_sweep(table).to_dict("records")
+    assert (row["own history"], row["its placebo"]) == pytest.approx((0.4, 0.3))
+
+
+def test_vgg_f_has_its_published_normalisation_where_it_is_asked_for():
+    kinds = [type(layer).__name__ for layer in build_model("vgg-f", image_size=64, width=16, lrn=True).features]
+    assert kinds[:8] == ["Conv2d", "ReLU", "LocalResponseNorm", "MaxPool2d"] * 2
+    plain = build_model("vgg-f", image_size=64, width=16)
+    assert not any(isinstance(layer, nn.LocalResponseNorm) for layer in plain.features)
