@@ -20,7 +20,7 @@ from fake_paper import FINISH, OPEN, TRAIN
 from helpers import free_port, slow
 
 from layerlab import LayerlabError, Study
-from layerlab.base.files import stamp
+from layerlab.base.files import folder_digest
 from layerlab.cli.main import main
 from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
@@ -214,7 +214,7 @@ def test_a_finished_study_counts_until_its_data_or_its_plugin_change(fake, tmp_p
     (data / "train.parquet").write_bytes(b"1")
     job = paper_job("fake")
     study = Study("fake", output=job.folder)
-    study._record["data"][str(data)] = stamp(str(data))
+    study._record["data"][str(data)] = folder_digest(str(data))
     assert not job.is_done()
     study.finish()
     assert job.is_done()

@@ -54,7 +54,7 @@ def write_json(file: Path, content: Any) -> None:
     write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
-def stamp(source: str) -> str:
+def folder_digest(source: str) -> str:
     """Changes when the files of a folder do; quick, since it reads none of them.
 
     Names, sizes and times of what is in the folder, and of the folders (not the files) one level below, so that a

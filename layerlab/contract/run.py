@@ -17,7 +17,7 @@ from layerlab.contract.preflight import Preflight
 
 
 class Batches(Protocol):
-    """What a run reads batches from: `layerlab.Split`, or anything of this shape that a strategy puts there.
+    """The source of a run's batches: a `layerlab.Split`, or an object with the same methods that a strategy puts there.
 
     What a strategy puts there may have `resident_bytes`, the memory that it takes: it counts to the run's peak.
 
@@ -49,7 +49,8 @@ class Replaced(NamedTuple):
 
     Attributes:
         old, new: the parameters.
-        carry: from a tensor of the old one's shape, its momentum say, the same of the new one's; None if there is none.
+        carry: maps a tensor shaped like `old` (its momentum, for example) to one shaped like `new`; None if there is
+            none.
 
     Example:
         >>> import torch
@@ -67,7 +68,7 @@ class Replaced(NamedTuple):
 
 
 class Wire(Protocol):
-    """How gradients travel between workers: whatever communicates them encodes, sends both parts, and decodes.
+    """The form in which gradients travel between workers: one encodes and sends both parts, the other decodes.
 
     A gradient is about `codes × 2**exponent`. Codes of equal exponents may be added as they are, in wider integers.
 
@@ -101,7 +102,7 @@ class Run:
         optimizer: holds every parameter of `model`, frozen or not; a frozen one has no gradient and is skipped.
         schedule: the learning-rate schedule; `fit` steps it. A strategy with rates of its own puts its schedule there
             in `on_fit_start`, after it has split the optimizer's parameters into groups if it needs several.
-        schedule_each: how often `fit` steps it, `epoch` or `step`; whoever puts a schedule there says so.
+        schedule_each: how often `fit` steps it, `epoch` or `step`; set it together with `schedule`.
         data: where the training batches come from. A strategy may replace it between epochs.
         test_data: what `model` is evaluated on after each epoch.
         loss: maps (logits, labels) to a scalar.
@@ -118,7 +119,7 @@ class Run:
         autocast: gives the context in which forward and loss run, in training and in evaluation.
         batch_size: images a step.
         after_backward: every strategy's `on_after_backward`, as `backward` calls them.
-        wire: how gradients travel where a strategy says so; None: as they are.
+        wire: encoder for gradients sent between workers; None sends them unencoded.
         preflights: what each strategy said before the first step, by its name.
 
     Example:

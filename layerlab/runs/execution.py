@@ -50,7 +50,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
     with folder_lock(folder, -1 if wait else 0), quiet_papermill():
         if since is not None:
             if job.is_done(since):
-                job.settle()
+                job.rename_partial()
                 return
             if read_record(folder).get("begun", since) < since:
                 close_runs(job)

@@ -103,7 +103,7 @@ class Job:
             return is_finished(folder, self.key)
         return bool(record.get("finished")) and record.get("key") == self.key and self.file.exists()
 
-    def settle(self) -> None:
+    def rename_partial(self) -> None:
         """Give a done job's notebook its name, if it was killed between the study's last word and that: only the saving
         of the last cell is lost."""
         if not self.file.exists() and self.partial.exists():

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from layerlab.base.errors import LayerlabError, first_line
-from layerlab.base.files import stamp
+from layerlab.base.files import folder_digest
 from layerlab.base.provenance import versions
 from layerlab.contract.claims import ClaimResult
 
@@ -112,7 +112,7 @@ def is_finished(folder: Path, key: str) -> bool:
         record.get("finished")
         and record.get("key") == key
         and (folder / RESULTS).exists()
-        and all(stamp(source) == known for source, known in data.items())
+        and all(folder_digest(source) == known for source, known in data.items())
         and (not any(data.values()) or record.get("data_root") == data_in_use())
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from layerlab.base.errors import LayerlabError
-from layerlab.base.files import stamp, write_atomically, write_json
+from layerlab.base.files import folder_digest, write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
 from layerlab.contract.claims import ClaimResult
@@ -174,7 +174,7 @@ class Session:
 
         for data in (value for value in (*arguments, *settings.values()) if isinstance(value, Dataset)):
             if data.source not in self._record["data"]:
-                self._record["data"][data.source] = stamp(data.source)
+                self._record["data"][data.source] = folder_digest(data.source)
                 write_json(self.folder / RECORD, self._record)
         tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
         return compare(

@@ -81,7 +81,7 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
 def prefixes(
     model: nn.Module, example: Tensor, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Conv2d
 ) -> list[tuple[str, list[nn.Module]]]:
-    """For each layer of `kind` in forward order: its name, and every module that learns no later than it.
+    """For each layer of `kind` in forward order: its name, and every module up to it, with its normalisation.
 
     A layer takes the normalisations that follow it along, up to the next layer that is none.
 

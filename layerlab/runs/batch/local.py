@@ -131,7 +131,7 @@ def _on_this_machine(
     outcomes = {number: Outcome("done before") for number in waiting if jobs[number].is_done(limits["since"])}
     waiting = [number for number in waiting if number not in outcomes]
     for number in outcomes:
-        jobs[number].settle()
+        jobs[number].rename_partial()
         board.step()
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
     with ThreadPoolExecutor(max(1, len(jobs))) as pool:

@@ -76,7 +76,7 @@ def run_job(
         # Looked up each time: a runner may have died after its notebook's last word, and dask gives a dead worker's
         # jobs to another one although they were finished.
         if job.is_done(since):
-            job.settle()
+            job.rename_partial()
             return Outcome("done before")
         status, message = _once(job, environment, tell, stop, time_limit, since)
         if status == "finished":
