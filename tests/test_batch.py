@@ -264,6 +264,60 @@ def test_the_command_names_each_failure_and_how_to_repeat_it(notebook, command, 
     assert " s" in dry.splitlines()[1]
 
 
+def test_what_cells_write_to_the_standard_streams_of_the_process_is_no_outcome(notebook, ran):
+    jobs = [
+        notebook("prints", "import os; os.system('printf 50%; printf 50% >&2')"),
+        notebook("lies", "import os; os.write(1, b'{\"status\": \"failed\", \"message\": \"a lie\"}\\n')"),
+        notebook("good", "1 + 1"),
+    ]
+    assert _statuses(jobs, workers=1) == ["finished"] * 3
+    assert sorted(ran()) == ["good", "lies", "prints"]
+
+
+LEAVES_A_CHILD = """
+import os, subprocess, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(600)
+    os._exit(0)
+subprocess.Popen(["sleep", "600"], start_new_session=True)
+"""
+
+
+def _asleep(variable: str, value: str) -> list[str]:
+    """Command lines of processes that have a variable in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f"{variable}={value}\0" in (entry / "environ").read_text(errors="replace"):
+                found.append((entry / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize("ending", ["1", "time.sleep(600)", "1 / 0"])
+def test_what_a_cell_starts_ends_with_its_job(notebook, monkeypatch, tmp_path, ending):
+    monkeypatch.setenv("LAYERLAB_TEST_MARK", str(tmp_path))
+    job = notebook("leaves", LEAVES_A_CHILD, ending)
+    (outcome,) = run_batch([job], time_limit=8 if "sleep" in ending else None, retries=0)
+    assert outcome.status == ("finished" if ending == "1" else "failed")
+    assert _asleep("LAYERLAB_TEST_MARK", str(tmp_path)) == []
+
+
+def test_a_batch_that_nobody_hears_any_more_goes_on_where_hanging_up_is_ignored(notebook, command, ran, tmp_path):
+    notebook("slow", "import time; time.sleep(3)")
+    ignored = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)]
+    try:
+        process = command("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")
+    finally:
+        for number, before in zip((signal.SIGHUP, signal.SIGINT), ignored, strict=True):
+            signal.signal(number, before)
+    _wait(ran)
+    os.kill(process.pid, signal.SIGHUP)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_path):
     full = tmp_path / "full"
     full.mkdir()

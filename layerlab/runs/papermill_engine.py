@@ -30,11 +30,7 @@ class Manager(NotebookExecutionManager):
 
 
 class Client(PapermillNotebookClient):
-    """Tells which process the kernel is, so that whoever watches can end it."""
-
-    def start_new_kernel(self, **options: Any) -> None:
-        super().start_new_kernel(**options)
-        report({"kernel": getattr(self.km.provisioner, "pid", None)})
+    """Runs the cells, and keeps of their outputs what a file can hold."""
 
     def papermill_execute_cells(self) -> None:
         """As papermill's, and a cell in which the kernel dies or its time runs out is a failed one."""

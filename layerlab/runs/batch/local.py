@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from layerlab.base.errors import reason
 from layerlab.runs import tracking
 from layerlab.runs.batch.cluster import on_cluster
 from layerlab.runs.batch.machine import Machine
@@ -96,7 +97,7 @@ def run_batch(
 
 @contextlib.contextmanager
 def _stoppable(board: Board) -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGHUP set the flags while the block runs."""
+    """SIGINT, SIGTERM and SIGHUP set the flags while the block runs; one that is ignored (`nohup`) stays ignored."""
     stop = Stop()
 
     def handle(number: int, _: Any) -> None:
@@ -109,7 +110,8 @@ def _stoppable(board: Board) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
@@ -157,6 +159,14 @@ def _on_this_machine(
             for future in finished:
                 number, give_back = running.pop(future)
                 give_back()
-                outcomes[number] = future.result()
+                outcomes[number] = _outcome(future, jobs[number])
                 board.end(jobs[number].label, outcomes[number].status)
     return [outcomes[number] for number in range(len(jobs))]
+
+
+def _outcome(future: Future[Outcome], job: Job) -> Outcome:
+    """How a job ended; also if what runs it could not be started, which ends this job and no other."""
+    try:
+        return future.result()
+    except Exception as error:  # no process, no temporary folder, no file descriptor left
+        return Outcome("failed", f"The notebook of {job.name!r} could not be run ({reason(error)}).")

@@ -1,8 +1,9 @@
 """One notebook in its own process: `layerlab.runs.batch` starts `python -m layerlab.runs.batch.notebook_process`.
 
-The job comes as one JSON line on standard input; the outcome goes as one JSON line to standard output. Standard input
-stays open as long as whoever started this lives: its end, or a line with a reason, ends the kernel and this process,
-so that no kernel outlives a batch that was killed.
+The job comes as one JSON line on standard input. The outcome goes as one JSON line to the file descriptor that the
+first argument numbers: a pipe that no kernel inherits, since what a cell writes to standard output is anything. Standard
+input stays open as long as whoever started this lives: its end, or a line with a reason, ends the kernel and this
+process, so that no kernel outlives a batch that was killed. Nothing that a cell has started outlives the job.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.processes import end_marked
 from layerlab.runs.execution import DeadKernel, NotebookFailed, close_runs, execute, fail
 from layerlab.runs.jobs import Job
 from layerlab.show.progress import VARIABLE
@@ -26,6 +27,10 @@ TIME = "time"
 
 def main() -> None:
     """Run the job, and say how it ended: finished, failed, refused (bad input), dead (the kernel), or stopped."""
+    channel = int(sys.argv[1])
+    os.set_inheritable(channel, False)
+    # Whoever starts a batch in the background has it ignore the interrupt, and this process waits for its own.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = json.loads(sys.stdin.readline())
     job = Job(**spec["job"])
     reasons: list[str] = []
@@ -51,27 +56,15 @@ def main() -> None:
             status, message = "failed", str(fail(job, "ran out of its time"))
         else:
             close_runs(job, "KILLED")
-    sys.stdout.write(json.dumps({"status": status, "message": message}) + "\n")
-    sys.stdout.flush()
-
-
-def kernel_of(events: Path) -> int | None:
-    """The process number of the kernel that the events of a notebook name last."""
-    number = None
-    with contextlib.suppress(OSError):
-        for line in events.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                number = json.loads(line).get("kernel", number)
-    return number
+    end_marked(VARIABLE, os.environ[VARIABLE])
+    with os.fdopen(channel, "w") as answer, contextlib.suppress(BrokenPipeError):
+        answer.write(json.dumps({"status": status, "message": message}) + "\n")
 
 
 def _watch(reasons: list[str]) -> None:
     """Wait for a reason to stop; then the kernel goes first, so that nothing waits for a cell that hangs."""
     reasons.append(sys.stdin.readline().strip() or STOP)
-    kernel = kernel_of(Path(os.environ[VARIABLE]))
-    if kernel:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(kernel, signal.SIGKILL)
+    end_marked(VARIABLE, os.environ[VARIABLE])
     os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerlab.base.errors import LayerlabError
-from layerlab.runs.batch.notebook_process import STOP, TIME, kernel_of
+from layerlab.base.processes import end_marked
+from layerlab.runs.batch.notebook_process import STOP, TIME
 from layerlab.runs.execution import fail
 from layerlab.runs.jobs import Job
 from layerlab.show.progress import VARIABLE, followed
@@ -95,19 +96,10 @@ def run_job(
 def _once(
     job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, since: float
 ) -> tuple[Status | Literal["dead"], str]:
-    with tempfile.TemporaryDirectory(prefix="layerlab-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="layerlab-", ignore_cleanup_errors=True) as temporary:
         events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
         events.touch()
-        with log.open("wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "layerlab.runs.batch.notebook_process"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env={**os.environ, **environment, VARIABLE: str(events)},
-                # A terminal's Ctrl-C is for the batch, which passes it on in its own way.
-                start_new_session=True,
-            )
-        assert process.stdin is not None
-        assert process.stdout is not None
+        process, channel = _started({**environment, VARIABLE: str(events)}, log)
         told = _tell_process(process, json.dumps({"job": asdict(job), "since": since}, default=str))
         deadline = time.monotonic() + time_limit if time_limit else float("inf")
         end = float("inf")
@@ -121,19 +113,48 @@ def _once(
                     _kill(process, events)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.1)
+        if not told:
+            _kill(process, events)
         process.wait()
-        answer = process.stdout.read().strip().rpartition("\n")[2]
-        process.stdin.close()
-        process.stdout.close()
-        if answer:
-            outcome = json.loads(answer)
-            return outcome["status"], outcome["message"]
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        if outcome := _answer(channel):
+            return outcome
         _kill(process, events)
         if stop.asked.is_set():
             return "stopped", ""
         if end < float("inf"):
             return "failed", str(fail(job, "ran out of its time and had to be killed"))
         return "dead", _last_words(process.returncode, log)
+
+
+def _started(environment: Mapping[str, str], log: Path) -> tuple[subprocess.Popen[str], int]:
+    """A runner, and the file descriptor that its outcome comes from; what it and its cells print goes to a log."""
+    channel, told = os.pipe()
+    try:
+        with log.open("wb") as printed:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "layerlab.runs.batch.notebook_process", str(told)],
+                stdin=subprocess.PIPE, stdout=printed, stderr=printed, text=True, pass_fds=[told],
+                env={**os.environ, **environment},
+                # A terminal's Ctrl-C is for the batch, which passes it on in its own way.
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(channel)
+        raise
+    finally:
+        os.close(told)
+    return process, channel
+
+
+def _answer(channel: int) -> tuple[Status | Literal["dead"], str] | None:
+    """How a runner that has ended says that its job ended; None if it died before its last word."""
+    with os.fdopen(channel, encoding="utf-8") as stream, contextlib.suppress(ValueError):
+        outcome = json.loads(stream.readline())
+        return outcome["status"], outcome["message"]
+    return None
 
 
 def _tell_process(process: subprocess.Popen[str], line: str) -> bool:
@@ -147,12 +168,10 @@ def _tell_process(process: subprocess.Popen[str], line: str) -> bool:
 
 
 def _kill(process: subprocess.Popen[str], events: Path) -> None:
-    """End a runner and its kernel, which is in a session of its own."""
+    """End a runner, its kernel and all that the cells have started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    if kernel := kernel_of(events):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(kernel, signal.SIGKILL)
+    end_marked(VARIABLE, str(events))
 
 
 def _last_words(status: int, log: Path) -> str:
