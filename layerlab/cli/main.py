@@ -143,9 +143,11 @@ def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-p", "parameters", multiple=True, callback=_pairs, metavar="KEY=VALUE",
               help="A notebook parameter; values are YAML.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the results (one NAME only).")
+@click.option("--cwd", default="", metavar="FOLDER", help="Run a notebook of your own in this folder (default: here).")
+@click.option("--kernel", default="", metavar="NAME", help="Run a notebook of your own with this Jupyter kernel.")
 @_batch_options
-def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], output: Path | None,
-              **options: Any) -> None:
+def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], output: Path | None, cwd: str,
+              kernel: str, **options: Any) -> None:
     """Run the notebooks of papers (all installed ones by default) and print the scoreboard.
 
     NAME is an installed strategy, or the path of a notebook of your own.
@@ -157,8 +159,10 @@ def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], 
         raise LayerlabError(NOTHING_INSTALLED)
     if output and len(names) != 1:
         raise LayerlabError("--output takes the results of one paper; name just one.")
+    if (cwd or kernel) and not all(name.endswith(".ipynb") for name in names or [ALL]):
+        raise LayerlabError("--cwd and --kernel are for notebooks of your own; a paper's notebook needs neither.")
     entries = [
-        Entry(notebook=name, parameters=parameters) if name.endswith(".ipynb")
+        Entry(notebook=name, parameters=parameters, cwd=cwd, kernel=kernel) if name.endswith(".ipynb")
         else Entry(paper=[name], profile=[profile], parameters=parameters)
         for name in names or [ALL]
     ]

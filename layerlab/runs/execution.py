@@ -7,7 +7,8 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 from layerlab.base.errors import LayerlabError, Refused, first_line
 from layerlab.base.files import write_json
@@ -15,7 +16,9 @@ from layerlab.base.folder_lock import HELD, AtWork, folder_lock
 from layerlab.base.names import ATTEMPT
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
+from layerlab.runs.notebook_file import kernel_for, prepared, read_notebook
 from layerlab.runs.record import OUTPUT, RECORD, read_record, workbook_folder
+from layerlab.show.progress import say
 
 if TYPE_CHECKING:
     from layerlab.runs.jobs import Job
@@ -82,16 +85,21 @@ def _run(job: Job) -> None:
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
                    HELD: str(folder.resolve())}
     parameters = dict(job.changed)
+    _prepare(job, environment)
     if job.strategy:
         environment[OUTPUT] = job.folder
         parameters = {"profile": job.profile, **parameters}
     try:
         papermill.execute_notebook(
-            job.notebook, job.partial, parameters, engine_name="layerlab", progress_bar=False, environment=environment,
+            _plain(job.partial), _plain(job.partial), parameters, engine_name="layerlab", progress_bar=False,
+            environment=environment, cwd=job.cwd or None,
             # The kernel listens on this machine only; its warning about that would stand between the bars.
             extra_arguments=["--IPKernelApp.log_level=40"],
         )
-    except papermill.PapermillExecutionError as error:
+    except papermill.PapermillExecutionError as raised:
+        error = _unexpected(job, raised)
+        if error is None:
+            return
         if error.ename == Refused.__name__ or (error.ename == LayerlabError.__name__ and not _trained(folder)):
             # Bad input that only the notebook could see: its sentence says everything.
             close_runs(job)
@@ -105,6 +113,54 @@ def _run(job: Job) -> None:
             f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
             "from its last finished epoch."
         ) from None
+
+
+def _prepare(job: Job, environment: dict[str, str]) -> None:
+    """Write what papermill is to execute into the folder, and put the notebook's own folder on its Python's path.
+
+    Raises:
+        LayerlabError: no notebook, or no kernel for it.
+    """
+    notebook = Path(job.notebook)
+    content = read_notebook(notebook)
+    kernel = kernel_for(notebook, content, job.kernel)
+    if kernel.notice:
+        say(kernel.notice)
+    write_json(job.partial, prepared(content, kernel.name, notebook))
+    # As in Jupyter, where a notebook's folder is the one that it runs in.
+    path = [str(notebook.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+
+
+def _unexpected(job: Job, raised: Any) -> Any:
+    """The first error of a cell that does not announce it by the tag `raises-exception`; None where all do.
+
+    Papermill raises for those, too, once the notebook has run to its end as nbclient lets it, and marks it as failed.
+    """
+    try:
+        content = read_notebook(job.partial)
+    except LayerlabError:
+        return raised
+    cells = [cell for cell in content["cells"] if _MARKER not in cell["metadata"].get("tags", ())]
+    announced = False
+    for cell in cells:
+        errors = [output for output in cell.get("outputs", ()) if output["output_type"] == "error"]
+        if errors and _EXPECTED in cell["metadata"].get("tags", ()):
+            announced = True
+        elif errors:
+            return SimpleNamespace(exec_count=cell["execution_count"], ename=errors[0]["ename"],
+                                   evalue=errors[0]["evalue"])
+        elif cell["metadata"].get("papermill", {}).get("exception"):
+            return raised
+    if not announced:
+        return raised
+    write_json(job.partial, {**content, "cells": cells})
+    return None
+
+
+def _plain(path: Path) -> str:
+    """A path for papermill, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _trained(folder: Path) -> bool:
@@ -150,5 +206,7 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
+# Tags: of a cell that may raise, and of the cells by which papermill points to an error.
+_EXPECTED, _MARKER = "raises-exception", "papermill-error-cell-tag"
 # Errors that mean this run has nothing to clean up in a folder: another run has it, there is none, or none of ours.
 _NOT_OURS = (AtWork, FileNotFoundError, PermissionError)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from layerlab.base.errors import LayerlabError, LayerlabWarning, reason, unknown
+from layerlab.base.errors import LayerlabError, LayerlabWarning, reason
 from layerlab.base.text import reproduce_command
 from layerlab.contract.paper import load_paper
 from layerlab.contract.parameters import check_settings
 from layerlab.contract.registry import strategies
+from layerlab.runs.notebook_file import check_parameters, kernel_for, read_notebook
 from layerlab.runs.record import default_folder, is_finished, notebook_key, read_record, workbook_folder
 
 
@@ -34,6 +35,8 @@ class Job:
         key: changes when the job would do something else, see `layerlab.runs.record.notebook_key`.
         cores: threads that it should have; `all` keeps the machine to itself.
         memory_gb: host memory that it may take, in 10⁹ bytes.
+        cwd: the folder that the notebook runs in; empty for the present one.
+        kernel: name of the kernel that a person chose; empty for what the notebook names.
         problem: why it cannot be run, found before anything started; otherwise empty.
     """
 
@@ -45,6 +48,8 @@ class Job:
     key: str = ""
     cores: int | Literal["all"] = 1
     memory_gb: float = 2.0
+    cwd: str = ""
+    kernel: str = ""
     problem: str = ""
 
     @property
@@ -61,11 +66,13 @@ class Job:
     @property
     def command(self) -> str:
         """What runs this job alone."""
-        more = []
+        more: list[str] = []
         if self.strategy and Path(self.folder) != default_folder(
             self.strategy, self.profile, self.changed
         ).resolve():
             more = ["--output", self.folder]
+        for option, value in (("--cwd", self.cwd), ("--kernel", self.kernel)):
+            more += [option, value] if value else []
         return reproduce_command(self.strategy or self.notebook, self.profile if self.strategy else "",
                                  self.changed, *more)
 
@@ -136,42 +143,39 @@ def paper_job(
     )
 
 
-def notebook_parameters(notebook: Path) -> list[str]:
-    """Names of the parameters of a notebook, from its cell tagged `parameters`.
-
-    Raises:
-        LayerlabError: no such file, or no notebook.
-    """
-    papermill = import_papermill()
-    if not notebook.is_file():
-        raise LayerlabError(f"There is no notebook {notebook}; check the path.")
-    try:
-        with quiet_papermill():
-            return list(papermill.inspect_notebook(str(notebook)))
-    except Exception as error:  # whatever nbformat, papermill and JSON raise on what is no notebook
-        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
-
-
 def notebook_job(
-    notebook: str | Path, parameters: Mapping[str, Any] | None = None, output: str | Path | None = None
+    notebook: str | Path, parameters: Mapping[str, Any] | None = None, output: str | Path | None = None,
+    cwd: str | Path = "", kernel: str = "",
 ) -> Job:
-    """Any notebook with a cell tagged `parameters`.
+    """Any notebook; what takes parameters has a cell tagged `parameters`.
+
+    Args:
+        notebook: its file.
+        parameters: those that differ from the notebook's own.
+        output: the folder of the results. Default: one of its own below `runs/notebooks`.
+        cwd: the folder that it runs in; default: the present one. Its own folder is on Python's path in any case.
+        kernel: name of an installed one; default: the one that the notebook names, else this Python.
 
     Raises:
-        LayerlabError: no such file, no notebook, or no such parameter.
+        LayerlabError: no such file, no notebook, no such parameter, kernel or folder.
     """
     file = Path(notebook).resolve()
     given = dict(parameters or {})
-    known = notebook_parameters(file)
-    for name in given:
-        if name not in known:
-            raise unknown(f"parameter of {file.name}", name, known)
+    content = read_notebook(file)
+    check_parameters(file, content, given)
+    kernel_for(file, content, kernel)
+    place = str(Path(cwd).resolve()) if cwd else ""
+    if place and not Path(place).is_dir():
+        raise LayerlabError(f"There is no folder {place} to run {file.name} in; check --cwd.")
     name = file.stem
     if file.parent != workbook_folder() / "notebooks":
         # Several may be called alike.
         name += "-" + hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()
     folder = Path(output) if output else default_folder("notebooks", name, given)
-    return Job(str(file), str(folder.resolve()), changed=given, key=notebook_key(file, given))
+    # A dash is in no parameter's name.
+    how = {option: value for option, value in (("--cwd", place), ("--kernel", kernel)) if value}
+    return Job(str(file), str(folder.resolve()), changed=given, key=notebook_key(file, given | how), cwd=place,
+               kernel=kernel)
 
 
 def import_papermill() -> Any:

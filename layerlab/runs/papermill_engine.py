@@ -32,6 +32,10 @@ class Manager(NotebookExecutionManager):
 class Client(PapermillNotebookClient):
     """Runs the cells, and keeps of their outputs what a file can hold."""
 
+    def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
+        """As nbclient's, with a mark in the place of what is no character, which UTF-8 cannot write."""
+        return super().process_message({**msg, "content": _writable(msg["content"])}, cell, cell_index)
+
     def papermill_execute_cells(self) -> None:
         """As papermill's, and a cell in which the kernel dies or its time runs out is a failed one."""
         try:
@@ -39,6 +43,17 @@ class Client(PapermillNotebookClient):
         except BaseException as error:
             self.nb_man.cell_exception(self.nb_man.current, exception=error)
             raise
+
+
+def _writable(value: Any) -> Any:
+    """A message's content whose texts can be written as UTF-8: half a surrogate pair becomes `\\udcc3`."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_writable(key): _writable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_writable(each) for each in value]
+    return value
 
 
 class Engine(NBClientEngine):
@@ -59,6 +74,8 @@ class Engine(NBClientEngine):
         """
         manager = Manager(nb, output_path, log_output, False, autosave_cell_every)
         name = os.path.basename(str(output_path or options.get("input_path") or "notebook"))
+        if source := nb.metadata.pop("layerlab", {}).get("source"):
+            nb.metadata.papermill["input_path"] = source
         manager.notebook_start()
         try:
             with drawn(name, bool(progress_bar) and VARIABLE not in os.environ):
@@ -66,6 +83,8 @@ class Engine(NBClientEngine):
         finally:
             manager.notebook_complete()
         for index, cell in enumerate(manager.nb.cells):
+            if "raises-exception" in cell.metadata.get("tags", []):
+                continue
             for output in cell.get("outputs", []):
                 if output.output_type == "error" and output.ename == "SystemExit":
                     raise PapermillExecutionError(

@@ -15,6 +15,7 @@ from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import folder_digest
 from layerlab.base.provenance import versions
 from layerlab.contract.claims import ClaimResult
+from layerlab.runs.notebook_file import read_notebook
 
 
 def workbook_folder() -> Path:
@@ -70,11 +71,7 @@ def notebook_cells(notebook: Path) -> list[tuple[str, str]]:
     Raises:
         LayerlabError: the file is no notebook.
     """
-    try:
-        content = json.loads(notebook.read_text(encoding="utf-8"))
-        return [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LayerlabError(f"{notebook} is no notebook that can be read ({error}); check the file.") from None
+    return [(cell["cell_type"], cell["source"]) for cell in read_notebook(notebook)["cells"]]
 
 
 def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:

@@ -14,10 +14,12 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from layerlab.base.errors import LayerlabWarning
 from layerlab.show.table import printable
 
 VARIABLE = "LAYERLAB_PROGRESS"
@@ -36,9 +38,17 @@ def report(event: dict[str, Any]) -> bool:
     file = os.environ.get(VARIABLE)
     if not file:
         return False
-    with open(file, "a", encoding="utf-8") as stream:
+    # A full disk takes the bars away and nothing else.
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(event) + "\n")
     return True
+
+
+def say(sentence: str) -> None:
+    """Tell a person something that the work goes on without: above the bars of whoever started this process, else as a
+    warning."""
+    if not report({"say": sentence}):
+        warnings.warn(sentence, LayerlabWarning, stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -275,6 +285,9 @@ class Board:
         with self._lock:
             row = self._rows.get(label)
             if row is None:
+                return
+            if "say" in event or "again" in event:
+                self.line(f"{label}: " + (event.get("say") or f"{event['again']} It is started again."))
                 return
             if "cells" in event:
                 row |= {"cell": event["cell"], "cells": event["cells"], "inner": 0.0, "text": ""}

@@ -1,9 +1,9 @@
 """One notebook in its own process: `layerlab.runs.batch` starts `python -m layerlab.runs.batch.notebook_process`.
 
 The job comes as one JSON line on standard input. The outcome goes as one JSON line to the file descriptor that the
-first argument numbers: a pipe that no kernel inherits, since what a cell writes to standard output is anything. Standard
-input stays open as long as whoever started this lives: its end, or a line with a reason, ends the kernel and this
-process, so that no kernel outlives a batch that was killed. Nothing that a cell has started outlives the job.
+first argument numbers: a pipe that no kernel inherits, since cells write anything to standard output. Standard input
+stays open as long as whoever started this lives: its end, or a line with a reason, ends the kernel and this process,
+so that no kernel outlives a batch that was killed. Nothing that a cell has started outlives the job.
 """
 
 from __future__ import annotations

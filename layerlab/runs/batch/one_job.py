@@ -71,7 +71,7 @@ def run_job(
         retries: for a dead kernel or runner; an error in a cell is not tried again.
         since: what was finished before that time does not count as done, in seconds since 1970.
     """
-    for _ in range(retries + 1):
+    for left in range(retries, -1, -1):
         if stop.asked.is_set():
             return Outcome("stopped")
         # Looked up each time: a runner may have died after its notebook's last word, and dask gives a dead worker's
@@ -86,9 +86,10 @@ def run_job(
             return Outcome(status, message)
         if stop.asked.is_set():
             return Outcome("stopped")
-        tell({"again": message})
+        if left:
+            tell({"again": message})
     try:
-        return Outcome("failed", str(fail(job, f"died {retries + 1} times; the last time: {message.rstrip('.')}")))
+        return Outcome("failed", str(fail(job, f"died {retries + 1} times (the last time: {message.rstrip('.')})")))
     except LayerlabError as error:
         return Outcome("failed", str(error))
 

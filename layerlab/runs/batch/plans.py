@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from layerlab.base.errors import LayerlabError, sentence
 from layerlab.base.text import from_yaml
-from layerlab.runs.jobs import Job, notebook_job, notebook_parameters, paper_job
+from layerlab.runs.jobs import Job, notebook_job, paper_job
+from layerlab.runs.notebook_file import parameter_names, read_notebook
 
 ALL = "all"
 
@@ -26,6 +27,8 @@ class Entry(BaseModel):
         parameters: notebook parameters, the same for all.
         grid: parameter → list of values; every combination is a notebook.
         seeds: a notebook a seed, through the notebook's parameter `seeds` (a list of one) or `seed`.
+        cwd: the folder that a notebook runs in; relative to the plan; default: where the batch is started.
+        kernel: name of an installed kernel that runs a notebook; default: the one that it names.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -36,6 +39,8 @@ class Entry(BaseModel):
     parameters: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     seeds: list[int] | None = Field(None, min_length=1)
+    cwd: str = ""
+    kernel: str = ""
 
     @field_validator("paper", "profile", mode="before")
     @classmethod
@@ -56,6 +61,8 @@ class Entry(BaseModel):
             raise ValueError("needs either a paper or a notebook")
         if self.notebook and "profile" in self.model_fields_set:
             raise ValueError("has a profile, which only papers have; use parameters")
+        if self.paper and (self.cwd or self.kernel):
+            raise ValueError("has a cwd or a kernel, which a paper's notebook chooses by itself; leave it out")
         return self
 
 
@@ -123,7 +130,9 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
             try:
                 if entry.notebook:
                     file = beside / entry.notebook
-                    job = notebook_job(file, _seeded(entry, parameters, notebook_parameters(file)), output)
+                    given = _seeded(entry, parameters, parameter_names(read_notebook(file)))
+                    cwd = beside / entry.cwd if entry.cwd else ""
+                    job = notebook_job(file, given, output, cwd, entry.kernel)
                 else:
                     job = paper_job(source, profile, parameters, output)
             except LayerlabError as error:
