@@ -181,6 +181,16 @@ def test_rows_of_an_older_version_are_judged_anew():
     assert new.published_share == pytest.approx(5.0 / 7.1)
 
 
+def test_what_a_model_computed_stays_so_when_judged_anew():
+    paper = load_paper("lars-skip")
+    row = paper.not_run(paper.claim("time-saving"), "cpu").model_copy(
+        update={"values": [7.0, 7.1, 7.2], "seeds": [0, 1, 2], "measured": 7.1, "by_model": True}
+    )
+    again = ClaimResult.model_validate_json(paper.judged(row).model_dump_json())
+    assert paper.judged(again).verdict == "by a model"
+    assert paper.judged(again.model_copy(update={"by_model": False})).verdict == "not tested"
+
+
 def test_a_paper_file_that_is_wrong_is_named(tmp_path):
     file = tmp_path / "paper.toml"
     with pytest.raises(LayerlabError, match=r"'mine' has no .*paper.toml"):

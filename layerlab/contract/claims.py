@@ -108,6 +108,7 @@ class ClaimResult(BaseModel):
         seeds, profile, conditions: of the run.
         observed: the run's own numbers, which gates read.
         published_share: measured ÷ published effect; None where there is none.
+        by_model: whether a model computed the values.
         ours: a target of this project's, not a claim of the paper.
         machine, versions, commit: where the number comes from.
         verdict, reason: see `judge`.
@@ -128,6 +129,7 @@ class ClaimResult(BaseModel):
     conditions: dict[str, Any] = {}
     observed: dict[str, float | None] = {}
     published_share: float | None = None
+    by_model: bool = False
     ours: bool = False
     machine: str = ""
     versions: dict[str, str] = {}

@@ -148,7 +148,8 @@ class Paper(Data):
         if claim is None:
             return result
         values = [math.nan if value is None else value for value in result.values]
-        verdict, reason = judge(claim, values, result.conditions, bool(result.seeds), result.observed)
+        verdict, reason = judge(claim, values, result.conditions, bool(result.seeds), result.observed,
+                                result.by_model)
         return result.model_copy(update={
             "statement": claim.statement, "where": claim.where, "unit": claim.unit, "paper_value": claim.value,
             "ours": claim in self.targets, "published_share": published_share(claim, result.measured),

@@ -21,8 +21,7 @@ from layerlab.base.files import folder_digest, write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
 from layerlab.contract.claims import ClaimResult
-from layerlab.contract.paper import Paper, load_paper, published_share
-from layerlab.contract.verdicts import judge
+from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
 from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.record import (
@@ -304,18 +303,14 @@ class Study(Session):
         if isinstance(values, Estimate):
             values = values.values
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
-        verdict, reason = judge(claim, numbers, conditions or {}, bool(seeds), observed, by_model)
         happened = numbers and all(map(math.isfinite, numbers))
         mean, half = mean_interval(numbers) if happened else (None, None)
-        result = ClaimResult(
-            paper=self.paper.strategy, claim=id, statement=claim.statement, where=claim.where, unit=claim.unit,
-            paper_value=claim.value, measured=mean,
-            interval=half if half is not None and math.isfinite(half) else None,
-            values=[value if math.isfinite(value) else None for value in numbers], seeds=list(seeds),
-            profile=self.profile, conditions=dict(conditions or {}), observed=dict(observed or {}),
-            published_share=published_share(claim, mean), ours=claim in self.paper.targets, verdict=verdict,
-            reason=reason, mlflow_run=self.run_id, **provenance(),
-        )
+        result = self.paper.judged(self.paper.not_run(claim, self.profile).model_copy(update={
+            "measured": mean, "interval": half if half is not None and math.isfinite(half) else None,
+            "values": [value if math.isfinite(value) else None for value in numbers], "seeds": list(seeds),
+            "conditions": dict(conditions or {}), "observed": dict(observed or {}), "by_model": by_model,
+            "mlflow_run": self.run_id, **provenance(),
+        }))
         self._results.append(result)
         return result
 
