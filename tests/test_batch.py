@@ -20,7 +20,7 @@ from fake_paper import FINISH, OPEN, TRAIN
 from helpers import free_port, slow
 
 from layerlab import LayerlabError, Study
-from layerlab.base.files import folder_digest
+from layerlab.base.usage import note_data
 from layerlab.cli.main import main
 from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
@@ -214,7 +214,7 @@ def test_a_finished_study_counts_until_its_data_or_its_plugin_change(fake, tmp_p
     (data / "train.parquet").write_bytes(b"1")
     job = paper_job("fake")
     study = Study("fake", output=job.folder)
-    study._record["data"][str(data)] = folder_digest(str(data))
+    note_data(str(data), "")
     assert not job.is_done()
     study.finish()
     assert job.is_done()
@@ -225,8 +225,11 @@ def test_a_finished_study_counts_until_its_data_or_its_plugin_change(fake, tmp_p
     os.utime(data / "train.parquet", ns=(0, 0))
     assert not job.is_done()
     with (site / "fake_plugin" / "__init__.py").open("a") as source:
-        source.write("\n# another rule\n")
-    assert paper_job("fake").key != job.key
+        source.write("\n# a comment\n")
+    assert paper_job("fake").basis == job.basis
+    with (site / "fake_plugin" / "__init__.py").open("a") as source:
+        source.write("\nRULE = 2\n")
+    assert paper_job("fake").basis != job.basis
 
 
 def test_a_notebook_whose_name_a_kill_withheld_gets_it_from_a_batch_and_not_from_a_look(fake, tmp_path):
@@ -326,8 +329,8 @@ def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_p
         pytest.skip("needs to mount a small file system, which takes root")
     try:
         job = notebook("talks", "print('x' * 10**6)")
-        full_job = Job(job.notebook, str(full / "out"), key=job.key)
-        none = Job(job.notebook, "/dev/null/out", key=job.key)
+        full_job = Job(job.notebook, str(full / "out"), basis=job.basis)
+        none = Job(job.notebook, "/dev/null/out", basis=job.basis)
         outcomes = run_batch([full_job, none, job], retries=0)
         assert [outcome.status for outcome in outcomes] == ["failed", "refused", "finished"]
         assert "No space left" in outcomes[0].message

@@ -219,11 +219,11 @@ def test_what_is_plugged_into_papermill_and_broken_stops_nobody(site):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(points)
-    notebook = load_paper("fine").notebook_file
-    ended = subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", str(notebook), "--dry-run"],
-                           capture_output=True, text=True)
+    notebook = site / "tiny.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")]), notebook)
+    ended = subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", str(notebook)], capture_output=True,
+                           text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "runs" in ended.stdout
     assert "What engines plugs into papermill (bad) is left out: ModuleNotFoundError" in ended.stderr
 
 

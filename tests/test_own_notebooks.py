@@ -76,7 +76,7 @@ def test_a_notebook_runs_where_it_is_asked_to(write, tmp_path):
     file = write(code("import os; print(os.getcwd())"))
     here, there = notebook_job(file), notebook_job(file, cwd=file.parent)
     assert printed(here).strip() == os.getcwd()
-    assert here.key != there.key
+    assert here.basis != there.basis
     assert printed(there).strip() == str(file.parent)
     assert f"--cwd {file.parent}" in there.command
     with pytest.raises(LayerlabError, match=r"no folder .*nowhere.*--cwd"):

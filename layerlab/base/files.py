@@ -1,8 +1,7 @@
-"""Files that are whole or not there, and what tells that a folder's content has changed."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -52,21 +51,3 @@ def write_json(file: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
     write_atomically(file, lambda stream: stream.write(text.encode()))
-
-
-def folder_digest(source: str) -> str:
-    """Changes when the files of a folder do; quick, since it reads none of them.
-
-    Names, sizes and times of what is in the folder, and of the folders (not the files) one level below, so that a
-    dataset of a million images in class folders costs a thousand look-ups. Empty for what is no folder.
-    """
-    top = Path(source)
-    if not top.is_dir():
-        return ""
-    digest = hashlib.blake2b(digest_size=8)
-    for folder in [top, *sorted(entry for entry in top.iterdir() if entry.is_dir())]:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if folder == top or entry.is_dir():
-                status = entry.stat()
-                digest.update(f"{entry.path}|{status.st_size}|{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -219,10 +219,12 @@ def _run(
         for line in sentences(results):
             click.echo(click.wrap_text(line, 80, subsequent_indent="  "))
     if done:
-        again = {"done before": "finished before; --rerun runs it again"}
         click.echo()
-        _print(Table(("notebook", "file", ""), [
-            [job.label, os.path.relpath(job.file), again.get(outcome.status, "")] for job, outcome in done]))
+        _print(Table(("notebook", "file", ""), [[
+            job.label, os.path.relpath(job.file),
+            f"finished before; the same: {outcome.message}" if outcome.status == "done before" else "",
+        ] for job, outcome in done], notes=["--rerun runs again what was finished before."] if any(
+            outcome.status == "done before" for _, outcome in done) else []))
     failed = [(job, outcome) for job, outcome in ended if outcome.status in ("failed", "refused")] + unreadable
     stopped = [job for job, outcome in ended if outcome.status == "stopped"]
     if stopped:

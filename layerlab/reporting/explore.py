@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.usage import note_listed
 from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.reporting.advice import COSTS as COSTS
 from layerlab.reporting.advice import advise as advise
@@ -91,6 +92,7 @@ def make_arms(
         strategies[name].load()
     arms = Arms({}, {})
     if names == ALL:
+        note_listed(strategies)
         for name in strategies:
             try:
                 arms.chosen[name] = (strategies(name, **settings.get(name, {})),)

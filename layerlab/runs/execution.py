@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import time
@@ -14,6 +15,7 @@ from layerlab.base.errors import LayerlabError, Refused, first_line
 from layerlab.base.files import write_json
 from layerlab.base.folder_lock import HELD, AtWork, folder_lock
 from layerlab.base.names import ATTEMPT
+from layerlab.base.usage import USED
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
 from layerlab.runs.notebook_file import kernel_for, prepared, read_notebook
@@ -65,7 +67,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         _run(job)
         if not job.strategy:
             write_json(folder / RECORD, {
-                "finished": True, "key": job.key, "parameters": job.changed,
+                "finished": True, "basis": job.basis, "used": _read_used(folder), "parameters": job.changed,
                 "seconds": round(time.monotonic() - begin, 1), "ended": time.time(),
             })
         record = read_record(folder)
@@ -83,7 +85,7 @@ def _run(job: Job) -> None:
 
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
-                   HELD: str(folder.resolve())}
+                   HELD: str(folder.resolve()), USED: str(folder / _USED_FILE)}
     parameters = dict(job.changed)
     _prepare(job, environment)
     if job.strategy:
@@ -113,6 +115,17 @@ def _run(job: Job) -> None:
             f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
             "from its last finished epoch."
         ) from None
+
+
+def _read_used(folder: Path) -> dict[str, Any]:
+    """What the kernel says that its cells used; nothing where it has no layerlab, or is not Python's."""
+    file = folder / _USED_FILE
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return {}
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _prepare(job: Job, environment: dict[str, str]) -> None:
@@ -206,6 +219,7 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
+_USED_FILE = ".used.json"
 # Tags: of a cell that may raise, and of the cells by which papermill points to an error.
 _EXPECTED, _MARKER = "raises-exception", "papermill-error-cell-tag"
 # Errors that mean this run has nothing to clean up in a folder: another run has it, there is none, or none of ours.

@@ -8,19 +8,20 @@ import importlib.metadata
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from layerlab.base.errors import LayerlabError, LayerlabWarning, reason
+from layerlab.base.errors import LayerlabError, reason
 from layerlab.base.text import reproduce_command
 from layerlab.contract.paper import load_paper
 from layerlab.contract.parameters import check_settings
 from layerlab.contract.registry import strategies
+from layerlab.runs.basis import State, notebook_basis, paper_basis, standing
 from layerlab.runs.notebook_file import check_parameters, kernel_for, read_notebook
-from layerlab.runs.record import default_folder, is_finished, notebook_key, read_record, workbook_folder
+from layerlab.runs.record import RESULTS, default_folder, read_record, workbook_folder
+from layerlab.show.progress import say
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Job:
         folder: the output folder, a job's own.
         strategy, profile: of a paper's notebook; empty for any other.
         changed: the parameters that differ from the profile's, or from the notebook's own, with their values.
-        key: changes when the job would do something else, see `layerlab.runs.record.notebook_key`.
+        basis: what its outcome rests on, see `layerlab.runs.basis.notebook_basis`.
         cores: threads that it should have; `all` keeps the machine to itself.
         memory_gb: host memory that it may take, in 10⁹ bytes.
         cwd: the folder that the notebook runs in; empty for the present one.
@@ -45,7 +46,7 @@ class Job:
     strategy: str = ""
     profile: str = ""
     changed: dict[str, Any] = field(default_factory=dict)
-    key: str = ""
+    basis: dict[str, Any] = field(default_factory=dict)
     cores: int | Literal["all"] = 1
     memory_gb: float = 2.0
     cwd: str = ""
@@ -96,7 +97,7 @@ class Job:
         """How long it took when it last finished; the last session alone, if it had been interrupted."""
         return read_record(Path(self.folder)).get("seconds")
 
-    def is_done(self, since: float = 0.0) -> bool:
+    def state(self, since: float = 0.0) -> State:
         """Whether the folder holds this very job, finished, by our own record; papermill's word is no proof.
 
         Args:
@@ -105,10 +106,13 @@ class Job:
         folder = Path(self.folder)
         record = read_record(folder)
         if record.get("ended", 0.0) < since:
-            return False
-        if self.strategy:
-            return is_finished(folder, self.key)
-        return bool(record.get("finished")) and record.get("key") == self.key and self.file.exists()
+            return State(False)
+        whole = (folder / RESULTS).exists() if self.strategy else self.file.exists()
+        return standing(record, self.basis, self.cwd) if whole else State(False)
+
+    def is_done(self, since: float = 0.0) -> bool:
+        """`state`, without its reason."""
+        return self.state(since).done
 
     def rename_partial(self) -> None:
         """Give a done job's notebook its name, if it was killed between the study's last word and that: only the saving
@@ -139,7 +143,7 @@ def paper_job(
     folder = Path(output) if output else default_folder(strategy, profile, merged.changed)
     return Job(
         str(paper.notebook_file), str(folder.resolve()), strategy, profile, merged.changed,
-        notebook_key(paper.notebook_file, merged.in_force, paper.folder), chosen.cores, chosen.memory_gb,
+        paper_basis(paper, merged.in_force), chosen.cores, chosen.memory_gb,
     )
 
 
@@ -174,8 +178,8 @@ def notebook_job(
     folder = Path(output) if output else default_folder("notebooks", name, given)
     # A dash is in no parameter's name.
     how = {option: value for option, value in (("--cwd", place), ("--kernel", kernel)) if value}
-    return Job(str(file), str(folder.resolve()), changed=given, key=notebook_key(file, given | how), cwd=place,
-               kernel=kernel)
+    return Job(str(file), str(folder.resolve()), changed=given, basis=notebook_basis(file, given | how, place),
+               cwd=place, kernel=kernel)
 
 
 def import_papermill() -> Any:
@@ -213,8 +217,7 @@ def _sound_points(group: str) -> list[Any]:
             point.load()
         except Exception as error:  # whatever somebody's module raises
             owner = point.dist.name if point.dist else "a package"
-            warnings.warn(f"What {owner} plugs into papermill ({point.name}) is left out: {reason(error)}.",
-                          LayerlabWarning, stacklevel=2)
+            say(f"What {owner} plugs into papermill ({point.name}) is left out: {reason(error)}.")
         else:
             sound.append(point)
     return sound

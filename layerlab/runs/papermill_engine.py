@@ -10,6 +10,7 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager
 from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger
 
+from layerlab.base.usage import USED
 from layerlab.show.progress import VARIABLE, drawn, report
 
 
@@ -30,19 +31,40 @@ class Manager(NotebookExecutionManager):
 
 
 class Client(PapermillNotebookClient):
-    """Runs the cells, and keeps of their outputs what a file can hold."""
+    """Runs the cells, and keeps of their outputs what a file can hold.
+
+    Attributes:
+        watched: whether a batch wants to know what the cells use.
+    """
+
+    watched = False
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         """As nbclient's, with a mark in the place of what is no character, which UTF-8 cannot write."""
         return super().process_message({**msg, "content": _writable(msg["content"])}, cell, cell_index)
 
     def papermill_execute_cells(self) -> None:
-        """As papermill's, and a cell in which the kernel dies or its time runs out is a failed one."""
+        """As papermill's, and a cell in which the kernel dies or its time runs out is a failed one.
+
+        What they use is written down where that is wanted.
+        """
+        watched = self.watched and self.nb.metadata.get("kernelspec", {}).get("language", "python") == "python"
         try:
+            if watched:
+                self._hidden("start_for_process")
             super().papermill_execute_cells()
+            if watched:
+                self._hidden("save")
         except BaseException as error:
             self.nb_man.cell_exception(self.nb_man.current, exception=error)
             raise
+
+
+    def _hidden(self, function: str) -> None:
+        """Call a function of `layerlab.base.usage` in the kernel, beside the cells; one without layerlab says no."""
+        assert self.kc is not None
+        code = f"__import__('layerlab.base.usage', fromlist=['usage']).{function}()"
+        self.wait_for_reply(self.kc.execute(code, silent=True, store_history=False))
 
 
 def _writable(value: Any) -> Any:
@@ -102,4 +124,5 @@ class Engine(NBClientEngine):
             nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
             log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, **options,
         )
+        client.watched = USED in (environment or {})
         return client.execute(env={**os.environ, **(environment or {})})

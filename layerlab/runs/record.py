@@ -1,4 +1,4 @@
-"""What a session notes in its folder, and what decides whether that is still valid."""
+"""What a session notes in its folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from types import NoneType
 from typing import Any
 
 from layerlab.base.errors import LayerlabError, first_line
-from layerlab.base.files import folder_digest
-from layerlab.base.provenance import versions
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
 
@@ -53,15 +51,15 @@ def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) ->
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, its `artifacts`,
-    `key`, `data`, `seconds`; or nothing, also where the file holds anything else."""
+    `basis`, `used`, `seconds`; or nothing, also where the file holds anything else."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds: dict[str, type] = {"data": dict, "begun": Real, "ended": Real, "seconds": Real, "attempt": str,
-                              "mlflow_run": str, "artifacts": str}
+    kinds: dict[str, type] = {"basis": dict, "used": dict, "begun": Real, "ended": Real, "seconds": Real,
+                              "attempt": str, "mlflow_run": str, "artifacts": str}
     return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 
@@ -72,46 +70,6 @@ def notebook_cells(notebook: Path) -> list[tuple[str, str]]:
         LayerlabError: the file is no notebook.
     """
     return [(cell["cell_type"], cell["source"]) for cell in read_notebook(notebook)["cells"]]
-
-
-def notebook_key(notebook: Path, parameters: Mapping[str, Any], package: Path | None = None) -> str:
-    """Changes when a notebook would do something else: its cells, its parameters' values, the versions of everything
-    that decides about numbers, and the sources of its plugin, whose version a developer does not raise at each edit.
-
-    Args:
-        notebook: the notebook's file.
-        parameters: every value in force.
-        package: folder of the plugin's package.
-
-    Raises:
-        LayerlabError: the file is no notebook.
-    """
-    cells = notebook_cells(notebook)
-    sources = sorted(package.rglob("*.py")) if package else []
-    # Another plugin that is installed meanwhile changes nothing for this one.
-    known = versions(plugins=package is None)
-    texts = [(file.name, file.read_text(errors="replace")) for file in sources if file.is_file()]
-    content = [cells, parameters, known, texts]
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def data_in_use() -> str:
-    """The folder of datasets, which is part of what a finished study depends on."""
-    return os.environ.get("LAYERLAB_DATA", "")
-
-
-def is_finished(folder: Path, key: str) -> bool:
-    """Whether a folder holds a finished study of that key, whose data are as they were."""
-    record = read_record(folder)
-    data = record.get("data", {})
-    return bool(
-        record.get("finished")
-        and record.get("key") == key
-        and (folder / RESULTS).exists()
-        and all(folder_digest(source) == known for source, known in data.items())
-        and (not any(data.values()) or record.get("data_root") == data_in_use())
-    )
 
 
 def read_results(folder: Path) -> list[ClaimResult]:

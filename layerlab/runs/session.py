@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from layerlab.base import usage
 from layerlab.base.errors import LayerlabError
-from layerlab.base.files import folder_digest, write_atomically, write_json
+from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
+from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.record import (
     MANIFEST,
@@ -31,9 +33,7 @@ from layerlab.runs.record import (
     PARTS,
     RECORD,
     RESULTS,
-    data_in_use,
     default_folder,
-    notebook_key,
     read_record,
 )
 from layerlab.show.interval import Estimate, mean_interval
@@ -126,6 +126,9 @@ class Session:
     ) -> None:
         self.experiment = experiment
         self.folder = folder.resolve()
+        self._usage = usage.recorder()
+        # What is known by other means, see `layerlab.runs.basis`, or is made here.
+        self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
         _enter(self.folder)
         self._manifest = Manifest(notebook)
         values = json.loads(json.dumps(dict(parameters), default=str))
@@ -145,7 +148,7 @@ class Session:
                 tracking.end_open_runs(experiment, record["mlflow_run"])
         self._record: dict[str, Any] = {
             "attempt": self.attempt, "finished": False, "parameters": values, **(notes or {}),
-            "data": {}, "data_root": data_in_use(), "begun": begun,
+            "begun": begun,
             "process": [os.getpid(), psutil.Process().create_time()],
             # How long the last finished one took stays known while the next one runs.
             "seconds": record.get("seconds"),
@@ -169,12 +172,7 @@ class Session:
             table: what this is for, as a tag: the table or figure of a paper, say.
         """
         from layerlab.training.fit import compare
-        from layerlab.workload.dataset import Dataset
 
-        for data in (value for value in (*arguments, *settings.values()) if isinstance(value, Dataset)):
-            if data.source not in self._record["data"]:
-                self._record["data"][data.source] = folder_digest(data.source)
-                write_json(self.folder / RECORD, self._record)
         tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
         return compare(
             *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
@@ -207,7 +205,8 @@ class Session:
         """
         tracking.client().set_terminated(self.run_id, "FINISHED")
         seconds = round(time.monotonic() - self._opened, 1)
-        self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds}
+        self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds,
+                         "used": self._usage.content(self._known)}
         write_json(self.folder / RECORD, self._record)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
 
@@ -261,9 +260,10 @@ class Study(Session):
             strategy, f"{strategy} · {profile} · notebook",
             Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), values,
             {"paper": strategy, "profile": profile},
-            {"profile": profile, "key": notebook_key(self.paper.notebook_file, values, self.paper.folder)},
+            {"profile": profile, "basis": paper_basis(self.paper, values)},
             self.paper.notebook_file,
         )
+        self._known.append(self.paper.folder / "paper.toml")
 
     @classmethod
     def of_notebook(cls, strategy: str, variables: Mapping[str, Any]) -> Study:

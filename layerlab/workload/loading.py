@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layerlab.base.devices import free_memory, resolve_device
 from layerlab.base.errors import LayerlabError, first_line, unknown
+from layerlab.base.usage import note_data
 from layerlab.workload.dataset import Dataset, Shape, Split, balanced, channel_statistics
 from layerlab.workload.sources import (
     TESTING,
@@ -114,6 +115,7 @@ def load_dataset(
     splits = {half: _split(images, labels, place, mean, std) for half, (images, labels) in halves.items()}
     reading = f"{found.digest}|{image_size}|{channels}|{limit}|{test_limit}"
     fingerprint = hashlib.blake2b(reading.encode(), digest_size=8).hexdigest()
+    note_data(source, fingerprint)
     return Dataset(name, splits["train"], splits["test"], classes, fingerprint, source, found.class_names, found.note)
 
 

@@ -29,20 +29,21 @@ from layerlab.show.progress import Board, clock
 
 
 def preview(jobs: Sequence[Job], since: float = 0.0) -> list[tuple[Job, str, str]]:
-    """What a batch would do: (job, `done before`, `goes on`, `runs` or `refused`, how long it took last time or why
-    it is refused) each."""
+    """What a batch would do: (job, `done before`, `goes on`, `runs` or `refused`, how long it took last time, why it
+    is refused, or what has changed since it was finished) each."""
     rows = []
     for job in jobs:
         if job.problem:
             rows.append((job, "refused", job.problem))
             continue
         record = read_record(Path(job.folder))
-        status = "runs"
-        if job.is_done(since):
+        status, state = "runs", job.state(since)
+        if state.done:
             status = "done before"
-        elif record and not record.get("finished") and record.get("key") == job.key and not since:
+        elif record and not record.get("finished") and record.get("basis") == job.basis and not since:
             status = "goes on"
-        rows.append((job, status, clock(job.last_seconds) if job.last_seconds else "never run"))
+        last = clock(job.last_seconds) if job.last_seconds else "never run"
+        rows.append((job, status, f"{last}; {state.why}" if state.why and not state.done else last))
     return rows
 
 
@@ -130,7 +131,11 @@ def _on_this_machine(
     # Those that need the machine to themselves last, the longest of the others first.
     waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].cores == "all", -(jobs[i].last_seconds or 1e9)))
     # Asked here as well as in run_job, so that what is done does not wait for room.
-    outcomes = {number: Outcome("done before") for number in waiting if jobs[number].is_done(limits["since"])}
+    states = {number: jobs[number].state(limits["since"]) for number in waiting}
+    outcomes = {number: Outcome("done before", state.why) for number, state in states.items() if state.done}
+    for number, state in states.items():
+        if state.why and not state.done:
+            board.line(f"{jobs[number].label} runs again: {state.why}.")
     waiting = [number for number in waiting if number not in outcomes]
     for number in outcomes:
         jobs[number].rename_partial()

@@ -36,7 +36,7 @@ class Outcome:
         status: `finished`; `done before`, when there was nothing to do; `failed`; `refused` for bad input that only
             the notebook could see, a folder that cannot be written, or a job that came with a problem; `stopped` by a
             person.
-        message: one sentence, for a failure.
+        message: one sentence, for a failure; what was compared, for what was done before.
     """
 
     status: Status
@@ -76,9 +76,10 @@ def run_job(
             return Outcome("stopped")
         # Looked up each time: a runner may have died after its notebook's last word, and dask gives a dead worker's
         # jobs to another one although they were finished.
-        if job.is_done(since):
+        state = job.state(since)
+        if state.done:
             job.rename_partial()
-            return Outcome("done before")
+            return Outcome("done before", state.why)
         status, message = _once(job, environment, tell, stop, time_limit, since)
         if status == "finished":
             return Outcome("finished")

@@ -143,7 +143,7 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
                     mistakes.append(f"job {number}: {error}")
             else:
                 other = jobs.setdefault(job.folder, job)
-                if other.key != job.key:
+                if other.basis != job.basis:
                     mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
                                     f"{other.label}; give one of them another name")
     if jobs and all(job.problem for job in jobs.values()):

@@ -1,0 +1,85 @@
+"""What tells that a file, a package of Python or a folder of data is another one than before."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+
+def file_digest(file: Path) -> str:
+    """A digest of a file's content; of Python, of what it does: comments, docstrings and the layout do not count.
+
+    Empty for what cannot be read.
+    """
+    try:
+        status = file.stat()
+    except OSError:
+        return ""
+    return _file_digest(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@cache
+def _file_digest(file: Path, *_stamp: int) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return ""
+    if file.suffix == ".py":
+        # What does not parse counts as it stands.
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError):
+            content = ast.dump(_without_docstrings(ast.parse(content))).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            match node.body:
+                case [ast.Expr(value=ast.Constant(value=str())), *rest]:
+                    node.body = rest
+    return tree
+
+
+def package_digests(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """Python file below a folder → its digest.
+
+    Args:
+        folder: of a package.
+        without: folders directly below it that do not count.
+    """
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.py"))
+    return {file.as_posix(): file_digest(folder / file) for file in files if file.parts[0] not in without}
+
+
+def folder_digest(source: str) -> str:
+    """Changes when a file of a folder does; quick, since it reads none of them.
+
+    Names, sizes and times of all files below it, those of linked folders included, each folder once. Empty for what is
+    no folder.
+    """
+    if not os.path.isdir(source):
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, status in _files(source, set()):
+        digest.update(f"{path}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result]]:
+    known = os.stat(folder)
+    if (known.st_dev, known.st_ino) in seen:
+        return
+    seen.add((known.st_dev, known.st_ino))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        try:
+            if entry.is_dir():
+                yield from _files(entry.path, seen)
+            else:
+                yield entry.path, entry.stat()
+        except OSError:  # a link to nothing, or what may not be looked at
+            continue

@@ -1,0 +1,121 @@
+"""What a result rests on: what a notebook used, which run is a profile's own, and what differs between two."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from layerlab.base import usage
+from layerlab.base.digests import file_digest
+from layerlab.runs.batch.local import preview, run_batch
+from layerlab.runs.jobs import Job, notebook_job
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Job]:
+    """The job of a notebook that reads a table, imports a module beside it, loads images and lists strategies."""
+    home = tmp_path / "home"
+    (home / "notebooks").mkdir(parents=True)
+    monkeypatch.setenv("LAYERLAB_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "values.csv").write_text("1\n2\n")
+    (home / "notebooks" / "beside.py").write_text('"""A module."""\nFACTOR = 2\n')
+    for name, level in (("bright", 200), ("dark", 40)):
+        folder = tmp_path / "images" / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(6):
+            Image.fromarray(np.full((8, 8, 3), level + number, np.uint8)).save(folder / f"{number}.png")
+    cells = ["images = 'images'  # a folder",
+             "import beside\nfrom layerlab import load_dataset, strategies",
+             "values = [beside.FACTOR * float(line) for line in open('values.csv')]",
+             "from layerlab import explore\ndata = load_dataset(images, image_size=8)\narms = explore.make_arms()",
+             "open('written.txt', 'w').write('x')\nopen('written.txt').read()"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    book.cells[0].metadata["tags"] = ["parameters"]
+    file = home / "notebooks" / "reader.ipynb"
+    nbformat.write(book, file)
+    return lambda: notebook_job(file)
+
+
+def test_finished_before_says_what_was_compared_and_runs_again_what_changed(job, tmp_path, monkeypatch):
+    assert [outcome.status for outcome in run_batch([job()])] == ["finished"]
+    outcome, = run_batch([job()])
+    assert outcome.status == "done before"
+    assert "1 dataset" in outcome.message
+
+    def changed() -> str:
+        (_, status, why), = preview([job()])
+        return why if status == "runs" else status
+
+    assert changed() == "done before"
+    values, beside = tmp_path / "values.csv", tmp_path / "home" / "notebooks" / "beside.py"
+    values.write_text("1\n3\n")
+    assert "values.csv was edited" in changed()
+    values.write_text("1\n2\n")
+    assert changed() == "done before"
+    values.rename(tmp_path / "away.csv")
+    assert "values.csv is gone" in changed()
+    (tmp_path / "away.csv").rename(values)
+    beside.write_text('"""Another text."""\n# a comment\nFACTOR = 2\n')
+    assert changed() == "done before"
+    beside.write_text("FACTOR = 3\n")
+    assert "beside.py was edited" in changed()
+    beside.write_text("FACTOR = 2\n")
+    (tmp_path / "written.txt").write_text("y")
+    assert changed() == "done before"
+    # The same folder of images under another start, another root of datasets, one more strategy.
+    other = tmp_path / "other"
+    (other / "images").mkdir(parents=True)
+    monkeypatch.chdir(other)
+    assert f"it is started in {other}" in changed()
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as here:
+        here.setenv("LAYERLAB_DATA", str(other))
+        assert "LAYERLAB_DATA is" in changed()
+    point = importlib.metadata.EntryPoint("one-more", "nowhere:Nothing", "layerlab.strategies")
+    with monkeypatch.context() as here:
+        found = importlib.metadata.entry_points
+        here.setattr(importlib.metadata, "entry_points", lambda **of: [*found(**of), point])
+        assert "strategy one-more was installed" in changed()
+    assert changed() == "done before"
+    image = tmp_path / "images" / "train" / "dark" / "0.png"
+    status = image.stat()
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "the data in images changed" in changed()
+    assert [outcome.status for outcome in run_batch([job()])] == ["finished"]
+
+
+def test_what_is_edited_while_it_is_used_does_not_count_as_known(tmp_path):
+    recorder, file = usage.start(), tmp_path / "table.csv"
+    file.write_text("1")
+    # Written by another process, as it were.
+    recorder._written.clear()
+    assert file.read_text() == "1"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    used = recorder.content()
+    assert usage.changes(used, os.getcwd()) == [f"{file} was edited while it was in use"]
+
+
+def test_comments_and_docstrings_are_no_other_code(tmp_path):
+    file = tmp_path / "code.py"
+    digests = []
+    for text in ('"""A."""\ndef f(x):\n    """B."""\n    return x\n', "# C\ndef f(x):\n    return x\n",
+                 "def f(x):\n    return -x\n", "def f(x:\n"):
+        file.write_text(textwrap.dedent(text))
+        digests.append(file_digest(file))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert "" not in digests
+    assert file_digest(tmp_path / "none.py") == ""
