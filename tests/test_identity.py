@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import textwrap
 from collections.abc import Callable
@@ -11,12 +12,20 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from layerlab import LayerlabError, Study
 from layerlab.base import usage
 from layerlab.base.digests import file_digest
+from layerlab.contract.rows import counts
+from layerlab.reporting.diff import diff
+from layerlab.reporting.scoreboard import collect, scoreboard_table
+from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
 from layerlab.runs.jobs import Job, notebook_job
+from layerlab.runs.record import read_results
+from layerlab.show.stamp import stamped
 
 
 @pytest.fixture
@@ -119,3 +128,89 @@ def test_comments_and_docstrings_are_no_other_code(tmp_path):
     assert len(set(digests)) == 3
     assert "" not in digests
     assert file_digest(tmp_path / "none.py") == ""
+
+
+def _study(gains: list[float], seeds: list[int], **changed: object) -> Study:
+    study = Study("fake", "cpu", output=Path("out") / f"{len(list(Path('out').glob('*')))}", **changed)
+    study.claim("gain", gains, seeds=seeds, conditions={"dataset": "digits"})
+    figure = Figure(figsize=(3, 2))
+    figure.add_subplot().plot([1, 2])
+    study.figure("curve", figure)
+    study.finish()
+    return study
+
+
+def test_a_profiles_result_is_a_run_with_exactly_its_parameters(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake()
+    own = _study([2.0, 2.1, 2.2], [0, 1, 2])
+    other = _study([0.2], [0], pause=1.0)
+    ids = [{row.result for row in read_results(study.folder)}.pop() for study in (own, other)]
+    assert len(set(ids)) == 2
+    rows = collect(["fake"])
+    assert [(row.measured, row.changed, row.result) for row in rows] == [
+        (pytest.approx(2.1), {}, ids[0]), (0.2, {"pause": 1.0}, ids[1])]
+    assert "cpu, pause = 1.0, digits, 1 seed" in rows[1].setting_text
+    assert ids[1] in scoreboard_table(rows).markdown()
+    # The counts and the sentence are the profile's alone.
+    assert counts(rows)["holds"] == "1"
+    assert counts(rows)["undecided"] == ""
+    # The same parameters again, written out, are the profile's: newest wins among equals.
+    again = _study([2.4, 2.5, 2.6], [0, 1, 2], pause=0.0)
+    assert [row.measured for row in collect(["fake"])] == [pytest.approx(2.5), 0.2]
+    assert read_results(again.folder)[0].result == ids[0]
+
+
+def test_a_result_has_its_id_on_rows_figures_and_runs(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake()
+    study = _study([2.0, 2.1, 2.2], [0, 1, 2])
+    row, = read_results(study.folder)
+    run = tracking.client().get_run(study.run_id)
+    assert run.data.tags["layerlab.result"] == row.result
+    assert tracking.find_notebook_run(row.result).info.run_id == study.run_id
+    picture = Image.open(study.folder / "figures" / "curve.png")
+    assert row.result in picture.info["Description"]
+    # The strip below the drawing holds the text, and a second stamp takes its place.
+    strip = np.asarray(picture.convert("L"))[-12:]
+    assert strip.min() < 200
+    again = Image.open(io.BytesIO(stamped((study.folder / "figures" / "curve.png").read_bytes(), "other")))
+    assert again.size == picture.size
+    assert again.info["Description"] == "other"
+
+
+def test_a_results_id_changes_with_parameters_data_and_code_and_with_nothing_else(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    site = fake()
+    study = Study("fake", "cpu", output=tmp_path / "a")
+    before = study.identity()
+    assert Study("fake", "quick", output=tmp_path / "b").identity().id == before.id  # the same values
+    assert Study("fake", "cpu", output=tmp_path / "c", pause=2.0).identity().id != before.id
+    assert before.model_copy(update={"data": {"/a": "1"}}).id != before.model_copy(update={"data": {"/a": "2"}}).id
+    assert before.model_copy(update={"data": {"/a": "1"}}).id == before.model_copy(update={"data": {"/b": "1"}}).id
+    source = site / "fake_plugin" / "__init__.py"
+    source.write_text(source.read_text() + "\n# a comment\n")
+    assert study.identity().id == before.id
+    source.write_text(source.read_text() + "\nRULE = 2\n")
+    assert study.identity().id != before.id
+
+
+def test_diff_says_what_differed_and_which_claims_moved(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    site = fake()
+    one = _study([2.0, 2.1, 2.2], [0, 1, 2])
+    source = site / "fake_plugin" / "__init__.py"
+    source.write_text(source.read_text() + "\nRULE = 2\n")
+    other = _study([0.2, 0.3, 0.4], [0, 1, 2], pause=1.0)
+    by_folder = diff(str(one.folder), str(other.folder))
+    assert [row[:2] for row in by_folder[0].rows] == [["parameter", "pause"], ["code of plugin", "__init__.py"]]
+    assert by_folder[0].rows[0][2:] == ["0.0", "1.0"]
+    assert "holds" in by_folder[1].text()
+    assert "weaker" in by_folder[1].text()
+    by_id = diff(read_results(one.folder)[0].result, other.run_id)
+    assert [list(row) for row in by_id[0].rows] == [list(row) for row in by_folder[0].rows]
+    same = diff(str(one.folder), str(one.folder))
+    assert "Nothing that is known of them differs" in same[0].text()
+    assert "No claim moved" in same[1].text()
+    with pytest.raises(LayerlabError, match="no run 'nothing'"):
+        diff(str(one.folder), "nothing")

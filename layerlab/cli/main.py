@@ -267,6 +267,22 @@ def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
         click.echo(text, nl=False)
 
 
+@main.command()
+@click.argument("first", metavar="RUN")
+@click.argument("second", metavar="RUN")
+def diff(first: str, second: str) -> None:
+    """Show what differed between two runs of a paper, and which claims moved.
+
+    RUN is an output folder, a published profile's folder, or the id of a result or of a run in MLflow.
+    """
+    from layerlab.reporting.diff import diff as tables
+
+    for number, table in enumerate(tables(first, second)):
+        if number:
+            click.echo()
+        _print(table)
+
+
 @main.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
 def import_(files: tuple[Path, ...]) -> None:

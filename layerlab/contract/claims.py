@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, Literal
 
@@ -106,6 +107,9 @@ class ClaimResult(BaseModel):
         interval: half-width of the 95 % interval; None for one seed.
         values: one for each seed; None where it did not happen.
         seeds, profile, conditions: of the run.
+        changed: parameters that were not as the profile has them, with their values; None for one that the run did not
+            know. A profile's result has none.
+        result: id of what it comes from, see `layerlab.contract.identity`; empty before a run has ended.
         observed: the run's own numbers, which gates read.
         published_share: measured ÷ published effect; None where there is none.
         by_model: whether a model computed the values.
@@ -126,6 +130,8 @@ class ClaimResult(BaseModel):
     values: list[float | None] = []
     seeds: list[int] = []
     profile: str
+    changed: dict[str, Any] = {}
+    result: str = ""
     conditions: dict[str, Any] = {}
     observed: dict[str, float | None] = {}
     published_share: float | None = None
@@ -163,11 +169,13 @@ class ClaimResult(BaseModel):
 
     @property
     def setting_text(self) -> str:
-        """Where it was measured: dataset, network, seeds or rounds."""
+        """Where it was measured: profile and what was not as it has it, dataset, network, seeds or rounds, id."""
         if self.verdict == "not run":
             return self.profile
+        changed = [f"without {name}" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+                   for name, value in self.changed.items()]
         named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "no seeds"
         if not self.seeds and len(self.values) > 1:
             seeds = f"{len(self.values)} rounds"
-        return ", ".join([self.profile, *named, seeds])
+        return ", ".join([self.profile, *changed, *named, seeds]) + (f" · {self.result}" if self.result else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import tomllib
 import warnings
@@ -15,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.base.names import NAME
 from layerlab.contract.claims import Claim, ClaimResult, Data
-from layerlab.contract.parameters import Parameters, merged_parameters
+from layerlab.contract.parameters import Parameters, differing, merged_parameters
 from layerlab.contract.registry import Plugin
 from layerlab.contract.verdicts import judge
 from layerlab.show.table import Table
@@ -197,6 +198,15 @@ class Paper(Data):
             LayerlabError: no such profile or parameter, or a value of another kind.
         """
         return merged_parameters(f"the {self.strategy} notebook", self.profile(profile).parameters, given)
+
+    def differing(self, profile: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of a run that are not as a profile has them today; all, where there is no such profile.
+
+        Args:
+            parameters: in force when it ran. One that the profile has and the run did not know is None.
+        """
+        usual = self.profiles[profile].parameters if profile in self.profiles else {}
+        return differing(json.loads(json.dumps(usual, default=str)), parameters)
 
     def profile(self, name: str) -> Profile:
         """The run profile of that name.

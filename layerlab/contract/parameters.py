@@ -52,8 +52,22 @@ def merged_parameters(owner: str, profile: Mapping[str, Any], given: Mapping[str
                 f"Parameter {name!r} of {owner} is {_kind(profile[name])} in the profile, got {value!r}; give it "
                 f"{_kind(profile[name])}."
             )
-    changed = {name: value for name, value in given.items() if value is not None}
-    return Parameters(json.loads(json.dumps({**profile, **changed}, default=str)), changed)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    usual, in_force = (json.loads(json.dumps(values, default=str)) for values in (dict(profile), {**profile, **chosen}))
+    changed = differing(usual, in_force)
+    return Parameters(in_force, {name: value for name, value in chosen.items() if name in changed})
+
+
+def differing(usual: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as usual, both as JSON has them; None for what is usual and not there.
+
+    Example:
+        >>> differing({"lr": 0.1, "epochs": 3}, {"lr": 0.2, "seeds": [0]})
+        {'lr': 0.2, 'epochs': None, 'seeds': [0]}
+    """
+    missing = object()
+    names = dict.fromkeys([*usual, *values])
+    return {name: values.get(name) for name in names if values.get(name, missing) != usual.get(name, missing)}
 
 
 def check_settings(plugin: Plugin, profile: Mapping[str, Any], changed: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import get_args
@@ -36,19 +37,21 @@ def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
     """The results of several runs of a paper in one list, in the claims' order.
 
     A claim that one run measured is not listed as `not run` for another, and one that follows from shapes alone is
-    listed once.
+    listed once. What a run with other parameters than its profile's measured stands beside the profile's own result,
+    never in its place.
     """
-    rows = list(results)
-    measured = {row.claim for row in rows if row.verdict != "not run"}
+    results = list(results)
+    rows = sorted(results, key=lambda row: bool(row.changed))
+    measured = {row.claim for row in rows if row.verdict != "not run" and not row.changed}
     kept: dict[tuple[object, ...], ClaimResult] = {}
     for row in rows:
-        if row.verdict == "not run" and row.claim in measured:
+        if row.verdict == "not run" and (row.claim in measured or row.changed):
             continue
-        where: tuple[object, ...] = ()
+        where: tuple[object, ...] = (json.dumps(row.changed, sort_keys=True, default=str),)
         if row.seeds:
-            where = (row.profile, row.conditions.get("dataset"), row.conditions.get("network"))
+            where += (row.profile, row.conditions.get("dataset"), row.conditions.get("network"))
         kept.setdefault((row.claim, *where), row)
-    claims = list(dict.fromkeys(row.claim for row in rows))
+    claims = list(dict.fromkeys(row.claim for row in results))
     return sorted(kept.values(), key=lambda row: claims.index(row.claim))
 
 
@@ -62,20 +65,25 @@ def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]
     """
     order = [claim.id for claim in paper.everything]
     known = [result for result in results if result.claim in order]
-    found = {result.claim for result in known}
+    found = {result.claim for result in known if not result.changed}
     absent = [paper.not_run(claim, "") for claim in paper.everything if claim.id not in found]
     return sorted(merged(known + absent), key=lambda row: order.index(row.claim))
 
 
 def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
-    """How many of the paper's claims have each verdict; an empty text for none. This project's targets do not count."""
-    found = Counter(row.verdict for row in rows if not row.ours)
+    """How many of the paper's claims have each verdict; an empty text for none.
+
+    This project's targets do not count, nor do runs with other parameters than their profile's.
+    """
+    found = Counter(row.verdict for row in rows if not row.ours and not row.changed)
     return {verdict: f"{found[verdict] or ''}" for verdict in get_args(Verdict)}
 
 
 def sentence(paper: str, rows: Sequence[ClaimResult]) -> str:
     """What rows say of a paper, what it cannot say and why, in one line."""
     claims = [row for row in rows if not row.ours]
+    # Where nothing else was run, it is what there is to say.
+    claims = [row for row in claims if not row.changed] or claims
     said = []
     for verdict in get_args(Verdict):
         count = sum(row.verdict == verdict for row in claims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -23,14 +24,18 @@ VERDICT_TONES: dict[str, Tone] = {
 }
 
 
+def verdict_cell(verdict: str) -> Cell:
+    """A verdict in its colour, with its reason or without it."""
+    return Cell(verdict, VERDICT_TONES.get(verdict.split()[0], ""))
+
+
 def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
     """The scoreboard: one row a claim, published beside measured, verdicts in colour."""
     frame = scoreboard(results)
     rows: list[list[str | Cell]] = []
     for texts in frame.itertuples(index=False):
         row = dict(zip(frame.columns, map(str, texts), strict=True))
-        tone = VERDICT_TONES.get(row["verdict"].split()[0], "")
-        rows.append([Cell(text, tone) if name == "verdict" else text for name, text in row.items()])
+        rows.append([verdict_cell(text) if name == "verdict" else text for name, text in row.items()])
     return Table(list(frame.columns), rows)
 
 
@@ -40,8 +45,8 @@ def brief_table(results: Sequence[ClaimResult]) -> Table:
     rows: list[list[str | Cell]] = []
     for result in results:
         claim = f"{result.paper}: {result.statement}" if several else result.statement
-        verdict = Cell(result.verdict, VERDICT_TONES.get(result.verdict.split()[0], ""))
-        rows.append([claim, f"{result.paper_value:g} {result.unit}", result.measured_text, verdict])
+        rows.append([claim, f"{result.paper_value:g} {result.unit}", result.measured_text,
+                     verdict_cell(result.verdict)])
     return Table(("claim", "paper", "measured", "verdict"), rows)
 
 
@@ -60,11 +65,14 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
         warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
                       f"({first_line(error)}).", LayerlabWarning, stacklevel=3)
         return []
-    return [paper.judged(row) for row in rows if row.paper == name]
+    parameters = tracking.run_parameters(run)
+    placed = {} if parameters is None else {"changed": paper.differing(run.data.tags.get("profile", ""), parameters)}
+    return [paper.judged(row.model_copy(update=placed)) for row in rows if row.paper == name]
 
 
 def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
-    """Every claim of papers with what MLflow holds of it: the newest finished run of each profile.
+    """Every claim of papers with what MLflow holds of it: the newest finished run of each profile, and of each set of
+    parameters that is not the profile's.
 
     Args:
         names: strategies; default: all that are installed, but for those without a readable paper, each with a warning.
@@ -77,10 +85,12 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
         results: list[ClaimResult] = []
         newest = set()
         for run in tracking.notebook_runs(paper.strategy):
-            profile = run.data.tags.get("profile", "")
-            if profile not in newest:
-                newest.add(profile)
-                results += _rows(paper, run)
+            said = _rows(paper, run)
+            # The same experiment is told by what was set, not by the code, which changes from day to day.
+            which = run.data.tags.get("profile", ""), json.dumps(said[0].changed, sort_keys=True) if said else ""
+            if which not in newest:
+                newest.add(which)
+                results += said
         rows += completed(paper, results)
     return rows
 

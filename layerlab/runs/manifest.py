@@ -82,6 +82,10 @@ class Manifest:
             section.shows.append(shown)
         return shown
 
+    def shown(self, kind: Kind) -> list[Shown]:
+        """All tables, or all figures, that were noted."""
+        return [shown for section in self._sections for shown in section.shows if shown.kind == kind]
+
     def content(self) -> list[dict[str, Any]]:
         """The sections that show something, in the notebook's order, as JSON."""
         return [section.model_dump() for section in self._sections if section.shows]

@@ -38,6 +38,7 @@ RESULTS = "claims.json"
 PARTS = ("tables", "figures")
 PARAMETERS = "parameters.json"
 MANIFEST = "manifest.json"
+IDENTITY = "identity.json"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:

@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from layerlab.base import usage
+from layerlab.base.digests import package_digests
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
-from layerlab.contract.claims import ClaimResult
+from layerlab.contract.claims import Claim, ClaimResult
+from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
 from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.record import (
+    IDENTITY,
     MANIFEST,
     OUTPUT,
     PARAMETERS,
@@ -37,6 +40,7 @@ from layerlab.runs.record import (
     read_record,
 )
 from layerlab.show.interval import Estimate, mean_interval
+from layerlab.show.stamp import stamped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,12 +130,12 @@ class Session:
     ) -> None:
         self.experiment = experiment
         self.folder = folder.resolve()
+        self._values = values = json.loads(json.dumps(dict(parameters), default=str))
         self._usage = usage.recorder()
         # What is known by other means, see `layerlab.runs.basis`, or is made here.
         self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
         _enter(self.folder)
         self._manifest = Manifest(notebook)
-        values = json.loads(json.dumps(dict(parameters), default=str))
         self._opened = time.monotonic()
         record = read_record(self.folder)
         begun = time.time()
@@ -156,7 +160,8 @@ class Session:
         write_json(self.folder / RECORD, self._record)
         self._tags = {**(tags or {}), "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
         self.run_id = tracking.start_run(
-            experiment, title, self.attempt, self._tags | tracking.common_tags() | {"kind": "notebook"},
+            experiment, title, self.attempt,
+            self._tags | tracking.common_tags() | {"kind": "notebook"} | tracking.parameter_tag(values),
         )
         self._artifacts = tracking.artifact_folder(self.run_id)
         self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
@@ -198,11 +203,23 @@ class Session:
         self._show("figure", name, picture.content)
         return picture
 
+    def identity(self) -> Identity:
+        """What the results come from, as far as is known now."""
+        files = self._usage.content(self._known)["files"]
+        own = {Path(path).name: digest for path, digest in files.items()}
+        return identity_of(self.experiment, "", self._values, self._usage.data, {"used": own})
+
     def close(self) -> None:
-        """The work is done: end the MLflow run, and forget the checkpoints.
+        """The work is done: put its identity on everything, end the MLflow run, and forget the checkpoints.
 
         What says so is `finished` in the record, written when everything else is.
         """
+        identity = self.identity()
+        self._keep_json(IDENTITY, {"id": identity.id, **identity.model_dump()})
+        for shown in self._manifest.shown("figure"):
+            content = (self.folder / shown.file).read_bytes()
+            self._keep(shown.file, stamped(content, f"layerlab · {self.experiment} · {identity.id}"))
+        tracking.tag_results(self.experiment, self.run_id, identity.id)
         tracking.client().set_terminated(self.run_id, "FINISHED")
         seconds = round(time.monotonic() - self._opened, 1)
         self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds,
@@ -305,7 +322,7 @@ class Study(Session):
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
         happened = numbers and all(map(math.isfinite, numbers))
         mean, half = mean_interval(numbers) if happened else (None, None)
-        result = self.paper.judged(self.paper.not_run(claim, self.profile).model_copy(update={
+        result = self.paper.judged(self._not_run(claim).model_copy(update={
             "measured": mean, "interval": half if half is not None and math.isfinite(half) else None,
             "values": [value if math.isfinite(value) else None for value in numbers], "seeds": list(seeds),
             "conditions": dict(conditions or {}), "observed": dict(observed or {}), "by_model": by_model,
@@ -321,8 +338,17 @@ class Study(Session):
         for claim in self.paper.everything:
             found = [result for result in self._results if result.claim == claim.id]
             # Where the run was made, in any case: it may consist of tables and figures alone.
-            rows += found or [self.paper.not_run(claim, self.profile).model_copy(update=provenance())]
+            rows += found or [self._not_run(claim).model_copy(update=provenance())]
         return rows
+
+    def _not_run(self, claim: Claim) -> ClaimResult:
+        row = self.paper.not_run(claim, self.profile)
+        return row.model_copy(update={"changed": self.paper.differing(self.profile, self._values)})
+
+    def identity(self) -> Identity:
+        """What the results come from, as far as is known now."""
+        return identity_of(self.paper.strategy, self.profile, self._values, self._usage.data,
+                           {"plugin": package_digests(self.paper.folder)})
 
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""
@@ -330,7 +356,8 @@ class Study(Session):
 
         from layerlab.contract.rows import scoreboard
 
-        results = self.results
+        identity = self.identity().id
+        results = [result.model_copy(update={"result": identity}) for result in self.results]
         now = time.time_ns() // 1_000_000
         metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
         # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.

@@ -13,11 +13,15 @@ from layerlab.runs.tracking.store import client as client
 from layerlab.runs.tracking.store import common_tags as common_tags
 from layerlab.runs.tracking.store import end_open_runs as end_open_runs
 from layerlab.runs.tracking.store import experiment_id as experiment_id
+from layerlab.runs.tracking.store import find_notebook_run as find_notebook_run
 from layerlab.runs.tracking.store import log_file as log_file
 from layerlab.runs.tracking.store import log_metrics as log_metrics
 from layerlab.runs.tracking.store import notebook_runs as notebook_runs
+from layerlab.runs.tracking.store import parameter_tag as parameter_tag
+from layerlab.runs.tracking.store import run_parameters as run_parameters
 from layerlab.runs.tracking.store import run_url as run_url
 from layerlab.runs.tracking.store import start_run as start_run
+from layerlab.runs.tracking.store import tag_results as tag_results
 from layerlab.runs.tracking.store import tracking_uri as tracking_uri
 from layerlab.runs.tracking.tracker import Tracker as Tracker
 from layerlab.runs.tracking.tracker import track as track

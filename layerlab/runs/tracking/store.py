@@ -7,6 +7,7 @@ an epoch again after an interruption changes nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import tempfile
@@ -31,6 +32,11 @@ CLAIM = f"{PREFIX}claim."
 # Tag of a fit's run: the run of the notebook that it belongs to. Not MLflow's own nesting, whose UI shows what a
 # search finds folded away under its parent.
 NOTEBOOK = f"{PREFIX}notebook"
+# Tag of a notebook's run: the parameters in force, in JSON.
+PARAMETERS = f"{PREFIX}parameters"
+# Tag of a notebook's run and of the fits that belong to it: the id of what they come from.
+RESULT = f"{PREFIX}result"
+LONGEST_TAG = 8000  # MLflow's limit
 # Tag of the process that writes a run, by which a run that nobody writes any more is known.
 PROCESS = f"{PREFIX}process"
 # Tag of a run that came from another database: its id there.
@@ -128,6 +134,28 @@ def claim_tags(rows: Iterable[str]) -> dict[str, str]:
     return {f"{CLAIM}{number:03}": row for number, row in enumerate(rows)}
 
 
+def parameter_tag(values: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters in force as a tag of the notebook's run; none where MLflow would not take it."""
+    text = json.dumps(values, ensure_ascii=False)
+    return {PARAMETERS: text} if len(text) <= LONGEST_TAG else {}
+
+
+def run_parameters(run: Any) -> dict[str, Any] | None:
+    """The parameters that were in force in a notebook's run; None where it did not note them."""
+    try:
+        found = json.loads(run.data.tags[PARAMETERS])
+    except (KeyError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def tag_results(experiment: str, run_id: str, result: str) -> None:
+    """Put a result's id on a notebook's run and on the fits that belong to it."""
+    fits = client().search_runs([experiment_id(experiment)], f"tags.`{NOTEBOOK}` = '{run_id}'", max_results=5000)
+    for each in [run_id, *(fit.info.run_id for fit in fits)]:
+        client().set_tag(each, RESULT, result)
+
+
 def claim_metrics(results: Iterable[Any]) -> dict[str, float]:
     """What the UI shows of a scoreboard's rows as metrics of the notebook's run: `claim/<id>[/<dataset>]`, and
     `…/<network>` where several networks have one of that name."""
@@ -156,6 +184,18 @@ def notebook_runs(paper: str) -> list[Any]:
         [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"], max_results=1000,
     ))
+
+
+def find_notebook_run(name: str) -> Any | None:
+    """The newest run of a notebook that has this id, or whose result has it; None if there is none."""
+    if not name.isalnum():
+        return None
+    every = [experiment.experiment_id for experiment in client().search_experiments()]
+    for wanted in (f"tags.`{RESULT}` = '{name}' AND tags.kind = 'notebook'", f"attributes.run_id = '{name}'"):
+        found = client().search_runs(every, wanted, order_by=["attributes.start_time DESC"], max_results=1)
+        if found:
+            return found[0]
+    return None
 
 
 def run_url(experiment: str, run_id: str) -> str:
