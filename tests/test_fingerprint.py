@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,21 @@ def test_another_process_comes_to_the_same_fingerprint():
              for seed in ("1", "2")}
     assert len(found) == 1
     assert found != {""}
+
+
+def test_a_strategys_helper_module_counts_and_its_comments_do_not(data, tmp_path, monkeypatch):
+    package = tmp_path / "somebodys"
+    package.mkdir()
+    (package / "__init__.py").write_text("from layerlab import Strategy\nfrom somebodys.rules import RULE\n"
+                                         "class Mine(Strategy):\n    name = 'mine'\n")
+    (package / "rules.py").write_text("RULE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module("somebodys").Mine
+    for name in ("somebodys", "somebodys.rules"):
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    run(perceptron, data, tmp_path / "kept", strategies=mine())
+    (package / "rules.py").write_text("# As the paper has it.\nRULE = 1\n")
+    run(perceptron, data, tmp_path / "kept", strategies=mine())
+    (package / "rules.py").write_text("RULE = 2\n")
+    with pytest.raises(LayerlabError, match="belongs to a fit with other arguments"):
+        run(perceptron, data, tmp_path / "kept", strategies=mine())

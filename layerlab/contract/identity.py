@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-import layerlab
 from layerlab.base.digests import package_digests
 
 # Rooms of the core that show results, and make none.
@@ -60,6 +59,6 @@ def identity_of(
         data: source → fingerprint.
         code: besides the core's, by whose it is: file → digest.
     """
-    core = package_digests(Path(layerlab.__file__).parent, SHOWING)
+    core = package_digests(Path(__file__).parents[1], SHOWING)
     return Identity(paper=paper, profile=profile, parameters=dict(parameters), data=dict(data),
                     code={**code, "layerlab": core})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerlab.base.digests import file_digest
 from layerlab.base.sharing import shared_names
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
@@ -39,7 +40,7 @@ def fingerprint(run: Run, data: Dataset, strategies: Sequence[Strategy], setting
         "schedule": [described.of(type(run.schedule)), described.of(vars(run.schedule).get("lr_lambdas")),
                      described.of(run.schedule.state_dict())],
         "settings": {name: described.of(value) for name, value in own.items()},
-        "strategies": [[each.name, describe(each), source_digest(type(each))] for each in strategies],
+        "strategies": [[each.name, describe(each), _strategy_code(type(each), described)] for each in strategies],
         "seed": seed,
         "data": [data.name, data.fingerprint, data.train.augment, data.train.padding],
     }
@@ -151,13 +152,37 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def source_digest(kind: type) -> str:
-    """A digest of the module that defines a class, so that a checkpoint of an edited strategy is not taken over."""
-    try:
-        source = inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError, KeyError):
-        return ""
-    return _digest(source.encode(), 8)
+def _strategy_code(kind: type, described: Description) -> list[Any]:
+    """What decides what a strategy does: its sources, or its code where it has no file, as in a notebook."""
+    sources = source_digests(kind)
+    return [sources] if sources.get(kind.__module__) else [sources, described.of(kind)]
+
+
+def source_digests(kind: type) -> dict[str, str]:
+    """Module → digest of its source, of the module that defines a class and of all that it takes something from.
+
+    Libraries and layerlab itself are left out, but for what is in the class's own package; what has no file (a
+    notebook's cells) has an empty digest. So a checkpoint of a strategy is not taken over when a module that it uses
+    was edited.
+    """
+    package = kind.__module__.partition(".")[0]
+    found: dict[str, str] = {}
+    waiting = [kind.__module__]
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None) or ""
+        ours = name.partition(".")[0] == package
+        if name in found or module is None or not (ours or _of_user(name, file)):
+            continue
+        found[name] = file_digest(Path(file)) if file else ""
+        waiting += {value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", ""))
+                    for value in vars(module).values()}
+    return found
+
+
+def _of_user(name: str, file: str) -> bool:
+    return bool(file) and name.partition(".")[0] != "layerlab" and not any(place in file for place in _LIBRARIES)
 
 
 def _digest(content: bytes, size: int) -> str:
