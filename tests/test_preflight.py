@@ -80,6 +80,13 @@ class Messy(Strategy):
         return self._count
 
 
+class Failing(Strategy):
+    name = "failing"
+
+    def on_after_backward(self, run: Run) -> None:
+        raise ZeroDivisionError("in backward")
+
+
 def test_a_strategy_that_says_nothing_is_tried_and_covers_what_learns():
     network = Residual()
     network.conv1.requires_grad_(False)
@@ -103,6 +110,13 @@ def test_a_preflight_changes_neither_network_nor_strategy_nor_random_states(buil
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert (states[2] == np.random.get_state()[1]).all()
+
+
+def test_a_rehearsal_gives_what_the_strategy_says_and_raises_what_it_raises():
+    assert Messy().rehearse(plain_cnn(), EXAMPLE) == ("messy is slow here.",)
+    assert Freezer().rehearse(Residual(), EXAMPLE) == ()
+    with pytest.raises(ZeroDivisionError, match="in backward"):
+        Failing().rehearse(plain_cnn(), EXAMPLE)
 
 
 def test_fit_refuses_before_the_first_step_and_hands_the_findings_on(data):

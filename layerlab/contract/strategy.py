@@ -87,12 +87,40 @@ class Strategy(BaseModel):
         Raises:
             Refused: the method cannot train this network, in one sentence with the remedy.
         """
-        with rehearsal(network, example) as (run, said):
-            copy.deepcopy(self)._rehearse(run)
-        notes = (f"{self.name} does not say on which layers it acts; these are all that learn.", *said)
+        notes = (f"{self.name} does not say on which layers it acts; these are all that learn.",
+                 *self.rehearse(network, example))
         return Preflight.of(network, notes=notes)
 
-    def _rehearse(self, run: Run) -> None:
+    def rehearse(self, network: nn.Module, example: Tensor) -> tuple[str, ...]:
+        """Go through one epoch of one step on copies of the network and of this object, for `preflight`.
+
+        What this strategy cannot do with the network shows here, before any training, as the error that it raises.
+
+        Args:
+            network, example: as `preflight`.
+
+        Returns:
+            The sentences of which it warned on the way, each once.
+
+        Raises:
+            Refused: as the strategy's hooks.
+
+        Example:
+            >>> import torch, warnings
+            >>> from layerlab import LayerlabWarning, Strategy, build_model
+            >>> class Slow(Strategy):
+            ...     name = "slow"
+            ...     def on_epoch_start(self, run):
+            ...         warnings.warn("slow takes its time.", LayerlabWarning, stacklevel=2)
+            >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+            >>> Slow().rehearse(network, torch.zeros(2, 1, 8, 8))
+            ('slow takes its time.',)
+        """
+        with rehearsal(network, example) as (run, said):
+            copy.deepcopy(self)._call_hooks(run)
+        return tuple(said)
+
+    def _call_hooks(self, run: Run) -> None:
         """Every hook once, in the order in which `fit` calls them."""
         if self.defines("on_after_backward"):
             run.after_backward = [self.on_after_backward]
