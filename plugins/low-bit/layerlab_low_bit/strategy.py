@@ -21,7 +21,7 @@ from layerlab import LayerMap, Preflight, Refused, Run, Strategy
 from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded, Parameters
 from layerlab_low_bit.method.coverage import coverage
 from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
-from layerlab_low_bit.method.products import Units, find_units
+from layerlab_low_bit.method.products import Units, find_units, warn_without_units
 from layerlab_low_bit.method.store import Steering, Store
 
 Rounding = Literal["nearest", "stochastic"]
@@ -109,6 +109,8 @@ class LowBit(Strategy):
             )
         if self.units == "fp8" and max(self.bits, self.gradient_bits or 0) > 5:
             raise Refused("low-bit: units='fp8' hold codes of up to 5 bits exactly; set bits=5, or units='int8'.")
+        if self.units in ("int8", "fp8"):
+            warn_without_units(self.units, run.device, "leave units at 'auto'")
         arithmetic = self._arithmetic_of(
             lambda: (*run.training_model.named_parameters(), *run.model.named_parameters()), run.device, Arithmetic)
         self._arithmetic, self._store = arithmetic, arithmetic.store

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerlab import Dataset, fit, load_dataset
+from layerlab import Dataset, LayerlabWarning, fit, load_dataset
 from layerlab_low_bit import LowBit
 from layerlab_low_bit.method.attention import attention
+from layerlab_low_bit.method.peers import Bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,3 +167,16 @@ def test_the_pre_flight_says_what_is_kept_in_few_bits_and_what_is_made_anew(data
     assert LowBit(store_activations=False).preflight(network(), example).left_out[norm] == "its numbers stay float32"
     made = [note for note in found.notes if "made anew in each step" in note]
     assert [note.partition(" are")[0] for note in made] == (["The weights of 0, 4"] if network is normed else [])
+
+
+@pytest.mark.parametrize(("strategy", "form", "instructions"), [
+    (LowBit(bits=5, units="fp8"), "fp8", ()), (LowBit(units="int8"), "int8", ("avx_vnni", "avx512_vnni", "amx_int8")),
+    (Bfloat16(), "bfloat16", ("avx512_bf16", "amx_bf16", "bf16"))])
+def test_a_format_without_instructions_is_warned_of_and_one_with_them_is_not(
+    data, strategy, form, instructions, recwarn
+):
+    fit(Waves, data, strategy, epochs=1, batch_size=64, progress=False, measure=False)
+    said = [str(each.message) for each in recwarn if issubclass(each.category, LayerlabWarning)]
+    there = any(torch.cpu.get_capabilities().get(name) for name in instructions)
+    assert [each.partition(",")[0] for each in said] == (
+        [] if there else [f"This cpu has no instructions for {form}"])

@@ -7,6 +7,7 @@ bound beforehand; where the bound does not hold, the sum is made in float64.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,20 +17,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from layerlab import LayerlabWarning
+
 Units = Literal["auto", "int8", "fp8", "emulated"]
 _FLOAT32 = 2**24
 """All integers up to this one are float32 numbers."""
 _INT32 = 2**31 - 1
 
 
+_ON_GPUS = {"int8": (7, 5), "fp8": (8, 9), "bfloat16": (8, 0)}
+"""Compute capability from which NVIDIA's GPUs have units for a format."""
+_ON_CPUS = {"int8": ("avx512_vnni", "avx_vnni", "amx_int8"), "fp8": (),
+            "bfloat16": ("avx512_bf16", "amx_bf16", "bf16")}
+"""Names of the instructions, of which any one will do, as `torch.cpu.get_capabilities` has them."""
+
+
+def has_units(form: str, device: torch.device) -> bool:
+    """Whether a device multiplies numbers of a format, `int8`, `fp8` or `bfloat16`, by instructions of its own.
+
+    Example:
+        >>> has_units("fp8", torch.device("cpu"))
+        False
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _ON_GPUS[form]
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(capabilities.get(name) for name in _ON_CPUS[form])
+
+
+def warn_without_units(form: str, device: torch.device, remedy: str) -> None:
+    """Say that a format is emulated on a device, in one sentence with the remedy."""
+    if not has_units(form, device):
+        warnings.warn(f"This {device.type} has no instructions for {form}, which may make a step ten times slower than "
+                      f"in float32; {remedy}.", LayerlabWarning, stacklevel=3)
+
+
 def find_units(wanted: Units, device: torch.device) -> Units:
     """What `auto` means on a device: int8 on GPUs and CPUs that have such units, else emulated."""
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
-        return "int8" if torch.cuda.get_device_capability(device) >= (7, 5) else "emulated"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "int8" if any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else "emulated"
+    return "int8" if has_units("int8", device) else "emulated"
 
 
 @dataclass(frozen=True)
