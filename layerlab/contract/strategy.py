@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from layerlab.base.devices import kept_random_states
 from layerlab.base.errors import Refused, first_line, sentence
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.rehearsal import rehearsal
@@ -78,7 +79,8 @@ class Strategy(BaseModel):
 
         As it stands it goes through one epoch of one step on copies of the network and of this object, and takes every
         layer that learns for covered. A strategy that acts on some layers alone says so with `Preflight.of`, and does
-        here, on a copy, whatever it does once in a training and may not be able to do.
+        here, on a copy, whatever it does once in a training and may not be able to do. `compare` asks once for each arm
+        and structure of a network, not for each seed: what training needs belongs into the hooks.
 
         Args:
             network: in any mode; it is not changed.
@@ -284,6 +286,8 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
 def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tensor) -> dict[str, Preflight]:
     """What each strategy says of a network before the first step, by its name; each is given a copy.
 
+    Random states are afterwards as before, so that a run draws the same whether or not it asks.
+
     Raises:
         Refused: one of them cannot train it.
     """
@@ -295,5 +299,6 @@ def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tens
             note = f"The network cannot be copied ({first_line(error)}), so nothing was tried."
             found[strategy.name] = Preflight.of(network, notes=(note,))
         else:
-            found[strategy.name] = strategy.preflight(own, example)
+            with kept_random_states(example.device):
+                found[strategy.name] = strategy.preflight(own, example)
     return found
