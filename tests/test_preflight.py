@@ -80,6 +80,13 @@ class Messy(Strategy):
         return self._count
 
 
+class Failing(Strategy):
+    name = "failing"
+
+    def on_after_backward(self, run: Run) -> None:
+        raise ZeroDivisionError("in backward")
+
+
 def test_a_strategy_that_says_nothing_is_tried_and_covers_what_learns():
     network = Residual()
     network.conv1.requires_grad_(False)
@@ -105,6 +112,13 @@ def test_a_preflight_changes_neither_network_nor_strategy_nor_random_states(buil
     assert (states[2] == np.random.get_state()[1]).all()
 
 
+def test_a_rehearsal_gives_what_the_strategy_says_and_raises_what_it_raises():
+    assert Messy().rehearse(plain_cnn(), EXAMPLE) == ("messy is slow here.",)
+    assert Freezer().rehearse(Residual(), EXAMPLE) == ()
+    with pytest.raises(ZeroDivisionError, match="in backward"):
+        Failing().rehearse(plain_cnn(), EXAMPLE)
+
+
 def test_fit_refuses_before_the_first_step_and_hands_the_findings_on(data):
     class Watcher:
         steps = 0
@@ -120,6 +134,49 @@ def test_fit_refuses_before_the_first_step_and_hands_the_findings_on(data):
     result = fit(plain_cnn, data, [Picky(), Convolutions()], **OPTIONS)
     assert list(result.preflights) == ["picky", "convolutions"]
     assert result.preflights["convolutions"].covered == ("0", "3")
+
+
+class Asking(Strategy):
+    """Says how often it is asked, and draws numbers meanwhile."""
+
+    name: ClassVar[str] = "asking"
+    asked: ClassVar[list[int]] = []
+    every: int = 1
+
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        torch.rand(3)
+        random.random()
+        self.asked.append(self.every)
+        return Preflight.of(network)
+
+
+@pytest.mark.parametrize("build", [plain_cnn, Residual])
+def test_each_arm_is_asked_once_for_all_seeds_and_trains_as_alone(data, build):
+    Asking.asked.clear()
+    arms = {"plain": (), "one": Asking(), "two": Asking(every=2), "same": Asking()}
+    both = compare(build, data, arms, seeds=[0, 1, 2], **OPTIONS)
+    assert Asking.asked == [1, 2, 1]
+    assert all(both.results["two", seed].preflights.keys() == {"asking"} for seed in (0, 1, 2))
+    alone = fit(build, data, Asking(), seed=2, **OPTIONS)
+    assert Asking.asked == [1, 2, 1, 1]
+    assert same_weights(alone.model, both.results["one", 2].model)
+    assert same_weights(alone.model, both.results["plain", 2].model)
+
+
+def test_another_structure_or_another_frozen_layer_is_asked_about_again(data):
+    widths = iter([4, 4, 8, 8])
+    frozen = iter([False, False, False, True])
+
+    def build() -> nn.Module:
+        width = next(widths)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        network[1].requires_grad_(not next(frozen))
+        return network
+
+    Asking.asked.clear()
+    both = compare(build, data, {"one": Asking()}, seeds=[0, 1, 2, 3], **OPTIONS)
+    assert len(Asking.asked) == 3
+    assert [both.results["one", seed].preflights["asking"].covered for seed in range(4)] == [("1", "3")] * 3 + [("3",)]
 
 
 def test_a_comparison_leaves_the_arm_that_refuses_out(data):

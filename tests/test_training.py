@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers import Freezer, same_weights, slow
 from torch import fx, nn
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from layerlab import LayerlabError, Preflight, Strategy, build_model, compare, evaluate, fit, load_dataset
+from layerlab import (
+    LayerlabError,
+    LayerlabWarning,
+    Preflight,
+    Strategy,
+    build_model,
+    compare,
+    evaluate,
+    fit,
+    load_dataset,
+)
 from layerlab.training.settings import FitSettings, Settings, shortened
 
 QUICK = dict(epochs=2, batch_size=256, progress=False)
@@ -218,3 +231,16 @@ def test_what_gives_batches_as_the_contract_says_is_evaluated_as_a_split_is(digi
 
     model = residual()
     assert evaluate(model, Plain()) == evaluate(model, digits.test)
+
+
+@slow
+@pytest.mark.parametrize(("width", "said"), [(1, 1), (None, 0)])
+def test_a_compiled_run_that_cannot_use_the_processor_s_vectors_says_so_once(digits, width, said):
+    if width is None and not pick_vec_isa():
+        pytest.skip("this processor has no vector instructions that torch.compile uses")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    with torch._inductor.config.patch({"cpp.simdlen": width}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(network, digits, Freezer(), epochs=2, batch_size=512, compile=True, progress=False)
+    ours = [str(each.message) for each in caught if issubclass(each.category, LayerlabWarning)]
+    assert sum("torch.compile finds no vector instructions" in each for each in ours) == said

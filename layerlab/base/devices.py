@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -20,6 +25,18 @@ def set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def kept_random_states(device: torch.device) -> Iterator[None]:
+    """Whatever the block draws, the random states of Python, NumPy, the CPU and `device` are afterwards as before."""
+    outside = random_state(device), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        set_random_state(outside[0], device)
+        random.setstate(outside[1])
+        np.random.set_state(outside[2])
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerlab.base.devices import random_state, set_random_state
+from layerlab.base.devices import kept_random_states
 from layerlab.base.errors import LayerlabWarning
 from layerlab.contract.run import Run
 
@@ -54,22 +52,16 @@ def rehearsal(network: nn.Module, example: Tensor) -> Iterator[tuple[Run, list[s
     """
     model = copy.deepcopy(network)
     images = example if len(example) > 1 else torch.cat((example, example))
-    outside = random_state(images.device), random.getstate(), np.random.get_state()
     said: list[str] = []
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model.eval()
-            with torch.no_grad():
-                classes = model(images).shape[1]
-            model.train()
-            labels = torch.arange(len(images), device=images.device) % classes  # (batch,)
-            yield _run(model, _OneBatch(images, labels)), said
-        said += dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, LayerlabWarning))
-    finally:
-        set_random_state(outside[0], images.device)
-        random.setstate(outside[1])
-        np.random.set_state(outside[2])
+    with kept_random_states(images.device), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.eval()
+        with torch.no_grad():
+            classes = model(images).shape[1]
+        model.train()
+        labels = torch.arange(len(images), device=images.device) % classes  # (batch,)
+        yield _run(model, _OneBatch(images, labels)), said
+    said += dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, LayerlabWarning))
 
 
 def _run(model: nn.Module, data: _OneBatch) -> Run:

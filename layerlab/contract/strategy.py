@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from layerlab.base.devices import kept_random_states
 from layerlab.base.errors import Refused, first_line, sentence
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.rehearsal import rehearsal
@@ -78,7 +79,8 @@ class Strategy(BaseModel):
 
         As it stands it goes through one epoch of one step on copies of the network and of this object, and takes every
         layer that learns for covered. A strategy that acts on some layers alone says so with `Preflight.of`, and does
-        here, on a copy, whatever it does once in a training and may not be able to do.
+        here, on a copy, whatever it does once in a training and may not be able to do. `compare` asks once for each arm
+        and structure of a network, not for each seed: what training needs belongs into the hooks.
 
         Args:
             network: in any mode; it is not changed.
@@ -87,12 +89,40 @@ class Strategy(BaseModel):
         Raises:
             Refused: the method cannot train this network, in one sentence with the remedy.
         """
-        with rehearsal(network, example) as (run, said):
-            copy.deepcopy(self)._rehearse(run)
-        notes = (f"{self.name} does not say on which layers it acts; these are all that learn.", *said)
+        notes = (f"{self.name} does not say on which layers it acts; these are all that learn.",
+                 *self.rehearse(network, example))
         return Preflight.of(network, notes=notes)
 
-    def _rehearse(self, run: Run) -> None:
+    def rehearse(self, network: nn.Module, example: Tensor) -> tuple[str, ...]:
+        """Go through one epoch of one step on copies of the network and of this object, for `preflight`.
+
+        What this strategy cannot do with the network shows here, before any training, as the error that it raises.
+
+        Args:
+            network, example: as `preflight`.
+
+        Returns:
+            The sentences of which it warned on the way, each once.
+
+        Raises:
+            Refused: as the strategy's hooks.
+
+        Example:
+            >>> import torch, warnings
+            >>> from layerlab import LayerlabWarning, Strategy, build_model
+            >>> class Slow(Strategy):
+            ...     name = "slow"
+            ...     def on_epoch_start(self, run):
+            ...         warnings.warn("slow takes its time.", LayerlabWarning, stacklevel=2)
+            >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+            >>> Slow().rehearse(network, torch.zeros(2, 1, 8, 8))
+            ('slow takes its time.',)
+        """
+        with rehearsal(network, example) as (run, said):
+            copy.deepcopy(self)._call_hooks(run)
+        return tuple(said)
+
+    def _call_hooks(self, run: Run) -> None:
         """Every hook once, in the order in which `fit` calls them."""
         if self.defines("on_after_backward"):
             run.after_backward = [self.on_after_backward]
@@ -256,6 +286,8 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
 def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tensor) -> dict[str, Preflight]:
     """What each strategy says of a network before the first step, by its name; each is given a copy.
 
+    Random states are afterwards as before, so that a run draws the same whether or not it asks.
+
     Raises:
         Refused: one of them cannot train it.
     """
@@ -267,5 +299,6 @@ def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tens
             note = f"The network cannot be copied ({first_line(error)}), so nothing was tried."
             found[strategy.name] = Preflight.of(network, notes=(note,))
         else:
-            found[strategy.name] = strategy.preflight(own, example)
+            with kept_random_states(example.device):
+                found[strategy.name] = strategy.preflight(own, example)
     return found

@@ -124,7 +124,18 @@ def pixel_shuffle() -> nn.Module:
     )
 
 
+def weight_normed() -> nn.Module:
+    """Two convolutions and a classifier whose weights are made of a size and a direction in each step."""
+    made = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(
+        made(nn.Conv2d(1, 8, 3, padding=1)), nn.ReLU(), nn.MaxPool2d(2),
+        made(nn.Conv2d(8, 12, 3, padding=1, bias=False)), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), made(nn.Linear(12, CLASSES)),
+    )
+
+
 SHARED: dict[str, Network] = {"relu-thrice": relu_thrice, "block-twice": block_twice}
 TIED: dict[str, Network] = {"tied-linear": tied_linear, "tied-convolutions": tied_convolutions}
-UNUSUAL: dict[str, Network] = {"two-modes": two_modes, "pixel-shuffle": pixel_shuffle}
+UNUSUAL: dict[str, Network] = {"two-modes": two_modes, "pixel-shuffle": pixel_shuffle,
+                               "weight-normed": weight_normed}
 NETWORKS: dict[str, Network] = {"residual": residual_network, "cnn": plain_cnn, "mlp": mlp}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from layerlab.base.errors import LayerlabWarning
 from layerlab.contract.run import Run
 
 TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -54,6 +55,7 @@ class Compiler:
         self._eager = not setting
         self._backend = setting if isinstance(setting, str) else None
         self._warm: set[str] = set()
+        self._said = False
 
     def follow(self, run: Run) -> None:
         """Compile the blocks of `run.training_model` that are not compiled yet."""
@@ -68,6 +70,12 @@ class Compiler:
         if blocks == self.blocks:
             return
         self.release()
+        if blocks and not self._said and self._backend in (None, "inductor") and not _vectorises(run.device):
+            self._said = True
+            warnings.warn(
+                "torch.compile finds no vector instructions on this processor that it can use (AVX2, AVX-512, NEON, "
+                "SVE, …), and its code may be several times slower than the eager network's here; set compile=False, "
+                "or train on another machine.", LayerlabWarning, stacklevel=2)
         for block in blocks:
             block.compile(**self._options(block))
         self.blocks = blocks
@@ -96,3 +104,13 @@ class Compiler:
             # One graph a pattern of frozen layers, in training and in evaluation.
             options["recompile_limit"] = 2 * len(list(block.modules())) + 8
         return options
+
+
+def _vectorises(device: torch.device) -> bool:
+    """Whether inductor's code for a device uses vector instructions; on a CPU it compiles a line of C++ to find out."""
+    if device.type != "cpu":
+        return True
+    # Imported here: it takes seconds, and compiling imports it anyway.
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return bool(pick_vec_isa())

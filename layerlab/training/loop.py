@@ -15,8 +15,9 @@ from torch import Tensor
 from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged
 from layerlab.contract.run import Batches
-from layerlab.contract.strategy import Strategy, check_composition, preflights
+from layerlab.contract.strategy import Strategy, check_composition
 from layerlab.show.progress import first_process
+from layerlab.training.asked import Asked
 from layerlab.training.checkpoint import Checkpoint, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.evaluation import evaluate
@@ -67,7 +68,7 @@ class Fit:
     Making it seeds the run, builds or copies the model, lets the strategies adapt it and, if the checkpoint's folder
     holds a state of the same fit, goes back to the end of its last finished epoch.
 
-    Args: as `fit`.
+    Args: as `fit`, and `asked`, the pre-flights that other runs of the same comparison asked for.
 
     Example:
         >>> from layerlab import Fit, build_model, load_dataset
@@ -90,6 +91,7 @@ class Fit:
         loss: Loss | None = None,
         checkpoint: str | Path | None = None,
         observers: Sequence[Observer] = (),
+        asked: Asked | None = None,
         **settings: Unpack[FitSettings],
     ) -> None:
         self.settings = checked_settings(settings)
@@ -109,15 +111,15 @@ class Fit:
         self._announced = False
         with self._turn.taken():
             self.run = start(model, self.data, self.strategies, self.settings, seed, loss)
-            state = self._prepare(Path(checkpoint) if checkpoint is not None else None)
+            state = self._prepare(Path(checkpoint) if checkpoint is not None else None, asked or Asked())
         if state is not None:
             self._turn.random = [part.cpu() for part in state["rng"]]
 
-    def _prepare(self, folder: Path | None) -> dict[str, Any] | None:
+    def _prepare(self, folder: Path | None, asked: Asked) -> dict[str, Any] | None:
         """Let the strategies adapt the run and, where its folder holds a state, go on from it, which is returned."""
         self.run.folder = folder
         self.fingerprint = fingerprint(self.run, self.data, self.strategies, self.settings, self.seed)
-        self.run.preflights = preflights(self.strategies, self.run.model, self.run.example)
+        self.run.preflights = asked.of(self.name, self.strategies, self.run)
         self._call("on_fit_start")
         self.checkpoint = Checkpoint(folder, self.fingerprint) if folder is not None else None
         state = self.checkpoint.load(self.device) if self.checkpoint else None

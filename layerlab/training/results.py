@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +142,30 @@ class FitResult:
             if row[metric] >= level:
                 return seconds
         return math.inf
+
+    def within(
+        self, budget: float, costs: Sequence[str] = ("cost/forward_flops", "cost/backward_flops"),
+        metric: str = "test/top1",
+    ) -> float:
+        """`metric` once so much is spent, interpolated between epochs' ends and from 0 at the start.
+
+        Args:
+            budget: what the `costs` add up to; the last epoch's value from the whole run's cost on.
+            costs: names of metrics that count, each one epoch's; an epoch without one of them does not spend it.
+            metric: the name of what is reached.
+
+        Example:
+            >>> result = both.results["plain", 0]
+            >>> result.within(result.total("time/epoch_seconds"), ["time/epoch_seconds"]) == result.final["test/top1"]
+            True
+        """
+        spent, last = 0.0, 0.0
+        for row in self.history:
+            cost = math.fsum(row.get(name, 0.0) for name in costs)
+            if spent + cost > budget:
+                return last + (row[metric] - last) * (budget - spent) / cost
+            spent, last = spent + cost, row[metric]
+        return last
 
     @property
     def layer_maps(self) -> dict[str, LayerMap]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from layerlab.base.errors import reason
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
+from layerlab.training.asked import Asked
 from layerlab.training.loop import Fit, Observer
 from layerlab.training.results import FitResult
 from layerlab.training.settings import Settings
@@ -57,6 +58,7 @@ class Rounds:
         self.results: dict[tuple[str, int], FitResult] = {}
         self.failures: dict[str, str] = {}
         self._fits: list[Fit] = []
+        self._asked = Asked()
 
     def __enter__(self) -> Rounds:
         return self
@@ -116,7 +118,7 @@ class Rounds:
         fit = Fit(
             arm.network, self.data, [copy.deepcopy(strategy) for strategy in arm.strategies], seed=seed, name=arm.name,
             loss=self.loss, checkpoint=self.folder.of(arm.name, seed), observers=self.observers,
-            **arm.settings.keywords(),
+            asked=self._asked, **arm.settings.keywords(),
         )
         self.progress.total += fit.run.epochs
         return fit

@@ -150,7 +150,7 @@ def alpha_table(comparison: Comparison) -> pd.DataFrame:
     for arm in comparison.arms:
         results = comparison.of(arm)
         later = [row["lars-skip/skipped_layers"] > 0 for result in results for row in result.history[1:]]
-        equal = [accuracy_within(result, budget) for result, budget in zip(results, budgets, strict=True)]
+        equal = [result.within(budget, FLOPS) for result, budget in zip(results, budgets, strict=True)]
         rows.append({
             "α": float(arm.removeprefix("α = ")),
             "epochs that skip": sum(later) / len(later) if later else math.nan,
@@ -210,7 +210,7 @@ def at_equal_cost(runs: Mapping[str, Comparison], baseline: str, arm: str) -> pd
             budgets = [_spent(result, costs) for result in comparison.of(arm)]
             for method in (baseline, arm):
                 # A hair more than the sum, so that rounding does not cut the last epoch.
-                values = [accuracy_within(result, budget * (1 + 1e-9), costs)
+                values = [result.within(budget * (1 + 1e-9), costs)
                           for result, budget in zip(comparison.of(method), budgets, strict=True)]
                 row[method], row[f"{method} ±"] = Estimate(tuple(values)).interval
             rows.append(row)
@@ -256,17 +256,6 @@ def sweep_arms(alphas: Sequence[float]) -> dict[str, Strategy | tuple[()]]:
     return arms
 
 
-def accuracy_within(result: FitResult, budget: float, costs: Sequence[str] = FLOPS, metric: str = "test/top1") -> float:
-    """Accuracy once `budget` of what `costs` add up to is spent, interpolated between epochs' ends; 0 at the start."""
-    spent, last = 0.0, 0.0
-    for row in result.history:
-        cost = math.fsum(row[name] for name in costs)
-        if spent + cost > budget:
-            return last + (row[metric] - last) * (budget - spent) / cost
-        spent, last = spent + cost, row[metric]
-    return last
-
-
 def sweep_table(comparison: Comparison, title: str) -> pd.DataFrame:
     """The sweep on one dataset and network: final top-1, FLOPs relative to full learning, and top-1 at
     equal FLOPs (those that the cheapest arm spends in all), means over seeds with half-widths of 95 % intervals."""
@@ -279,7 +268,7 @@ def sweep_table(comparison: Comparison, title: str) -> pd.DataFrame:
             result, full = comparison.results[arm, seed], comparison.results[baseline, seed]
             parts["top-1"].append(result.final["test/top1"])
             parts["FLOPs"].append(_spent(result, FLOPS) / _spent(full, FLOPS))
-            parts["top-1 at equal FLOPs"].append(accuracy_within(result, budget))
+            parts["top-1 at equal FLOPs"].append(result.within(budget, FLOPS))
         for name, values in parts.items():
             row[name], row[f"{name} ±"] = Estimate(tuple(values)).interval
         rows.append(row)

@@ -386,7 +386,7 @@ def test_composers_linear_freezing_at_a_given_cost():
 
 def test_accuracy_within_a_budget():
     result = _result([0.2, 0.4, 0.6], 1.0)
-    assert [analysis.accuracy_within(result, flops) for flops in (0, 1, 2, 3, 6, 9)] == pytest.approx(
+    assert [result.within(flops, analysis.FLOPS) for flops in (0, 1, 2, 3, 6, 9)] == pytest.approx(
         [0, 0.1, 0.2, 0.3, 0.6, 0.6])
 
 

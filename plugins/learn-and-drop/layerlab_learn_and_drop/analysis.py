@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,12 +25,71 @@ PUBLISHED = {"vgg11_bn": 17.83, "resnet152": 83.74}
 CLAIMS = {"vgg11_bn": "flops-vgg11", "resnet152": "flops-resnet152"}
 # Points of top-1 that count as no loss, and the ratios that are aimed at, by family of networks.
 MARGIN = 0.5
+# What training costs, features included.
+ALL_FLOPS = ("cost/forward_flops", "cost/backward_flops", f"{NAME}/feature_flops")
 TARGETS = {"resnet": 2.0, "vgg": 1.3}
 
 
 def arms(strategy: LearnAndDrop) -> dict[str, Any]:
     """Plain training, Learn&Drop, and freezing the same layers in the same epochs."""
     return {PLAIN: (), DROPPED: strategy, FROZEN: strategy.same_layers_frozen()}
+
+
+def threshold_arms(strategy: LearnAndDrop, tried: Mapping[str, Sequence[Any]]) -> dict[str, LearnAndDrop]:
+    """The strategy with every combination of some settings' values, for `threshold_table`.
+
+    Args:
+        strategy: has the other settings.
+        tried: setting → values, such as `{"settled": [0.5, 0.9], "flat": [0.25]}`.
+    """
+    arms = {}
+    for values in itertools.product(*tried.values()):
+        changed = dict(zip(tried, values, strict=True))
+        name = ", ".join(f"{setting} {value}" for setting, value in changed.items())
+        arms[name] = LearnAndDrop(**strategy.model_dump() | changed)
+    return arms
+
+
+def threshold_table(comparison: Comparison, tried: Sequence[str]) -> pd.DataFrame:
+    """Which thresholds and score to take, from runs on held-out training images.
+
+    Of those that drop something, the ones with the best top-1 once as many FLOPs are spent as the cheapest run took in
+    all, features included; of equals the ones that save most. Where none drops anything, of all.
+
+    Args:
+        comparison: the runs of `threshold_arms` on `Dataset.held_out`.
+        tried: names of the settings.
+
+    Returns:
+        A row a combination: the settings, `forward FLOPs saved` (per cent), `top-1` and `top-1 at equal FLOPs` (means
+        over seeds, shares), `chosen`.
+    """
+    spent = {key: sum(map(result.total, ALL_FLOPS)) for key, result in comparison.results.items()}
+    budgets = [min(spent[arm, seed] for arm in comparison.given.arms) for seed in comparison.seeds]
+    rows = []
+    for arm in comparison.given.arms:
+        results = comparison.of(arm)
+        (strategy,) = results[0].strategies
+        equal = [result.within(budget, ALL_FLOPS) for result, budget in zip(results, budgets, strict=True)]
+        rows.append({
+            **{setting: getattr(strategy, setting) for setting in tried},
+            "forward FLOPs saved": Estimate(tuple(map(flop_reduction_alone, results))).mean,
+            "top-1": comparison.estimate(lambda result: result.final["test/top1"], arm).mean,
+            "top-1 at equal FLOPs": Estimate(tuple(equal)).mean,
+        })
+    table = pd.DataFrame(rows)
+    dropping = table[table["forward FLOPs saved"] > 0]
+    candidates = dropping if len(dropping) else table
+    order = candidates.sort_values(["top-1 at equal FLOPs", "forward FLOPs saved"], ascending=False, kind="stable")
+    return table.assign(chosen=table.index == order.index[0])
+
+
+def chosen_arm(table: pd.DataFrame, tried: Sequence[str], strategy: LearnAndDrop) -> dict[str, LearnAndDrop]:
+    """The strategy with what `threshold_table` chose, by its arm's name; empty where that is the strategy itself."""
+    row = table[table["chosen"]].iloc[0]
+    chosen = LearnAndDrop(**strategy.model_dump() | {setting: row[setting] for setting in tried})
+    name = ", ".join(f"{setting} {row[setting]}" for setting in tried)
+    return {} if chosen.model_dump() == strategy.model_dump() else {f"{DROPPED}, {name}": chosen}
 
 
 def storage_arms(strategy: LearnAndDrop) -> dict[str, Any]:

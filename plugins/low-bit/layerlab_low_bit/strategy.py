@@ -7,10 +7,9 @@ Management", DATE 2021, and patent US 11551087.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -19,12 +18,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from layerlab import LayerMap, Preflight, Refused, Run, Strategy
-from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
+from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded, Parameters
+from layerlab_low_bit.method.coverage import coverage
 from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
-from layerlab_low_bit.method.products import Units, find_units
+from layerlab_low_bit.method.products import Units, find_units, warn_without_units
 from layerlab_low_bit.method.store import Steering, Store
 
 Rounding = Literal["nearest", "stochastic"]
+Kind = TypeVar("Kind", bound=Arithmetic)
 
 
 class LowBit(Strategy):
@@ -84,22 +85,17 @@ class LowBit(Strategy):
         return value
 
     def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
-        """Which layers multiply in fixed point, found by one pass through a copy.
+        """Which layers multiply in fixed point, found by one step and one more pass on copies.
 
         Args:
             network: the user's.
             example: images as it takes them, (batch, channels, height, width).
+
+        Raises:
+            Refused: as `on_fit_start`.
         """
-        tried = super().preflight(network, example)
-        copied = copy.deepcopy(network)
-        arithmetic = self._arithmetic_of(copied.named_parameters, example.device)
-        with arithmetic, torch.enable_grad():
-            copied(example)
-        store = arithmetic.store
-        weights = [name for name, kind in zip(store.names, store.kinds, strict=True) if kind == "weight"]
-        layers = [name.rpartition(".")[0] for name in weights if "#" not in name]
-        # The first note says that nothing is known of the layers, which is said here.
-        return Preflight.of(network, layers, otherwise="its numbers stay float32", notes=tried.notes[1:])
+        said = self.rehearse(network, example)
+        return coverage(network, example, self._arithmetic_of, self.bits if self.store_activations else None, said)
 
     def on_fit_start(self, run: Run) -> None:
         """Put fixed point in the place of autocast.
@@ -113,22 +109,24 @@ class LowBit(Strategy):
             )
         if self.units == "fp8" and max(self.bits, self.gradient_bits or 0) > 5:
             raise Refused("low-bit: units='fp8' hold codes of up to 5 bits exactly; set bits=5, or units='int8'.")
+        if self.units in ("int8", "fp8"):
+            warn_without_units(self.units, run.device, "leave units at 'auto'")
         arithmetic = self._arithmetic_of(
-            lambda: (*run.training_model.named_parameters(), *run.model.named_parameters()), run.device)
+            lambda: (*run.training_model.named_parameters(), *run.model.named_parameters()), run.device, Arithmetic)
         self._arithmetic, self._store = arithmetic, arithmetic.store
         run.autocast = lambda: arithmetic
         run.wire = self._wire = GradientWire(arithmetic, self.gradient_rounding == "stochastic")
 
     def _arithmetic_of(
-        self, parameters: Callable[[], Iterable[tuple[str, Tensor]]], device: torch.device
-    ) -> Arithmetic:
-        """Fixed point with these settings and an empty store, for networks with these parameters."""
+        self, parameters: Parameters, device: torch.device, kind: type[Kind]
+    ) -> Kind:
+        """Fixed point of a kind with these settings and an empty store, for networks with these parameters."""
         errors = self.gradient_bits or self.bits
         widths = {"activation": self.bits, "weight": self.bits, "error": errors, "gradient": errors,
                   "master": self.master_bits}
         store = Store(
             widths, self.steering, self.saturation, self.underflow, self.headroom, self.history, device)
-        return Arithmetic(
+        return kind(
             store, parameters, (self.rounding == "stochastic", self.gradient_rounding == "stochastic"),
             self.store_activations, find_units(self.units, device),
             {"auto": None, "exact": True, "float32": False}[self.accumulation],

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerlab import Dataset, fit, load_dataset
+from layerlab import Dataset, LayerlabWarning, fit, load_dataset
 from layerlab_low_bit import LowBit
 from layerlab_low_bit.method.attention import attention
+from layerlab_low_bit.method.peers import Bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,9 +123,33 @@ class Volume(nn.Module):
         return self.last(self.deep(x[:, :, None]).mean((2, 3, 4)))
 
 
+def normed() -> nn.Module:
+    """Weights that are made of others in each step, with and without a bias, and a batch norm."""
+    made = nn.utils.parametrizations.weight_norm
+    return nn.Sequential(made(nn.Conv2d(1, 4, 3, bias=False)), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         made(nn.Linear(144, 12)), nn.Linear(12, 10))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, of which an embedding only looks things up in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.table = nn.Embedding(64, 64)
+        self.second.weight = self.table.weight = self.first.weight
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(x.flatten(1))))
+        return self.last(x + self.table(torch.zeros(len(x), dtype=torch.int64)))
+
+
 @pytest.mark.parametrize(
     ("network", "covered", "left_out"),
-    [(Volume, {"last"}, {"deep"}), (Waves, {"down", "mix", "up", "last"}, set()),
+    [(normed, {"0.parametrizations.weight", "4", "4.parametrizations.weight", "5"}, {"1"}),
+     (Tied, {"first", "second", "last"}, {"table"}), (Volume, {"last"}, {"deep"}),
+     (Waves, {"down", "mix", "up", "last"}, set()),
      (Rows, {"embed", "encoder.self_attn", "read", "last"}, {"encoder.norm1", "encoder.norm2"})],
 )
 def test_the_pre_flight_names_what_stays_in_floats(data, network, covered, left_out):
@@ -132,3 +157,26 @@ def test_the_pre_flight_names_what_stays_in_floats(data, network, covered, left_
     assert covered <= set(found.covered)
     assert left_out <= found.left_out.keys()
     assert not left_out & set(found.covered)
+
+
+@pytest.mark.parametrize(("network", "norm"), [(normed, "1"), (Rows, "encoder.norm1")])
+def test_the_pre_flight_says_what_is_kept_in_few_bits_and_what_is_made_anew(data, network, norm):
+    example = next(data.test.batches(2))[0]
+    found = LowBit(bits=6).preflight(network(), example)
+    assert found.left_out[norm] == "it computes in float32, and keeps 6 bits for backward"
+    assert LowBit(store_activations=False).preflight(network(), example).left_out[norm] == "its numbers stay float32"
+    made = [note for note in found.notes if "made anew in each step" in note]
+    assert [note.partition(" are")[0] for note in made] == (["The weights of 0, 4"] if network is normed else [])
+
+
+@pytest.mark.parametrize(("strategy", "form", "instructions"), [
+    (LowBit(bits=5, units="fp8"), "fp8", ()), (LowBit(units="int8"), "int8", ("avx_vnni", "avx512_vnni", "amx_int8")),
+    (Bfloat16(), "bfloat16", ("avx512_bf16", "amx_bf16", "bf16"))])
+def test_a_format_without_instructions_is_warned_of_and_one_with_them_is_not(
+    data, strategy, form, instructions, recwarn
+):
+    fit(Waves, data, strategy, epochs=1, batch_size=64, progress=False, measure=False)
+    said = [str(each.message) for each in recwarn if issubclass(each.category, LayerlabWarning)]
+    there = any(torch.cpu.get_capabilities().get(name) for name in instructions)
+    assert [each.partition(",")[0] for each in said] == (
+        [] if there else [f"This cpu has no instructions for {form}"])

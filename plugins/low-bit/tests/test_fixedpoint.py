@@ -10,7 +10,7 @@ from torch.nn import functional
 from layerlab import LayerlabError
 from layerlab_low_bit import decode, encode, msb_histogram
 from layerlab_low_bit.method.fixedpoint import BIAS
-from layerlab_low_bit.method.products import Geometry, Product, matrix_product
+from layerlab_low_bit.method.products import PIECE, Geometry, Product, matrix_product
 from layerlab_low_bit.method.store import Store, choose, rates
 
 KINDS = {kind: 8 for kind in ("activation", "weight", "error", "gradient", "master")}
@@ -231,6 +231,28 @@ def test_every_layers_products_are_the_integers(name, units):
     for mine, exact in zip(got, integer_products(dy, x, w, geometry), strict=True):
         assert mine.dtype == torch.float32
         assert torch.equal(mine, exact.float())
+
+
+@pytest.mark.parametrize("units", ["int8", "emulated"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["large", "grouped"])
+def test_images_taken_in_pieces_give_the_same_integers_in_the_same_order(name, order, units):
+    torch.manual_seed(4)
+    groups, kernel = (1, 3) if name == "large" else (4, 5)
+    geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
+    x = torch.randint(-127, 128, (20, 16, 40, 40), dtype=torch.int8).contiguous(memory_format=order)
+    w = torch.randint(-127, 128, (24, 16 // groups, kernel, kernel), dtype=torch.int8)
+    dy = torch.randint(-127, 128, (20, 24, 40, 40), dtype=torch.int8).contiguous(memory_format=order)
+    assert x.nelement() * w[0].numel() > 2 * PIECE
+    product = Product(geometry, units, exact=True)
+    wide = [part.double().requires_grad_() for part in (x, w)]
+    y = functional.conv2d(*wide, None, 1, kernel // 2, 1, groups)
+    dx, dw = torch.autograd.grad(y, wide, dy.double())
+    got = product.forward(x, w)
+    assert torch.equal(got.double(), y)
+    assert torch.equal(product.input_gradient(dy, w, x.shape).double(), dx)
+    assert torch.equal(product.weight_gradient(dy, x, w.shape), dw.float())
+    assert got.is_contiguous(memory_format=order)
 
 
 @pytest.mark.parametrize("units", ["int8", "emulated"])

@@ -57,7 +57,7 @@ class MemoryReorder(Strategy):
             Refused: a step on a copy fails.
         """
         try:
-            super().preflight(network, example)
+            self.rehearse(network, example)
         except (LayerlabError, RuntimeError) as error:
             raise Refused(f"memory-reorder cannot train {type(network).__name__}: a step on a copy failed "
                           f"({first_line(error)}); use a network that computes the same in training as in evaluation, "

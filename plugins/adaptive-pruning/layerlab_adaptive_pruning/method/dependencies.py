@@ -17,6 +17,14 @@ from torch_pruning.pruner.function import BasePruningFunc
 
 from layerlab import LayerlabError, Refused, Replaced, first_line
 from layerlab_adaptive_pruning.method.constants import add_bias
+from layerlab_adaptive_pruning.method.groups import (
+    Candidate,
+    Grouped,
+    GroupedPruner,
+    balance,
+    called_grouped,
+    in_groups,
+)
 from layerlab_adaptive_pruning.method.structure import Select, edit, frozen_by_user, layer, name_of, source
 
 
@@ -62,8 +70,15 @@ def refused_in_a_sentence(network: nn.Module) -> Iterator[None]:
                       "use another network.") from None
 
 
-def dependencies(network: nn.Module, example: Tensor) -> torch_pruning.DependencyGraph:
+def dependencies(
+    network: nn.Module, example: Tensor, pruners: Mapping[type[nn.Module], BasePruningFunc]
+) -> torch_pruning.DependencyGraph:
     """torch-pruning's graph of a network, in whatever mode and with whatever frozen.
+
+    Args:
+        network: the network.
+        example: images, (batch, channels, height, width).
+        pruners: class of a layer → how it is cut, where torch-pruning does not know.
 
     Raises:
         Refused: the library cannot follow the network, with its reason.
@@ -76,7 +91,7 @@ def dependencies(network: nn.Module, example: Tensor) -> torch_pruning.Dependenc
         with refused_in_a_sentence(network), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch_pruning.DependencyGraph().build_dependency(
-                network, example[:2], customized_pruners={Select: _SelectPruner()}, verbose=False
+                network, example[:2], customized_pruners=dict(pruners), verbose=False
             )
     finally:
         for parameter in frozen:
@@ -96,17 +111,34 @@ def cut(network: fx.GraphModule, example: Tensor, values: Mapping[str, Tensor], 
         replaced: gets the layers that get a bias.
         inside_only: leave the channels of sums and concatenations.
     """
-    present = {str(n.target): n for n in network.graph.nodes if n.op == "call_module"}
-    graph = dependencies(network, example)
-    nodes = {network.get_submodule(path): n for path, n in present.items()}
-    roots = [module for module, n in nodes.items()
-             if (isinstance(module, nn.Conv2d) and module.groups == 1)
-             or (isinstance(module, _BatchNorm) and isinstance(layer(network, source(n)), Select))]
-    done: set[nn.Module] = set()
+    grouped = GroupedPruner()
+    with called_grouped(network):
+        graph = dependencies(network, example, {Select: _SelectPruner(), Grouped: grouped})
+        present = {str(n.target): n for n in network.graph.nodes if n.op == "call_module"}
+        nodes = {network.get_submodule(path): n for path, n in present.items()}
+        candidates = list(_candidates(network, graph, nodes, values, inside_only))
+        balance(candidates)
+        for each in candidates:
+            for reader, channels, of_set in each.readers:
+                gone = [channel for channel, place in zip(channels, of_set, strict=True) if each.constant[place]]
+                if gone:
+                    _fold(network, nodes[reader], gone, values, replaced)
+        for each in candidates:
+            gone = each.constant.nonzero().flatten().tolist()
+            if gone:
+                graph.get_pruning_group(each.root, each.handler, gone).prune(record_history=False)
+        grouped.finish(replaced)
+
+
+def _candidates(
+    network: fx.GraphModule, graph: Any, nodes: Mapping[nn.Module, fx.Node], values: Mapping[str, Tensor],
+    inside_only: bool,
+) -> Iterator[Candidate]:
+    """Each set of coupled channels, some of which every reader reads as constants."""
     frozen = frozen_by_user(network)
-    plan: list[tuple[nn.Conv2d | _BatchNorm, Any, list[int]]] = []
-    for root in roots:
-        if root in done or root not in graph.module2node:
+    done: set[nn.Module] = set()
+    for root, node in nodes.items():
+        if root in done or root not in graph.module2node or not _is_root(network, root, node):
             continue
         handler = graph.get_pruner_of_module(root).prune_out_channels
         group = graph.get_pruning_group(root, handler, list(range(graph.get_out_channels(root))))
@@ -116,14 +148,23 @@ def cut(network: fx.GraphModule, example: Tensor, values: Mapping[str, Tensor], 
             continue
         if any(item.dep.target.module in frozen for item in group):
             continue
-        removable, folds = _removable(graph, group, nodes, values)
-        if not removable:
-            continue
-        for reader, channels in folds:
-            _fold(network, nodes[reader], channels, values, replaced)
-        plan.append((root, handler, removable))
-    for root, handler, channels in plan:
-        graph.get_pruning_group(root, handler, channels).prune(record_history=False)
+        found = _removable(graph, Candidate(root, handler, *_empty(group)), group, nodes, values)
+        if found is not None:
+            yield found
+
+
+def _is_root(network: fx.GraphModule, module: nn.Module, node: fx.Node) -> bool:
+    """Whether a set of channels begins at a layer: a convolution, or a batch norm that selects what it reads."""
+    if isinstance(module, nn.Conv2d):
+        # One with a single output in each group keeps them, and torch-pruning would take it for a depthwise one.
+        return module.groups == 1 or (in_groups(module) and module.groups != module.out_channels)
+    return isinstance(module, _BatchNorm) and isinstance(layer(network, source(node)), Select)
+
+
+def _empty(group: Any) -> tuple[Tensor, Tensor]:
+    """(constant, strength) of a set's channels before anything is known: all, none; (channels,) each."""
+    count = len(group[0].idxs)
+    return torch.ones(count, dtype=torch.bool), torch.zeros(count)
 
 
 def _gives(graph: Any, dep: Any) -> bool:
@@ -138,16 +179,14 @@ def _is_trunk(graph: Any, group: Any) -> bool:
     selected = any(isinstance(item.dep.target.module, Select)
                    and item.dep.handler == graph.get_pruner_of_module(item.dep.target.module).prune_in_channels
                    for item in group)
-    return selected or sum(module.groups == 1 for module in writers) > 1
+    return selected or sum(module.groups == 1 or in_groups(module) for module in writers) > 1
 
 
 def _removable(
-    graph: Any, group: Any, nodes: Mapping[nn.Module, fx.Node], values: Mapping[str, Tensor]
-) -> tuple[list[int], list[tuple[nn.Module, list[int]]]]:
-    """Which of a group's channels can go, and for each layer that reads them which of its inputs that are."""
-    constant = torch.ones(len(group[0].idxs), dtype=torch.bool)
-    strength = torch.zeros(len(constant))
-    readers: list[tuple[nn.Module, list[int], list[int]]] = []
+    graph: Any, candidate: Candidate, group: Any, nodes: Mapping[nn.Module, fx.Node], values: Mapping[str, Tensor]
+) -> Candidate | None:
+    """The candidate with what can go of the group, and who reads it; None if nothing can."""
+    constant, strength, readers = candidate.constant, candidate.strength, candidate.readers
     read = False
     for item in group:
         module, idxs, roots = item.dep.target.module, item.idxs, item.root_idxs
@@ -157,12 +196,13 @@ def _removable(
                 chosen = torch.isin(torch.tensor(idxs), module.index.cpu())
                 constant[torch.tensor(roots)[chosen]] = False
         elif isinstance(module, nn.Conv2d):
-            if module.groups > 1 and module.groups != module.in_channels:
-                return [], []
-            if module.groups == 1 and not _gives(graph, item.dep):
+            gives = _gives(graph, item.dep)
+            if gives and max(idxs) >= module.out_channels:
+                return None
+            if not gives:
                 readers.append((module, idxs, roots))
-            elif max(idxs) >= module.out_channels:
-                return [], []
+            if in_groups(module):
+                candidate.demands.append((module, "outputs" if gives else "inputs", idxs, roots))
         elif isinstance(module, nn.Linear):
             readers.append((module, idxs, roots))
         elif isinstance(module, _BatchNorm):
@@ -171,31 +211,31 @@ def _removable(
             not isinstance(module, nn.PReLU) and next(module.parameters(), None) is not None
         ):
             # What leaves the network keeps its width; so does what has weights of another kind.
-            return [], []
+            return None
     for module, idxs, roots in readers:
         read = True
         varies = values[source(nodes[module]).name].isnan().cpu()[idxs]
         constant[torch.tensor(roots)[varies]] = False
     if not read or not constant.any():
-        return [], []
+        return None
     if constant.all():
         # A convolution without outputs is no convolution.
         constant[strength.argmax()] = False
-    gone = {int(each) for each in constant.nonzero()}
-    folds = [(module, [index for index, root in zip(idxs, roots, strict=True) if root in gone])
-             for module, idxs, roots in readers]
-    return sorted(gone), [(module, channels) for module, channels in folds if channels]
+    return candidate
 
 
 def _fold(network: fx.GraphModule, at: fx.Node, channels: list[int], values: Mapping[str, Tensor],
           replaced: list[Replaced]) -> None:
     """Add what constant inputs make of a layer's output to what follows it."""
     module: Any = layer(network, at)
-    constant = values[source(at).name][channels]
+    constant = torch.zeros_like(values[source(at).name])
+    constant[channels] = values[source(at).name][channels]
     if not constant.any():
         return
-    weight = module.weight[:, channels]
-    moved = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ constant
+    weight = module.weight.flatten(2).sum(2) if module.weight.dim() > 2 else module.weight
+    groups = getattr(module, "groups", 1)
+    # (groups, outputs of a group, inputs of a group) @ (groups, inputs of a group, 1)
+    moved = (weight.view(groups, -1, weight.shape[1]) @ constant.view(groups, -1, 1)).flatten()
     follower = layer(network, next(iter(at.users)))
     settles = isinstance(follower, _BatchNorm) and follower.track_running_stats and len(at.users) == 1
     if module.bias is None and settles and follower not in frozen_by_user(network):

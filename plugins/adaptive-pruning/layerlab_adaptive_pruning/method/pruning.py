@@ -27,6 +27,7 @@ from layerlab import (
     first_line,
     measure,
 )
+from layerlab_adaptive_pruning.method.groups import in_groups
 from layerlab_adaptive_pruning.method.structure import name_of, rebuild, structure, trace
 from layerlab_adaptive_pruning.method.surgery import scales
 
@@ -120,11 +121,14 @@ class Pruning(Strategy):
         least = self._rehearsed(traced, example, {path: list(range(1, size)) for path, size in sizes.items()})
         before, after = _shapes(traced), _shapes(part)
         touched = [path for path, shapes in before.items() if after.get(path) != shapes]
-        grouped = [path for path, module in traced.named_modules()
-                   if isinstance(module, nn.Conv2d) and 1 < module.groups < module.in_channels]
-        notes = [f"Convolutions in groups keep their channels, dead or not: {_few(grouped)}."] if grouped else []
+        grouped = [path for path, module in traced.named_modules() if in_groups(module)]
+        notes = []
+        if grouped:
+            notes.append(f"Convolutions in groups ({_few(grouped)}) lose as many channels in every group: a dead one "
+                         "stays where another group has none left to lose.")
         return Preflight.of(
-            network, touched, {path: "a convolution in groups keeps its channels" for path in grouped},
+            network, touched, {path: "a convolution in groups with too few channels in each" for path in grouped
+                               if path not in touched},
             otherwise="what writes or reads it keeps its width", notes=notes,
             saves={"parameters": 1 - count(least) / count(network)})
 
@@ -249,7 +253,8 @@ class Pruning(Strategy):
             missed = f", and pruning any less leaves {above:.1%}" if math.isfinite(above) else ""
             counted = "channels" if goal == "ratio" else goal
             warnings.warn(f"{wanted} allows {limit:.1%} of the first network's {counted}; {reached:.1%} are left"
-                          f"{missed}, because whole layers go at one step.", LayerlabWarning, stacklevel=2)
+                          f"{missed}, because whole layers, or a channel of every "
+                          "group, go at one step.", LayerlabWarning, stacklevel=2)
         return level
 
     def limit(self, target: Target) -> tuple[str, float]:

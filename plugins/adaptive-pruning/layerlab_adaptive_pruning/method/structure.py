@@ -100,7 +100,8 @@ def trace(network: nn.Module) -> fx.GraphModule:
                 in_place.add(str(node.target))
             if next(module.parameters(), None) is not None:
                 if node.target in seen:
-                    raise Refused(f"{name} cannot be pruned: its layer {node.target} is called twice.")
+                    raise Refused(f"{name} cannot be pruned: its layer {node.target} is called twice, and a channel "
+                                  "that is dead in one call may live in the other; give each call a layer of its own.")
                 seen.add(str(node.target))
         elif node.op == "call_function":
             node.target = _IN_PLACE.get(node.target, node.target)

@@ -35,6 +35,10 @@ SMALLEST = 1024
 """Elements below which a tensor kept for backward stays as it is."""
 
 
+Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Gives the (name, parameter) pairs of the networks that may run."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Codes and the value of their lowest bit, 2**exponent."""
@@ -67,7 +71,7 @@ class Arithmetic(TorchFunctionMode):
     """
 
     def __init__(
-        self, store: Store, parameters: Callable[[], Iterable[tuple[str, Tensor]]], stochastic: tuple[bool, bool],
+        self, store: Store, parameters: Parameters, stochastic: tuple[bool, bool],
         store_activations: bool, units: Units, exact: bool | None,
     ) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class Arithmetic(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])  # (rows, inputs)
-        y = self._apply(x, weight, weight, bias, None)
+        y = self.multiply(x, weight, weight, bias, None)
         return y if input.dim() == 2 else y.reshape(*input.shape[:-1], -1)
 
     def _convolution(
@@ -146,7 +150,7 @@ class Arithmetic(TorchFunctionMode):
             x = functional.pad(x, (spread[1] // 2, -(-spread[1] // 2), spread[0] // 2, -(-spread[0] // 2)))
         padding = (0, 0) if isinstance(padding, str) else _pair(padding, dims, 0)
         added = _pair(output_padding, dims, 0)
-        y = self._apply(x, w, weight, bias, Geometry(stride, padding, dilation, groups, transposed, added))
+        y = self.multiply(x, w, weight, bias, Geometry(stride, padding, dilation, groups, transposed, added))
         return y.squeeze(2) if dims == 1 else y
 
     def _transposed(
@@ -161,10 +165,10 @@ class Arithmetic(TorchFunctionMode):
         settings = inspect.signature(functional.multi_head_attention_forward).bind(query, key, value, *args, **kwargs)
         return attention(self._linear, **settings.arguments)
 
-    def _apply(
+    def multiply(
         self, x: Tensor, weight: Tensor, parameter: Tensor, bias: Tensor | None, geometry: Geometry | None
     ) -> Tensor:
-        """The layer whose weight is `weight`, a view of `parameter`, by which it is named."""
+        """A layer's output; its weight is `weight`, a view of `parameter`, by which it is named."""
         name = self._name(parameter)
         self._layer = self._numbered(name.removesuffix(".weight"))
         self._learning = torch.is_grad_enabled()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from layerlab import Refused, Run, Strategy
+from layerlab_low_bit.method.products import warn_without_units
 
 Build = Callable[[], nn.Module]
 
@@ -21,7 +22,8 @@ class Bfloat16(Strategy):
     name: ClassVar[str] = "bfloat16"
 
     def on_fit_start(self, run: Run) -> None:
-        """Forward and loss under autocast."""
+        """Forward and loss under autocast, with a warning where the device computes that slowly."""
+        warn_without_units("bfloat16", run.device, "leave this arm out, or run it on another machine")
         run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16)
 
 

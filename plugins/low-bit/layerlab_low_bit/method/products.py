@@ -7,7 +7,8 @@ bound beforehand; where the bound does not hold, the sum is made in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,20 +17,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from layerlab import LayerlabWarning
+
 Units = Literal["auto", "int8", "fp8", "emulated"]
 _FLOAT32 = 2**24
 """All integers up to this one are float32 numbers."""
 _INT32 = 2**31 - 1
+PIECE = 2**22
+"""Bytes of what a convolution's operands are turned into at a time (floats, or columns): images are taken in pieces, or
+a batch's columns would be the largest thing in memory. The sums are exact, so that the bits stay the same."""
+
+
+_ON_GPUS = {"int8": (7, 5), "fp8": (8, 9), "bfloat16": (8, 0)}
+"""Compute capability from which NVIDIA's GPUs have units for a format."""
+_ON_CPUS = {"int8": ("avx512_vnni", "avx_vnni", "amx_int8"), "fp8": (),
+            "bfloat16": ("avx512_bf16", "amx_bf16", "bf16")}
+"""Names of the instructions, of which any one will do, as `torch.cpu.get_capabilities` has them."""
+
+
+def has_units(form: str, device: torch.device) -> bool:
+    """Whether a device multiplies numbers of a format, `int8`, `fp8` or `bfloat16`, by instructions of its own.
+
+    Example:
+        >>> has_units("fp8", torch.device("cpu"))
+        False
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _ON_GPUS[form]
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(capabilities.get(name) for name in _ON_CPUS[form])
+
+
+def warn_without_units(form: str, device: torch.device, remedy: str) -> None:
+    """Say that a format is emulated on a device, in one sentence with the remedy."""
+    if not has_units(form, device):
+        warnings.warn(f"This {device.type} has no instructions for {form}, which may make a step ten times slower than "
+                      f"in float32; {remedy}.", LayerlabWarning, stacklevel=3)
 
 
 def find_units(wanted: Units, device: torch.device) -> Units:
     """What `auto` means on a device: int8 on GPUs and CPUs that have such units, else emulated."""
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
-        return "int8" if torch.cuda.get_device_capability(device) >= (7, 5) else "emulated"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "int8" if any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else "emulated"
+    return "int8" if has_units("int8", device) else "emulated"
 
 
 @dataclass(frozen=True)
@@ -111,47 +141,61 @@ class Product:
         if self._transposed:
             assert self.geometry is not None
             return self._plain.input_gradient(x, w, self.geometry.output_shape(x, w))
-        if self._on_units(x, w):
-            return self._forward_on_units(x, w).float()
-        kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
-        x, w = x.to(kind), w.to(kind)
         if self.geometry is None:
-            return (x @ w.t()).float()
-        g = self.geometry
+            if self._on_units(x, w):
+                return matrix_product(x, w.t(), self.units).float()
+            kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
+            return (x.to(kind) @ w.to(kind).t()).float()
+        if self._on_units(x, w):
+            return self._by_pieces(lambda part: self._forward_on_units(part, w), self._columns_of(x, w), x)
+        kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
+        g, weight = self.geometry, w.to(kind)
         with _full_float32(x):
-            return functional.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups).float()
+            return self._by_pieces(lambda part: functional.conv2d(
+                part.to(kind), weight, None, g.stride, g.padding, g.dilation, g.groups), 2 * x[0].numel(), x)
 
     def input_gradient(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
         """dX of that shape, of dY and w."""
         if self._transposed:
             return self._plain.forward(dy, w)
-        if self._on_units(dy, w):
-            return self._input_gradient_on_units(dy, w, shape).float()
+        if self.geometry is None and self._on_units(dy, w):
+            return matrix_product(dy, w, self.units).float()
+        g = self.geometry
+        if g is not None and self._on_units(dy, w):
+            # A column is in 32-bit integers first, and then a float of 64 bits.
+            of_columns = 12 * w[0].numel() * dy[0, 0].numel()
+            return self._by_pieces(
+                lambda part: self._input_gradient_on_units(part, w, shape), of_columns // g.groups, dy)
         # Each dX sums over outputs and kernel places.
         kind = self._float(lambda: _largest(dy) * _norms(w, 1, 0).sum(tuple(range(1, w.dim() - 1))).max())
-        dy, w = dy.to(kind), w.to(kind)
+        weight = w.to(kind)
         if self.geometry is None:
-            return (dy @ w).float()
-        return self._convolution_backward(dy, dy.new_empty(()).expand(shape), w, True).float()
+            return (dy.to(kind) @ weight).float()
+        image = weight.new_empty(()).expand(1, *shape[1:])
+        return self._by_pieces(lambda part: self._convolution_backward(
+            part.to(kind), image.expand(len(part), *shape[1:]), weight, True), 4 * dy[0].numel(), dy)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         """dW of that shape, of dY and x."""
         if self._transposed:
             return self._plain.weight_gradient(x, dy, shape)
+        if self.geometry is None and self._on_units(dy, x):
+            return matrix_product(dy.t(), x, self.units).float()
         if self._on_units(dy, x):
             return self._weight_gradient_on_units(dy, x, shape).float()
         if not self.exact:
             return self._weight_gradient(dy, x, shape, torch.float32)
         # Cauchy and Schwarz: |Σ dy·x| <= ‖dy‖·‖x‖, channel by channel; images are taken together as long as that holds.
         dims = slice(2, None)
-        of_dy, of_x = (_norms(part, 2, dims).cumsum(0) for part in (dy, x))
+        of_dy, of_x = (torch.cat([_norms(piece, 2, dims) for piece in _pieces(part)]).cumsum(0) for part in (dy, x))
+        most = len(dy) if self.geometry is None else max(1, PIECE // (4 * (x[0].numel() + dy[0].numel())))
         total: Tensor | None = None
         start = 0
         while start < len(dy):
             bound = torch.sqrt(_after(of_dy, start) * _after(of_x, start))
             count = int((bound <= _FLOAT32).sum())
             kind = torch.float32 if count else torch.float64
-            end = start + max(1, count)
+            end = start + max(1, min(count, most))
             part = self._weight_gradient(dy[start:end], x[start:end], shape, kind)
             total = part if total is None else total.double() + part
             start = end
@@ -199,10 +243,33 @@ class Product:
         columns = functional.unfold(x.float(), self._kernel, g.dilation, g.padding, g.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1]).to(torch.int8)
 
+    def _by_pieces(self, product: Callable[[Tensor], Tensor], bytes_an_image: int, x: Tensor) -> Tensor:
+        """A product whose images do not depend on each other, (batch, …), float32."""
+        count = max(1, PIECE // max(1, bytes_an_image))
+        if count >= len(x):
+            return _ordered_as(product(x).float(), x)
+        first = _ordered_as(product(x[:count]).float(), x)
+        # Written where it belongs at once: joining the pieces would hold all of them twice.
+        result = torch.empty(len(x), *first.shape[1:], device=x.device).contiguous(memory_format=_order(x))
+        result[:count] = first
+        for start in range(count, len(x), count):
+            result[start : start + count] = product(x[start : start + count])
+        return result
+
+    def _columns_of(self, x: Tensor, w: Tensor) -> int:
+        """Bytes of an image's columns, which are floats first and then codes, and of its outputs in 32-bit integers."""
+        g = self.geometry
+        assert g is not None
+        places = 1
+        for size, pad, dilation, kernel, stride in zip(
+            x.shape[2:], g.padding, g.dilation, w.shape[2:], g.stride, strict=True
+        ):
+            places *= (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        return places * (10 * w[0].numel() + 4 * len(w))
+
     def _forward_on_units(self, x: Tensor, w: Tensor) -> Tensor:
-        if self.geometry is None:
-            return matrix_product(x, w.t(), self.units)
         g, self._kernel = self.geometry, w.shape[2:]
+        assert g is not None
         height, width = ((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel,
                          stride in zip(x.shape[2:], g.padding, g.dilation, self._kernel, g.stride, strict=True))
         parts = [
@@ -210,34 +277,51 @@ class Product:
             .view(len(x), height, width, -1).permute(0, 3, 1, 2)
             for part, rows in zip(x.chunk(g.groups, 1), w.chunk(g.groups), strict=True)
         ]
-        return _ordered_as(torch.cat(parts, 1), x)
+        return torch.cat(parts, 1)
 
     def _input_gradient_on_units(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
-        if self.geometry is None:
-            return matrix_product(dy, w, self.units)
         g, kernel = self.geometry, w.shape[2:]
+        assert g is not None
         parts = []
         for part, rows in zip(dy.chunk(g.groups, 1), w.chunk(g.groups), strict=True):
             columns = matrix_product(_by_place(part), rows.flatten(1), self.units)
             columns = columns.view(len(dy), -1, columns.shape[1]).transpose(1, 2)
             # fold adds up in floating point: exact in float64.
             parts.append(functional.fold(columns.double(), shape[2:], kernel, g.dilation, g.padding, g.stride))
-        return _ordered_as(torch.cat(parts, 1), dy)
+        return torch.cat(parts, 1)
 
     def _weight_gradient_on_units(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        if self.geometry is None:
-            return matrix_product(dy.t(), x, self.units)
         g, self._kernel = self.geometry, shape[2:]
-        parts = [matrix_product(_by_place(of_y).t(), self._columns(of_x), self.units)
-                 for of_y, of_x in zip(dy.chunk(g.groups, 1), x.chunk(g.groups, 1), strict=True)]
-        return torch.cat(parts).view(shape)
+        assert g is not None
+        places = dy[0, 0].numel()
+        count = max(1, PIECE // (places * (10 * x.shape[1] * self._kernel[0] * self._kernel[1] + dy.shape[1])))
+        total: Tensor | None = None
+        for start in range(0, len(x), count):
+            of_dy, of_x = dy[start : start + count], x[start : start + count]
+            parts = [matrix_product(_by_place(rows).t(), self._columns(columns), self.units)
+                     for rows, columns in zip(of_dy.chunk(g.groups, 1), of_x.chunk(g.groups, 1), strict=True)]
+            piece = torch.cat(parts).view(shape)
+            # 64-bit integers: the pieces' sum may exceed what one of them can.
+            total = piece if total is None else total.long() + piece
+        assert total is not None
+        return total
+
+
+def _order(operand: Tensor) -> torch.memory_format:
+    """The memory order that a convolution gives for an operand."""
+    last = operand.is_contiguous(memory_format=torch.channels_last) and not operand.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _pieces(codes: Tensor) -> Iterator[Tensor]:
+    """Codes image by image, or as many at once as are not more than `PIECE` bytes as floats."""
+    yield from codes.split(max(1, PIECE // max(1, 4 * codes[0].numel())))
 
 
 def _ordered_as(result: Tensor, operand: Tensor) -> Tensor:
     """In the memory order that a convolution gives for the operand: what is summed up later, in whatever order, is
     summed in the same one."""
-    return result.contiguous(memory_format=torch.channels_last if operand.is_contiguous(
-        memory_format=torch.channels_last) and not operand.is_contiguous() else torch.contiguous_format)
+    return result.contiguous(memory_format=_order(operand))
 
 
 def _full_float32(operand: Tensor) -> AbstractContextManager[Any]:
