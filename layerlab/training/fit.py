@@ -101,7 +101,8 @@ def fit(
             channels_last (False): Memory format of images and convolutions.
             compile (False): Run the network's blocks through torch.compile; a text names its backend.
             deterministic (True): On a GPU: deterministic algorithms only.
-            measure (True): Measure a step whenever the set of learning parameters is a new one.
+            measure (True): Measure what a step costs: a few steps an epoch where there are strategies; `every`: all of
+                them, slowly.
             device ('auto'): `auto`: where the data are.
 
     Returns:

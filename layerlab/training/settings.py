@@ -36,7 +36,7 @@ class FitSettings(TypedDict, total=False):
     channels_last: bool
     compile: bool | str
     deterministic: bool
-    measure: bool
+    measure: bool | Literal["every"]
     device: str
 
 
@@ -79,8 +79,8 @@ class Settings(BaseModel):
     """Run the network's blocks through torch.compile; a text names its backend."""
     deterministic: bool = True
     """On a GPU: deterministic algorithms only."""
-    measure: bool = True
-    """Measure a step whenever the set of learning parameters is a new one."""
+    measure: bool | Literal["every"] = True
+    """Measure what a step costs: a few steps an epoch where there are strategies; `every`: all of them, slowly."""
     device: str = "auto"
     """`auto`: where the data are."""
 
