@@ -318,5 +318,6 @@ class Pickles(Strategy):
 EVERY = [
     SettingsRoundTrip, TrainsMlp, TrainsCnn, TrainsResidual, TrainsExample, RefusedAtTheStart, CoverageSaid,
     SharedModules, TiedWeights, FrozenByOthers, Deterministic, LeavesUsersModel, DataUntouched, FinalModel, FitsAgain,
-    HookCalls, Resumes, LeavesNothingBehind, GlobalSwitches, MetricsFinite, CostsLogged, Composes, Bfloat16, Compiles, Pickles,
+    HookCalls, Resumes, LeavesNothingBehind, GlobalSwitches, MetricsFinite, CostsLogged, Composes, Bfloat16, Compiles,
+    Pickles,
 ]

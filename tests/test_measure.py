@@ -275,11 +275,12 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("network", [
     lambda: build_model("resnet-cifar", num_classes=10, channels=1, depth=8),
-    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.Dropout2d(0.3), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(288, 10)),
+    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.Dropout2d(0.3), nn.ReLU(), nn.Flatten(), nn.Dropout(),
+                          nn.Linear(288, 10)),
     Noisy,
     # torch's own counter takes the backward pass of SiLU and Mish apart, which rounds differently.
-    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Mish(), nn.Flatten(),
-                          nn.Linear(128, 10)),
+    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Mish(),
+                          nn.Flatten(), nn.Linear(128, 10)),
 ], ids=["batch norm", "dropout", "random numbers of its own", "SiLU and Mish"])
 def test_measuring_leaves_the_weights_bit_for_bit_the_same(digits, network):
     options = dict(epochs=2, batch_size=128, lr=0.02, progress=False)

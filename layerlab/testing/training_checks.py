@@ -137,8 +137,8 @@ def costs_logged(strategy: Strategy) -> None:
     for measured in (few, every):
         where = difference(plain.model, measured.model)
         assert not where, (
-            f"with measure={measured.settings.measure!r} it ends with other weights than unmeasured ({where}); let what "
-            "a step does depend on no dispatch mode, and draw from torch's random state"
+            f"with measure={measured.settings.measure!r} it ends with other weights than unmeasured ({where}); what a "
+            "step does must depend on no dispatch mode, and its random numbers come from torch's random state"
         )
     for row, whole in zip(few.history, every.history, strict=True):
         logged, taken = (each["cost/forward_flops"] + each["cost/backward_flops"] for each in (row, whole))

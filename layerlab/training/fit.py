@@ -142,6 +142,7 @@ def compare(
     keep_going: Collection[str] = (),
     equal: Equal = "none",
     placebo: bool = False,
+    judged: Collection[str] | None = None,
     **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -159,6 +160,7 @@ def compare(
             many steps as the arm's cost buys, with its whole schedule, under the same seeds; as `ARM · equal flops`.
             `Comparison.pays` says whether the arm beats it.
         placebo: train beside each arm, as `ARM · placebo`, what its strategy names as its placebo.
+        judged: the arms that `equal` and `placebo` are for. Default: all with strategies.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
@@ -179,7 +181,7 @@ def compare(
         raise Refused("seeds is empty; give at least one.")
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
-    companions = Companions(every, equal, placebo)
+    companions = Companions(every, equal, placebo, judged)
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
     folders = Folders(Path(checkpoint) if checkpoint is not None else None, runs == 1)
