@@ -240,7 +240,7 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
     return figure
 
 
-def margins(frame: pd.DataFrame, xlabel: str = "points of top-1 that the method is above it") -> Figure:
+def margins(frame: pd.DataFrame, xlabel: str = "points of top-1 above it") -> Figure:
     """How far methods are above what they are held against: seeds as small points, mean and 95 % interval.
 
     Args:
