@@ -47,7 +47,7 @@ def test_the_penalty_follows_from_the_dose_and_is_what_the_steps_add_up_to():
     assert analysis.penalty(0.422, 4, 0.1, 10) == pytest.approx(0.02)
     weight = torch.nn.Parameter(torch.tensor([5.0]))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.5)
-    schedule = analysis.restarts(8)(optimizer)
+    schedule = analysis.Restarts(8)(optimizer)
     for _ in range(8):
         for _ in range(200):
             weight.grad = torch.full_like(weight, analysis.penalty(0.3, 8, 0.1, 200, momentum=0.5))
