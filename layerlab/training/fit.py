@@ -154,11 +154,9 @@ def compare(
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
-        keep_going: arms that are left out when they refuse the network or fail in whatever way, with the reason in the
-            result's `failures`. The error of any other ends the comparison.
+        keep_going: arms that may fail, in whatever way; the reason stands in the result's `failures`.
         equal: `flops` or `seconds`: beside each arm with strategies, train the first arm without any once more, for as
-            many steps as the arm's cost buys, with its whole schedule, under the same seeds; as `ARM · equal flops`.
-            `Comparison.pays` says whether the arm beats it.
+            many steps as the arm's cost buys, with its whole schedule, as `ARM · equal flops`; see `Comparison.pays`.
         placebo: train beside each arm, as `ARM · placebo`, what its strategy names as its placebo.
         judged: the arms that `equal` and `placebo` are for. Default: all with strategies.
         data, loss, observers, progress, settings: as `fit`.
