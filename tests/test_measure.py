@@ -12,7 +12,7 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from layerlab import Fit, Strategy, build_model, fit
-from layerlab.measure import Meter, layer_costs, mean_interval, time_by_turns
+from layerlab.measure import Meter, layer_costs, mean_interval, peak_allocated, time_by_turns
 
 
 def _measure(model: nn.Module, x: torch.Tensor) -> object:
@@ -73,6 +73,27 @@ def test_peak_memory_by_hand():
     # At the end of backward: dw (all of weight), y, its gradient; sums and products of y's size come and go.
     assert 4 * (2 * weight.numel() + x.numel() + y.numel()) <= meter.cost.peak_memory_bytes
     assert meter.cost.peak_memory_bytes <= 4 * (floats + weight.numel() + 5 * y.numel() + 8)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(3, 12), (8, 20)])
+def test_the_allocators_peak_counts_what_a_kernel_takes_for_itself(channels, size):
+    # Without oneDNN, a convolution unfolds its input inside the kernel: 9 × channels values a pixel, in no tensor.
+    layer, x = nn.Conv2d(channels, 4, 3, padding=1, bias=False), torch.randn(1, channels, size, size)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        found = peak_allocated(lambda: None, lambda: layer(x), [x, layer.weight])
+    result, unfolded = 4 * 4 * size**2, 4 * 9 * channels * size**2
+    assert found == x.nbytes + layer.weight.nbytes + result + unfolded
+
+
+def test_the_allocators_peak_knows_what_was_there_before_and_what_was_freed():
+    x = torch.ones(1000)
+    kept: list[torch.Tensor] = []
+
+    def prepare() -> None:
+        kept.append(torch.ones(500) + torch.ones(500))
+
+    assert peak_allocated(prepare, x.square, [x, x[10:]]) == 4000 + 2000 + 4000
+    assert peak_allocated(prepare, kept.clear, [x, *kept]) == 4000 + 2000 + 2000
 
 
 def test_frozen_layers_are_measured_and_backward_ends_at_their_edge():
