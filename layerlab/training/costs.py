@@ -91,14 +91,16 @@ class Costs:
             self._least, self._drawn = 1, {second} if new else set()
             return
         self._least = OTHERS if new else 1
-        if not self._known:
-            self._least = FIRST
         if self._varies:
             self._least = VARYING
         self._drawn = self._some_of(second, steps)
         if self._asked:
             # What it asked for in the middle of the last epoch says nothing of this one's beginning.
             self._drawn.add(0)
+        if not self._known:
+            self._least = FIRST
+            # For the steps before the one at which a strategy asks.
+            self._drawn.add(second)
 
     def _some_of(self, first: int, steps: int) -> set[int]:
         """Indices of steps from `first` on, at random; at least half of them stay for the clock."""
