@@ -6,10 +6,23 @@ import math
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from helpers import Residual, same_weights
 from torch import nn
 
-from layerlab import Comparison, Estimate, FitResult, LayerlabError, Pays, Strategy, compare, evaluate, fit
+from layerlab import (
+    Comparison,
+    Estimate,
+    FitResult,
+    LayerlabError,
+    Pays,
+    Strategy,
+    compare,
+    evaluate,
+    explore,
+    figures,
+    fit,
+)
 from layerlab.training.settings import Settings
 
 # 5 steps an epoch.
@@ -171,3 +184,56 @@ def test_the_validation_half_is_evaluated_and_not_trained_on(digits, residual):
     assert data.fingerprint != digits.fingerprint
     assert result.final["validation/top1"] == evaluate(result.model, data.validation)["test/top1"]
     assert result.chance == pytest.approx(digits.test.labels.bincount().max().item() / len(digits.test))
+
+
+def test_only_the_arms_that_are_judged_have_companions(digits, residual):
+    arms = {"plain": (), "resting": Resting(), "later": Resting(first=4)}
+    runs = compare(residual, digits, arms, equal="flops", placebo=True, judged=["later"], **OPTIONS)
+    assert runs.arms == ["plain", "resting", "later", "later · equal flops", "later · placebo"]
+    assert list(explore.payoff({"digits": runs})["arm"]) == ["later"]
+    with pytest.raises(LayerlabError, match=r"Unknown arm with strategies 'plain'\. Known: later, resting"):
+        compare(residual, digits, arms, equal="flops", judged=["plain"], **OPTIONS)
+
+
+class Sawtooth:
+    """Falls to a tenth within each `stage` of its calls, and starts anew."""
+
+    def __init__(self, stage: float) -> None:
+        self.stage = stage
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda call: 0.1 ** (call % self.stage >= self.stage / 2))
+
+    def stretched(self, factor: float) -> Sawtooth:
+        return Sawtooth(self.stage * factor)
+
+
+@pytest.mark.parametrize(("each", "stage"), [("epoch", 2), ("step", 10)])
+def test_a_schedule_that_is_a_function_says_how_it_is_stretched(digits, residual, each, stage):
+    options = {**OPTIONS, "schedule": Sawtooth(stage), "schedule_each": each}
+    runs = compare(residual, digits, {"plain": (), "resting": Resting()}, equal="flops", **options)
+    short = runs.results["resting · equal flops", 0]
+    # Two stages of ten steps for plain training, as many of them in the shorter one: each half of the steps left.
+    assert short.settings.schedule.stage == pytest.approx(short.steps / 2)
+    assert short.settings.schedule_each == "step"
+    alone = fit(residual, digits, **{**OPTIONS, "epochs": len(short.history), "max_steps": short.steps,
+                                     "schedule": Sawtooth(short.steps / 2), "schedule_each": "step"})
+    assert same_weights(alone.model, short.model)
+    with pytest.raises(LayerlabError, match=r"give it a method stretched\(factor\)"):
+        compare(residual, digits, {"plain": (), "resting": Resting()}, equal="flops",
+                **{**OPTIONS, "schedule": lambda optimizer: Sawtooth(2)(optimizer)})
+
+
+def test_the_table_and_the_figure_say_whether_each_arm_pays_and_what_it_is_above_its_placebo(both):
+    table = explore.payoff({"digits": both})
+    (row,) = table.to_dict("records")
+    pays = both.pays("resting")
+    assert (row["run"], row["arm"], row["pays"], row["seeds"]) == ("digits", "resting", pays.verdict, 2)
+    assert row["equal cost, steps"] == f"{100 * pays.length:.0f} %"
+    points = explore.margins({"digits": both})
+    against = {name: tuple(part["points"]) for name, part in points.groupby("against")}
+    assert against == {"plain training of the same cost": pays.points.values,
+                       "its placebo": both.paired("top-1", "resting", "resting · placebo").values}
+    assert len(explore.payoff({})) == 0
+    (axes,) = figures.margins(points).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"digits: resting, pays: {pays.verdict}"]

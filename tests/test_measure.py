@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import same_weights
 from pydantic import PrivateAttr
 from torch import nn
 
-from layerlab import Strategy, build_model, fit
-from layerlab.measure import Meter, layer_costs, mean_interval, time_by_turns
+from layerlab import Fit, Strategy, build_model, fit
+from layerlab.measure import Meter, layer_costs, mean_interval, peak_allocated, time_by_turns
 
 
 def _measure(model: nn.Module, x: torch.Tensor) -> object:
@@ -72,6 +73,27 @@ def test_peak_memory_by_hand():
     # At the end of backward: dw (all of weight), y, its gradient; sums and products of y's size come and go.
     assert 4 * (2 * weight.numel() + x.numel() + y.numel()) <= meter.cost.peak_memory_bytes
     assert meter.cost.peak_memory_bytes <= 4 * (floats + weight.numel() + 5 * y.numel() + 8)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(3, 12), (8, 20)])
+def test_the_allocators_peak_counts_what_a_kernel_takes_for_itself(channels, size):
+    # Without oneDNN, a convolution unfolds its input inside the kernel: 9 × channels values a pixel, in no tensor.
+    layer, x = nn.Conv2d(channels, 4, 3, padding=1, bias=False), torch.randn(1, channels, size, size)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        found = peak_allocated(lambda: None, lambda: layer(x), [x, layer.weight])
+    result, unfolded = 4 * 4 * size**2, 4 * 9 * channels * size**2
+    assert found == x.nbytes + layer.weight.nbytes + result + unfolded
+
+
+def test_the_allocators_peak_knows_what_was_there_before_and_what_was_freed():
+    x = torch.ones(1000)
+    kept: list[torch.Tensor] = []
+
+    def prepare() -> None:
+        kept.append(torch.ones(500) + torch.ones(500))
+
+    assert peak_allocated(prepare, x.square, [x, x[10:]]) == 4000 + 2000 + 4000
+    assert peak_allocated(prepare, kept.clear, [x, *kept]) == 4000 + 2000 + 2000
 
 
 def test_frozen_layers_are_measured_and_backward_ends_at_their_edge():
@@ -193,3 +215,96 @@ def test_without_strategies_one_step_is_measured_in_the_whole_training(digits, m
     fit(_layers(), digits, Dropping(first=0.0, later=0.0), epochs=3, batch_size=64, progress=False)
     # Four steps in the first epoch, to see whether they differ, then one in each.
     assert len(measured) == 1 + 4 + 1 + 1
+
+
+class Changing(Strategy):
+    """Freezes all but the last layer after so many steps of each epoch, and says so or does not."""
+
+    name: ClassVar[str] = "changing"
+    after: int = 10
+    says: bool = True
+
+    def on_epoch_start(self, run) -> None:
+        run.freeze(self.name, ())
+
+    def on_after_backward(self, run) -> None:
+        if run.step % run.steps_per_epoch == self.after - 1:
+            run.freeze(self.name, list(run.model.children())[:-1])
+            if self.says:
+                run.remeasure()
+
+
+# (network, batch size): 22 steps of an epoch, and 44.
+@pytest.mark.parametrize(("network", "batch"), [
+    (_layers, 64),
+    (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), 32),
+])
+def test_a_strategy_that_asks_for_it_is_measured_anew_in_the_middle_of_an_epoch(digits, network, batch, monkeypatch):
+    names = ("cost/forward_flops", "cost/backward_flops")
+    options = dict(epochs=3, batch_size=batch, progress=False)
+    every = fit(network(), digits, Changing(says=False), measure="every", **options)
+    measured = []
+    enter = Meter.__enter__
+    monkeypatch.setattr(Meter, "__enter__", lambda self: measured.append(self) or enter(self))
+    asked = fit(network(), digits, Changing(), **options)
+    whole = fit(network(), digits, Dropping(first=0.0, later=0.0) if network is _layers else (), **options).final
+    for row, exact in zip(asked.history, every.history, strict=True):
+        assert [row[name] for name in names] == pytest.approx([exact[name] for name in names], rel=1e-12)
+        assert "cost/flops_interval" not in row
+        assert row["cost/backward_flops"] < whole["cost/backward_flops"]
+    assert len(measured) <= 3 * (4 + 1) + 4 + 2
+
+
+def test_what_a_strategy_asked_for_survives_an_interruption(digits, tmp_path):
+    options = dict(epochs=3, batch_size=64)
+    Fit(_layers, digits, Changing(after=1), checkpoint=tmp_path, **options).train_epoch()
+    again = Fit(_layers, digits, Changing(after=1), checkpoint=tmp_path, **options)
+    while not again.finished:
+        again.train_epoch()
+    every = fit(_layers, digits, Changing(after=1), measure="every", progress=False, **options)
+    later = [row["cost/backward_flops"] for row in again.run.history[1:]]
+    assert later == pytest.approx([row["cost/backward_flops"] for row in every.history[1:]], rel=1e-12)
+
+
+def test_what_is_computed_outside_the_steps_counts_to_the_epoch_s_flops(digits):
+    class Stores(Strategy):
+        name: ClassVar[str] = "stores"
+
+        def on_epoch_start(self, run) -> None:
+            if run.epoch == 2:
+                run.spend(1e6)
+                run.spend(2e6)
+
+    first, second, third = [row["cost/forward_flops"] for row in fit(
+        _layers(), digits, Stores(), epochs=3, batch_size=64, progress=False).history]
+    assert (second - first, third - first) == (3e6, 0)
+
+
+class Noisy(nn.Module):
+    """Draws its own random numbers, from torch's generator, in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x.flatten(1))
+        if self.training:
+            x = x + 0.1 * torch.randn_like(x) * torch.bernoulli(torch.full_like(x, 0.8))
+        return self.last(x.relu())
+
+
+@pytest.mark.parametrize("network", [
+    lambda: build_model("resnet-cifar", num_classes=10, channels=1, depth=8),
+    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.Dropout2d(0.3), nn.ReLU(), nn.Flatten(), nn.Dropout(),
+                          nn.Linear(288, 10)),
+    Noisy,
+    # torch's own counter takes the backward pass of SiLU and Mish apart, which rounds differently.
+    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Mish(),
+                          nn.Flatten(), nn.Linear(128, 10)),
+], ids=["batch norm", "dropout", "random numbers of its own", "SiLU and Mish"])
+def test_measuring_leaves_the_weights_bit_for_bit_the_same(digits, network):
+    options = dict(epochs=2, batch_size=128, lr=0.02, progress=False)
+    plain, once, every = (fit(network, digits, measure=measure, **options).model for measure in (False, True, "every"))
+    assert same_weights(plain, once)
+    assert same_weights(plain, every)

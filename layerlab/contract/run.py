@@ -121,6 +121,8 @@ class Run:
         after_backward: every strategy's `on_after_backward`, as `backward` calls them.
         wire: encoder for gradients sent between workers; None sends them unencoded.
         preflights: what each strategy said before the first step, by its name.
+        spent_flops: what strategies computed outside the steps of the current epoch, see `spend`.
+        measures_anew: whether a strategy has called `remeasure` since the last step.
 
     Example:
         >>> from layerlab import Strategy, build_model, fit, load_dataset
@@ -157,6 +159,8 @@ class Run:
     after_backward: list[Callable[[Run], None]] = field(default_factory=list)
     wire: Wire | None = None
     preflights: dict[str, Preflight] = field(default_factory=dict)
+    spent_flops: float = 0.0
+    measures_anew: bool = False
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
     _left_out: set[nn.Parameter] = field(init=False)
@@ -171,6 +175,39 @@ class Run:
     def log(self, name: str, value: float) -> None:
         """Log a number for the current epoch, by convention as `strategy/what`; the last value in an epoch counts."""
         self.logged[name] = float(value)
+
+    def remeasure(self) -> None:
+        """Measure what the next step costs, and let it stand for those after it.
+
+        For a strategy that changes the cost of a step in the middle of an epoch; between epochs steps are measured
+        anew without it. Each call makes one step slow, so that a strategy that calls it at every step has all of them
+        measured.
+
+        Example:
+            >>> from layerlab import Strategy, build_model, fit, load_dataset
+            >>> class Halfway(Strategy):
+            ...     name = "halfway"
+            ...     def on_after_backward(self, run):
+            ...         if run.step == 1:
+            ...             run.freeze(self.name, list(run.model.children())[:-1])
+            ...             run.remeasure()
+            >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+            >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+            >>> first, second = fit(network, data, Halfway(), epochs=2, batch_size=64, progress=False).history
+            >>> first["cost/backward_flops"] > second["cost/backward_flops"]
+            True
+        """
+        self.measures_anew = True
+
+    def spend(self, flops: float) -> None:
+        """Count what a strategy computes outside the steps of the current epoch: features that it stores, say.
+
+        It counts to the epoch's `cost/forward_flops`, and so to the budget of plain training of the same cost.
+
+        Args:
+            flops: two a multiply-accumulate.
+        """
+        self.spent_flops += flops
 
     def freeze(self, owner: str, modules: Iterable[nn.Module]) -> None:
         """Make `modules` all that `owner` keeps frozen from now on; an empty set thaws what it had frozen.

@@ -15,6 +15,7 @@ _PUBLIC = {
     "StepCost": "measure.cost",
     "mean_interval": "show.interval",
     "layer_costs": "measure.layers",
+    "peak_allocated": "measure.peak",
     "commit": "base.provenance",
     "machine_name": "base.provenance",
     "versions": "base.provenance",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from layerlab.measure.clock import Energy, Turns, synchronise, time_by_turns
     from layerlab.measure.cost import Meter, StepCost
     from layerlab.measure.layers import layer_costs
+    from layerlab.measure.peak import peak_allocated
     from layerlab.show.interval import mean_interval
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "layer_costs",
     "machine_name",
     "mean_interval",
+    "peak_allocated",
     "synchronise",
     "time_by_turns",
     "versions",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,12 +136,32 @@ def _product_flops(left: tuple[int, int], right: tuple[int, int], **_: Any) -> i
     return 2 * left[0] * left[1] * right[1]
 
 
+def _nothing(*_: Any, **__: Any) -> int:
+    """Operations of what counts none."""
+    return 0
+
+
+@cache
+def _one_kernel() -> dict[Any, Callable[..., int]]:
+    """Operations with a kernel of their own that torch's counter would take apart, such as SiLU's backward.
+
+    Their parts round differently than the kernel: a step that is measured would leave other weights.
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    found: dict[Any, Callable[..., int]] = {}
+    for name in torch._C._dispatch_get_all_op_names():
+        library, _, operation = name.partition("::")
+        if library == "aten" and has(name, "CompositeImplicitAutograd") and (has(name, "CPU") or has(name, "CUDA")):
+            found[getattr(torch.ops.aten, operation.partition(".")[0])] = _nothing
+    return found
+
+
 class _Flops(FlopCounterMode):
     """A FlopCounterMode that remembers how much of its total fell into backward, and counts by no module."""
 
     def __init__(self) -> None:
         # torch's counter leaves out products of integers, which some processors run in place of those of floats.
-        super().__init__(display=False, custom_mapping={torch.ops.aten._int_mm: _product_flops})
+        super().__init__(display=False, custom_mapping={**_one_kernel(), torch.ops.aten._int_mm: _product_flops})
         self.mod_tracker = _Phase()
         self.backward = 0
 

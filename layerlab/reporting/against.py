@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -70,6 +71,57 @@ def signed(interval: tuple[float, float]) -> str:
     """A difference with its sign."""
     text = spread(*interval)
     return text if text.startswith(("-", "—")) else f"+{text}"
+
+
+def payoff(runs: Mapping[str, Comparison]) -> pd.DataFrame:
+    """Does a method beat plain training of the same cost, and its placebo? For the table of a paper's notebook.
+
+    Args:
+        runs: name → comparison, with `equal` or `placebo`.
+
+    Returns:
+        A row an arm that was judged, as texts: `run`, `arm`, `pays` (yes, no or undecided), `top-1 [%]`; of plain
+        training of the same cost its length as a share of the baseline's steps, its top-1 and how many points the arm
+        is above it, the same of the placebo, seed by seed, with 95 % intervals; and the number of `seeds`.
+    """
+    rows = []
+    for name, comparison in runs.items():
+        for arm in dict.fromkeys((*comparison.equal, *comparison.placebos)):
+            row: dict[str, Any] = {"run": name, "arm": arm, "pays": "", "top-1 [%]": _top1(comparison, arm)}
+            if arm in comparison.equal:
+                pays = comparison.pays(arm)
+                row |= {"pays": pays.verdict, "equal cost, steps": f"{100 * pays.length:.0f} %",
+                        "equal cost, top-1 [%]": _top1(comparison, comparison.equal[arm]),
+                        "above it [points]": signed(pays.points.interval)}
+            if arm in comparison.placebos:
+                placebo = comparison.placebos[arm]
+                row |= {"placebo, top-1 [%]": _top1(comparison, placebo),
+                        "above the placebo [points]": signed(comparison.paired("top-1", arm, placebo).interval)}
+            rows.append(row | {"seeds": len(comparison.seeds)})
+    return pd.DataFrame(rows).fillna("")
+
+
+def _top1(comparison: Comparison, arm: str) -> str:
+    return spread(*comparison.estimate("top-1", arm).interval)
+
+
+def margins(runs: Mapping[str, Comparison]) -> pd.DataFrame:
+    """The points of `payoff`, for `figures.margins`.
+
+    Returns:
+        A row a run, arm, seed and what the arm is held `against`: `points` of top-1 that it is above that. `title` is
+        the arm's name with its answer.
+    """
+    rows = []
+    for name, comparison in runs.items():
+        for against, companions in (("plain training of the same cost", comparison.equal),
+                                    ("its placebo", comparison.placebos)):
+            for arm, companion in companions.items():
+                answer = f", pays: {comparison.pays(arm).verdict}" if arm in comparison.equal else ""
+                points = comparison.paired("top-1", arm, companion).values
+                rows += [{"run": name, "title": f"{name}: {arm}{answer}", "arm": arm, "seed": seed, "against": against,
+                          "points": value} for seed, value in zip(comparison.seeds, points, strict=True)]
+    return pd.DataFrame(rows, columns=["run", "title", "arm", "seed", "against", "points"])
 
 
 def pareto_front(frame: pd.DataFrame, cost: str, value: str) -> list[str]:

@@ -17,7 +17,9 @@ from layerlab.reporting.advice import COSTS as COSTS
 from layerlab.reporting.advice import advise as advise
 from layerlab.reporting.against import against as against
 from layerlab.reporting.against import against_table as against_table
+from layerlab.reporting.against import margins as margins
 from layerlab.reporting.against import pareto_front as pareto_front
+from layerlab.reporting.against import payoff as payoff
 from layerlab.runs.record import default_folder
 from layerlab.runs.session import Session
 from layerlab.show.table import Table

@@ -240,6 +240,33 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
     return figure
 
 
+def margins(frame: pd.DataFrame, xlabel: str = "points of top-1 above it") -> Figure:
+    """How far methods are above what they are held against: seeds as small points, mean and 95 % interval.
+
+    Args:
+        frame: a row a method, seed and comparison, with columns `title`, `against` and `points`; of
+            `explore.margins`.
+    """
+    from layerlab.show.interval import mean_interval
+
+    titles, kinds = list(dict.fromkeys(frame["title"])), list(dict.fromkeys(frame["against"]))
+    figure, ((axis,),) = canvas(width=7.0, height=max(1.8, 0.55 * len(titles) + 0.9))
+    colours = dict(zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True))
+    for (title, kind), part in frame.groupby(["title", "against"], sort=False):
+        place = titles.index(title) + 0.24 * (kinds.index(kind) - (len(kinds) - 1) / 2)
+        mean, half = mean_interval(list(part["points"]))
+        axis.plot(part["points"], [place] * len(part), "o", color=colours[kind], alpha=0.35, markersize=3.5)
+        axis.errorbar(mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=colours[kind], markersize=5,
+                      elinewidth=1.2, capsize=2.5)
+    axis.axvline(0, color="0.4", linestyle="--", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(titles)), titles)
+    axis.set(xlabel=xlabel, ylim=(len(titles) - 0.5, -0.5))
+    axis.margins(x=0.12)
+    handles = [plt.Line2D([], [], color=colours[kind], marker="D", linestyle="") for kind in kinds]
+    figure.legend(handles, [f"against {kind}" for kind in kinds], loc="outside lower center", ncols=2)
+    return figure
+
+
 def fronts(
     frame: pd.DataFrame, x: Mapping[str, str], y: str, ylabel: str, front: Mapping[str, Sequence[str]]
 ) -> Figure:

@@ -35,6 +35,7 @@ from layerlab.testing.settings_checks import pickles, settings_round_trip
 from layerlab.testing.training_checks import (
     bfloat16,
     compiles,
+    costs_logged,
     deterministic,
     fits_again,
     metrics_finite,
@@ -52,6 +53,6 @@ CHECKS: dict[str, Check] = {
         settings_round_trip, trains_mlp, trains_cnn, trains_residual, trains_example, refused_at_the_start,
         coverage_said, shared_modules, tied_weights, frozen_by_others, deterministic, leaves_users_model,
         data_untouched, final_model, fits_again, hook_calls, resumes, leaves_nothing_behind, global_switches,
-        metrics_finite, composes, bfloat16, compiles, pickles,
+        metrics_finite, costs_logged, composes, bfloat16, compiles, pickles,
     )
 }

@@ -125,6 +125,32 @@ def metrics_finite(strategy: Strategy) -> None:
             assert math.isfinite(value), f"{name} is {value} in epoch {row['epoch']}; do not log what there is not"
 
 
+# Images a step where costs are checked: enough steps an epoch that a few of them are drawn.
+_FEW = 8
+# How far the cost of steps that differ may be off, in half-widths of its interval and as a share of it.
+_WIDTHS, _OFF = 3.0, 0.05
+
+
+def costs_logged(strategy: Strategy) -> None:
+    """Measuring changes no weight, and the FLOPs that are logged are the mean of all steps, each of them measured."""
+    plain, few, every = (trained(strategy, batch_size=_FEW, measure=measure) for measure in (False, True, "every"))
+    for measured in (few, every):
+        where = difference(plain.model, measured.model)
+        assert not where, (
+            f"with measure={measured.settings.measure!r} it ends with other weights than unmeasured ({where}); what a "
+            "step does must depend on no dispatch mode, and its random numbers come from torch's random state"
+        )
+    for row, whole in zip(few.history, every.history, strict=True):
+        logged, taken = (each["cost/forward_flops"] + each["cost/backward_flops"] for each in (row, whole))
+        allowed = 1e-9 * taken
+        if "cost/flops_interval" in whole:  # its steps differ, and some of them stand for all
+            allowed = max(_WIDTHS * row.get("cost/flops_interval", 0.0), _OFF * taken)
+        assert abs(logged - taken) <= allowed, (
+            f"epoch {row['epoch']} is logged with {logged:,.0f} FLOPs, and its steps take {taken:,.0f}; call "
+            "`run.remeasure()` where the cost of a step changes within an epoch"
+        )
+
+
 def bfloat16(strategy: Strategy) -> None:
     """Trains with `precision="bfloat16"`, or refuses with a sentence."""
     try:

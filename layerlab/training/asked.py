@@ -11,7 +11,7 @@ from torch import Tensor
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy, preflights
-from layerlab.training.fingerprint import Description, source_digest
+from layerlab.training.fingerprint import Description, source_digests
 from layerlab.training.settings import describe
 
 
@@ -38,7 +38,7 @@ class Asked:
         """
         if not strategies:
             return {}
-        key = json.dumps([arm, [[each.name, describe(each), source_digest(type(each))] for each in strategies],
+        key = json.dumps([arm, [[each.name, describe(each), source_digests(type(each))] for each in strategies],
                           _structure(run)])
         if key not in self._found:
             self._found[key] = preflights(strategies, run.model, run.example)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from layerlab.base.errors import LayerlabError
+from layerlab.base.errors import LayerlabError, unknown
 from layerlab.contract.strategy import Strategy
 from layerlab.training.results import SUMMARY, Comparison, FitResult
 from layerlab.training.rounds import Arm, Rounds
@@ -26,16 +26,22 @@ class Companions:
         arms: as the user gave them; the first one without strategies is the baseline.
         equal: in what the baseline of equal cost is as cheap as the arm; `none` for no such arm.
         placebo: whether a strategy's placebo is trained, where it names one.
+        only: names of the arms that have companions; None: all with strategies.
 
     Raises:
-        LayerlabError: no arm is without strategies, or costs are not measured.
+        LayerlabError: no arm is without strategies, costs are not measured, or `only` names none with strategies.
     """
 
     arms: Sequence[Arm]
     equal: Equal = "none"
     placebo: bool = False
+    only: Collection[str] | None = None
 
     def __post_init__(self) -> None:
+        for name in self.only or ():
+            known = [arm.name for arm in self.arms if arm.strategies]
+            if name not in known:
+                raise unknown("arm with strategies", name, known)
         if self.equal not in ("none", *COST):
             raise LayerlabError(f"equal should be 'none', 'flops' or 'seconds', got {self.equal!r}.")
         if self.equal == "none":
@@ -55,8 +61,8 @@ class Companions:
 
     @property
     def judged(self) -> list[Arm]:
-        """The arms that have companions: those with strategies."""
-        return [arm for arm in self.arms if arm.strategies]
+        """The arms that have companions."""
+        return [arm for arm in self.arms if arm.strategies and (self.only is None or arm.name in self.only)]
 
     @property
     def equals(self) -> dict[str, str]:

@@ -101,7 +101,8 @@ def fit(
             channels_last (False): Memory format of images and convolutions.
             compile (False): Run the network's blocks through torch.compile; a text names its backend.
             deterministic (True): On a GPU: deterministic algorithms only.
-            measure (True): Measure a step whenever the set of learning parameters is a new one.
+            measure (True): Measure what a step costs: a few steps an epoch where there are strategies; `every`: all of
+                them, slowly.
             device ('auto'): `auto`: where the data are.
 
     Returns:
@@ -141,6 +142,7 @@ def compare(
     keep_going: Collection[str] = (),
     equal: Equal = "none",
     placebo: bool = False,
+    judged: Collection[str] | None = None,
     **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -152,12 +154,11 @@ def compare(
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
-        keep_going: arms that are left out when they refuse the network or fail in whatever way, with the reason in the
-            result's `failures`. The error of any other ends the comparison.
+        keep_going: arms that may fail, in whatever way; the reason stands in the result's `failures`.
         equal: `flops` or `seconds`: beside each arm with strategies, train the first arm without any once more, for as
-            many steps as the arm's cost buys, with its whole schedule, under the same seeds; as `ARM · equal flops`.
-            `Comparison.pays` says whether the arm beats it.
+            many steps as the arm's cost buys, with its whole schedule, as `ARM · equal flops`; see `Comparison.pays`.
         placebo: train beside each arm, as `ARM · placebo`, what its strategy names as its placebo.
+        judged: the arms that `equal` and `placebo` are for. Default: all with strategies.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
@@ -178,7 +179,7 @@ def compare(
         raise Refused("seeds is empty; give at least one.")
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
-    companions = Companions(every, equal, placebo)
+    companions = Companions(every, equal, placebo, judged)
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
     folders = Folders(Path(checkpoint) if checkpoint is not None else None, runs == 1)

@@ -20,9 +20,10 @@ from layerlab.show.progress import first_process
 from layerlab.training.asked import Asked
 from layerlab.training.checkpoint import Checkpoint, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
+from layerlab.training.costs import Costs, learning_key
 from layerlab.training.evaluation import evaluate
 from layerlab.training.fingerprint import fingerprint
-from layerlab.training.gauge import Costs, Gauge, learning_key
+from layerlab.training.gauge import Gauge
 from layerlab.training.results import FitResult
 from layerlab.training.settings import FitSettings, checked_settings
 from layerlab.training.start import Loss, Network, memory_format, on_device, start
@@ -106,7 +107,7 @@ class Fit:
         )
         self.data = on_device(data, self.device)
         self._turn = Turn(seed, self.device, self.settings)
-        self._costs = Costs()
+        self._costs = Costs(every=self.settings.measure == "every")
         self._compiler = Compiler(self.settings.compile)
         self._announced = False
         with self._turn.taken():
@@ -182,7 +183,7 @@ class Fit:
         """One epoch and its evaluation; returns its row, which then stands in the history."""
         run = self.run
         run.epoch += 1
-        run.logged = {}
+        run.logged, run.spent_flops, run.measures_anew = {}, 0.0, False
         graphs = graph_count()
         gauge = Gauge(self.device)
         with gauge.hooks():
@@ -190,7 +191,7 @@ class Fit:
         total = self._steps(gauge, key)
         with gauge.hooks():
             self._call("on_epoch_end")
-        seconds, costs = gauge.seconds(run.steps_per_epoch), self._taken(gauge, key)
+        seconds, costs = gauge.seconds(run.steps_per_epoch), self._taken(gauge)
         if run.schedule_each == "epoch":
             run.schedule.step()
         loss = self._finite(total.item() / run.steps_per_epoch)
@@ -231,9 +232,9 @@ class Fit:
         step = self._step()
         each_step = run.schedule.step if run.schedule_each == "step" else None
         # Steps that are measured, and the one that compiles, do not belong into the epoch's time.
-        drawn = set()
-        if settings.measure:
-            drawn = self._costs.drawn(key, steps, 1000 * self.seed + run.epoch, bool(self.strategies))
+        measure, costs = bool(settings.measure), self._costs
+        if measure:
+            costs.begin(key, steps, 1000 * self.seed + run.epoch, bool(self.strategies))
         compiling = 0 if steps > 2 and self._compiler.warms_up(key) else None
         total = torch.zeros((), device=self.device)
         batches = run.data.batches(settings.batch_size, run.generator, torch.float32, memory_format(settings))
@@ -241,8 +242,11 @@ class Fit:
             batches = islice(batches, steps)
         with gauge.loop():
             for index, (x, y) in enumerate(batches):
-                if index in drawn and self._costs.wanted:
-                    with gauge.aside(), self._costs.metered(key, run, x, y):
+                if measure and run.measures_anew:
+                    run.measures_anew = False
+                    costs.anew(index)
+                if measure and costs.wants(index):
+                    with gauge.aside(), costs.metered(run, x, y):
                         total += step(x, y)
                 elif index == compiling:
                     with gauge.aside():
@@ -263,10 +267,12 @@ class Fit:
                 return lambda x, y: strategy.training_step(run, x, y).detach()  # type: ignore[arg-type]
         return lambda x, y: run.plain_step(x, y).detach()
 
-    def _taken(self, gauge: Gauge, key: str) -> dict[str, float]:
+    def _taken(self, gauge: Gauge) -> dict[str, float]:
         """The epoch's `cost/…`, as far as it was measured."""
         run = self.run
-        row = self._costs.row(key, run.steps_per_epoch)
+        row = self._costs.row() if self.settings.measure else {}
+        if "cost/forward_flops" in row:
+            row["cost/forward_flops"] += run.spent_flops
         allocated = gauge.allocated()
         if allocated is not None:
             row["cost/peak_memory_bytes"] = allocated - self._turn.others

@@ -53,12 +53,22 @@ def in_units(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
 
 def comparison_table(comparison: Comparison) -> Table:
     """One row an arm: accuracy, seconds, FLOPs, bytes moved and peak memory of a run; or why it was left out."""
-    frame, headings = in_units(comparison.summary) if comparison.results else (None, {})
+    headings: dict[str, str] = {}
+    frame = None
+    if comparison.results:
+        frame, headings = in_units(comparison.summary)
     rows = [[row["arm"], *(spread(row[name], row[f"{name} ±"]) for name in headings)]
             for _, row in frame.iterrows()] if frame is not None else []
     rows += [[arm, f"left out: {reason}"] for arm, reason in comparison.failures.items()]
     notes = [f"{arm}: {comparison.pays(arm)}" for arm in comparison.equal]
+    if "peak MB" in headings and any(_on_cpu(result.model) for result in comparison.results.values()):
+        notes.append("Peak memory on a CPU: of live tensors, without what kernels take for themselves "
+                     "(measure.peak_allocated).")
     return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return any(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def _caption(comparison: Comparison) -> str:

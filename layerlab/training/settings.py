@@ -36,7 +36,7 @@ class FitSettings(TypedDict, total=False):
     channels_last: bool
     compile: bool | str
     deterministic: bool
-    measure: bool
+    measure: bool | Literal["every"]
     device: str
 
 
@@ -79,8 +79,8 @@ class Settings(BaseModel):
     """Run the network's blocks through torch.compile; a text names its backend."""
     deterministic: bool = True
     """On a GPU: deterministic algorithms only."""
-    measure: bool = True
-    """Measure a step whenever the set of learning parameters is a new one."""
+    measure: bool | Literal["every"] = True
+    """Measure what a step costs: a few steps an epoch where there are strategies; `every`: all of them, slowly."""
     device: str = "auto"
     """`auto`: where the data are."""
 
@@ -163,18 +163,21 @@ def shortened(settings: Settings, steps: int, budget: int) -> Settings:
         budget: steps of the new training.
 
     Raises:
-        LayerlabError: a schedule that is a function, which nothing here can shorten.
+        LayerlabError: a schedule that is a function without a method `stretched(factor)`, which gives the same schedule
+            over so many times as many of its steps.
     """
-    if callable(settings.schedule):
-        raise LayerlabError(
-            "The schedule is a function, which cannot be shortened for a baseline of equal cost; name one (constant, "
-            "cosine, step), or compare with equal='none'."
-        )
     _, whole = length(settings, steps)
     changes: dict[str, Any] = {"epochs": -(-budget // steps), "max_steps": budget}
+    # Counted in steps from here on, since a shortened epoch's end is no step's.
+    factor = budget / whole * (1 if settings.schedule_each == "step" else steps)
+    if callable(settings.schedule):
+        stretched = getattr(settings.schedule, "stretched", None)
+        if stretched is None:
+            raise LayerlabError(
+                "The schedule is a function, which cannot be shortened for a baseline of equal cost; name one "
+                "(constant, cosine, step), give it a method stretched(factor), or compare with equal='none'."
+            )
+        changes |= {"schedule_each": "step", "schedule": stretched(factor)}
     if settings.schedule == "step":
-        # Counted in steps from here on, since a shortened epoch's end is no step's.
-        unit = 1 if settings.schedule_each == "step" else steps
-        changes["schedule_each"] = "step"
-        changes["milestones"] = tuple(round(each * unit * budget / whole) for each in settings.milestones)
+        changes |= {"schedule_each": "step", "milestones": tuple(round(each * factor) for each in settings.milestones)}
     return settings.model_copy(update=changes)

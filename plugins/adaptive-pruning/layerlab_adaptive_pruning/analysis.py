@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -76,7 +77,7 @@ def penalty(dose: float, stage_epochs: int, lr: float, steps: int, momentum: flo
 
     Args:
         dose: in units of γ.
-        stage_epochs: with the rates of `restarts`.
+        stage_epochs: with the rates of `Restarts`.
         lr: at the start of a stage.
         steps: an epoch.
         momentum: of SGD.
@@ -155,8 +156,8 @@ def gate_numbers(comparison: Comparison, stage: int, data: Dataset) -> dict[str,
             "baseline train top-1": round(trained.mean, 2)}
 
 
-def rate_factor(stage_epochs: int) -> Callable[[int], float]:
-    """Epoch, counted from 0 → what `restarts` multiplies the rate by."""
+def rate_factor(stage_epochs: float) -> Callable[[int], float]:
+    """Epoch, counted from 0 → what `Restarts` multiplies the rate by."""
     first, second = stage_epochs / 2, 3 * stage_epochs / 4
 
     def factor(epoch: int) -> float:
@@ -166,13 +167,22 @@ def rate_factor(stage_epochs: int) -> Callable[[int], float]:
     return factor
 
 
-def restarts(stage_epochs: int) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
-    """The rate of every stage: divided by ten after a half and after three quarters of it, then from the top again."""
+@dataclass(frozen=True)
+class Restarts:
+    """The rate of every stage: divided by ten after a half and after three quarters of it, then from the top again.
 
-    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(stage_epochs))
+    Attributes:
+        stage: its length, in epochs or whatever else the schedule steps with.
+    """
 
-    return schedule
+    stage: float
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(self.stage))
+
+    def stretched(self, factor: float) -> Restarts:
+        """The same over so many times as many steps of the schedule: for plain training of equal cost."""
+        return Restarts(self.stage * factor)
 
 
 def stages(comparison: Comparison, network: Callable[[], nn.Module]) -> pd.DataFrame:

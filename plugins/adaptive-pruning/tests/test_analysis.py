@@ -47,13 +47,30 @@ def test_the_penalty_follows_from_the_dose_and_is_what_the_steps_add_up_to():
     assert analysis.penalty(0.422, 4, 0.1, 10) == pytest.approx(0.02)
     weight = torch.nn.Parameter(torch.tensor([5.0]))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.5)
-    schedule = analysis.restarts(8)(optimizer)
+    schedule = analysis.Restarts(8)(optimizer)
     for _ in range(8):
         for _ in range(200):
             weight.grad = torch.full_like(weight, analysis.penalty(0.3, 8, 0.1, 200, momentum=0.5))
             optimizer.step()
         schedule.step()
     assert 5 - weight.item() == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize(("stage", "factor"), [(8, 0.5), (4, 2.5)])
+def test_the_schedule_of_a_shorter_training_has_as_many_stages(stage, factor):
+    rates = {}
+    for schedule, calls in ((analysis.Restarts(stage), 2 * stage),
+                            (analysis.Restarts(stage).stretched(factor), round(2 * stage * factor))):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        stepped = schedule(optimizer)
+        rates[calls] = []
+        for _ in range(calls):
+            rates[calls].append(round(stepped.get_last_lr()[0], 6))
+            optimizer.step()
+            stepped.step()
+    for calls, found in rates.items():
+        assert found[: calls // 2] == found[calls // 2 :]
+        assert [found.count(rate) / calls for rate in (0.1, 0.01, 0.001)] == pytest.approx([0.5, 0.25, 0.25], abs=0.11)
 
 
 def test_a_gate_reads_small_scales_blocks_removed_and_the_accuracy_on_training_images(data):

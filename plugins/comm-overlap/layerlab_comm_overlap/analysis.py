@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from layerlab import Dataset, Estimate, FitResult, build_model, fit, load_dataset
+from layerlab import Comparison, Dataset, Estimate, FitResult, build_model, fit, load_dataset
 from layerlab_comm_overlap.method import measuring
 from layerlab_comm_overlap.method.launcher import launch
 from layerlab_comm_overlap.method.measuring import COMPUTE, CUT, OFF, VARIANTS, WHOLE
@@ -178,6 +180,35 @@ def same_weights(
             difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
             rows.append({"workers": count, "variant": name, "difference": difference, **_end(result)})
     return pd.DataFrame(rows)
+
+
+def equal_seconds(
+    each: Measured, dataset: Mapping[str, Any], network: Mapping[str, Any], settings: Mapping[str, Any],
+    seeds: Sequence[int], variant: str = "all together",
+) -> Comparison:
+    """A whole training beside one that ends when the time of `variant` is up for the fastest DDP as it comes.
+
+    Both run in one process, since every variant leaves the same weights (`same_weights`).
+
+    Args:
+        each: the measured seconds a step.
+        dataset, network, settings: as `same_weights`.
+        seeds: each with its own initial weights.
+
+    Returns:
+        A comparison for `explore.payoff`, of `variant` and what costs as many seconds.
+    """
+    data = load_dataset(**dataset).augmented("crop", 1)
+    options = dict(network)
+    build = partial(build_model, options.pop("name"), **options)
+    whole = fit(build, data, seed=seeds, name=variant, progress=False, **settings)
+    faster = gains(each, variant, best_stock(each)).mean
+    budget = max(1, math.floor(whole[0].steps / faster))
+    length = {"max_steps": budget, "epochs": math.ceil(settings["epochs"] * budget / whole[0].steps)}
+    equal = f"{variant} · equal seconds"
+    short = fit(build, data, seed=seeds, name=equal, progress=False, **{**settings, **length})
+    results = {(result.name, result.seed): result for result in (*whole, *short)}
+    return Comparison(results, {}, variant, {variant: equal})
 
 
 class _Double(nn.Module):

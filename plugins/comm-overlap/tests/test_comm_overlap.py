@@ -481,6 +481,22 @@ def test_gains_over_ddp_are_over_its_fastest_buckets(layers):
     assert table["gain"]["DDP, 5 MB buckets"] == pytest.approx(1 / 0.7)
 
 
+@pytest.mark.parametrize(("factor", "steps"), [(0.5, 8), (1.25, 20)])
+def test_stock_ddp_takes_the_steps_that_the_seconds_of_overlap_buy(factor, steps):
+    found = measured(TWO_LAYERS, 2, dict.fromkeys(PAIR, 1.0))
+    seconds = found.results["seconds"]
+    # 16 steps take the fastest DDP 16, and all together so many times as long.
+    seconds["all together"] = [factor * value for value in seconds["DDP, 25 MB buckets"]]
+    runs = analysis.equal_seconds(
+        found, {"name": "digits", "image_size": 16, "limit": 400, "device": "cpu"},
+        {"name": "lenet", "num_classes": 10, "channels": 1, "image_size": 16},
+        {"epochs": 2, "batch_size": 50, "lr": 0.05, "device": "cpu"}, [0, 1])
+    whole, short = (runs.results[arm, 1] for arm in ("all together", "all together · equal seconds"))
+    assert (whole.steps, short.steps) == (16, steps)
+    assert runs.pays("all together").length == steps / 16
+    assert runs.seeds == [0, 1]
+
+
 # ------------------------------------------------------------------------------------ before the first step
 
 

@@ -233,7 +233,7 @@ def _step(
 
 def forward_flops(result: FitResult) -> float:
     """Of a whole run, those of making features included."""
-    return math.fsum(row["cost/forward_flops"] + row.get(f"{NAME}/feature_flops", 0) for row in result.history)
+    return result.total("cost/forward_flops")
 
 
 def flop_reduction(comparison: Comparison, arm: str = DROPPED) -> Estimate:

@@ -398,6 +398,7 @@ class LearnAndDrop(Strategy):
         if not features.reused:
             made = cut.flops * making.rows * features.passes
             run.log(f"{NAME}/feature_flops", run.logged[f"{NAME}/feature_flops"] + made)
+            run.spend(made)
         synchronise(run.device)
         run.log(f"{NAME}/feature_seconds", time.perf_counter() - start)
         return True
@@ -409,8 +410,8 @@ class LearnAndDrop(Strategy):
         cut = self._plan.cuts[self._count]
         earlier = self._plan.cuts[self._fresh].modules if self._fresh else ()
         norms = batch_norms(run.model, [name for name in cut.modules if name not in earlier])
-        images = settle(run, network, norms, self._images, self._seed)
-        run.log(f"{NAME}/feature_flops", run.logged[f"{NAME}/feature_flops"] + cut.flops * images)
+        flops = settle(run, network, norms, self._images, self._seed)
+        run.log(f"{NAME}/feature_flops", run.logged[f"{NAME}/feature_flops"] + flops)
         self._fresh = self._count
 
     def _split(self, run: Run, cut: Cut) -> tuple[nn.Module, nn.Module]:

@@ -15,7 +15,6 @@ from torch import nn
 from layerlab import LayerlabError, measure
 from layerlab_memory_reorder import analysis
 from layerlab_memory_reorder.method import measuring, plan
-from layerlab_memory_reorder.method.allocator import peak_allocated
 from layerlab_memory_reorder.method.trace import Network, trace
 
 NETWORKS = ("alexnet", "caffe-alexnet", "vgg16", "resnet50", "googlenet")
@@ -159,27 +158,6 @@ def test_a_dry_run_has_the_live_tensors_of_the_real_step_and_the_real_peak_has_w
         allocated = measuring.measured_peak(model, shape, batch, arm, device="cpu")
         assert dry <= allocated * 1.001, arm
         assert allocated < 1.25 * dry, arm
-
-
-@pytest.mark.parametrize(("channels", "size"), [(3, 12), (8, 20)])
-def test_the_allocators_peak_counts_what_a_kernel_takes_for_itself(channels, size):
-    # Without oneDNN, a convolution unfolds its input inside the kernel: 9 × channels values a pixel, in no tensor.
-    layer, x = nn.Conv2d(channels, 4, 3, padding=1, bias=False), torch.randn(1, channels, size, size)
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        found = peak_allocated(lambda: None, lambda: layer(x), [x, layer.weight])
-    result, unfolded = 4 * 4 * size**2, 4 * 9 * channels * size**2
-    assert found == x.nbytes + layer.weight.nbytes + result + unfolded
-
-
-def test_the_allocators_peak_knows_what_was_there_before_and_what_was_freed():
-    x = torch.ones(1000)
-    kept: list[torch.Tensor] = []
-
-    def prepare() -> None:
-        kept.append(torch.ones(500) + torch.ones(500))
-
-    assert peak_allocated(prepare, x.square, [x, x[10:]]) == 4000 + 2000 + 4000
-    assert peak_allocated(prepare, kept.clear, [x, *kept]) == 4000 + 2000 + 2000
 
 
 @pytest.mark.parametrize(("network", "saving"), [

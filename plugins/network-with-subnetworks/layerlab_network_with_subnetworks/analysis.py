@@ -160,6 +160,52 @@ def cost_ratio(comparison: Comparison, arm: str, references: Sequence[str], metr
     return Estimate(tuple(a / math.fsum(each) for a, each in zip(mine, theirs, strict=True)), "×")
 
 
+def equal_budget(
+    comparison: Comparison, arm: str, references: Sequence[str], steps: int, metric: str = "TFLOP"
+) -> dict[str, Any]:
+    """The schedule of references that together cost what `arm` costs: as `schedule`, shortened or stretched to a step.
+
+    Args:
+        steps: of an epoch.
+        metric: what costs are counted in, `TFLOP` or `seconds`.
+    """
+    whole = comparison.of(references[0])[0].steps
+    # Sums of floats may miss a whole number by their last digits.
+    budget = max(1, math.floor(whole * cost_ratio(comparison, arm, references, metric).mean + 1e-6))
+    return {"epochs": -(-budget // steps), "max_steps": budget, "schedule": "step", "schedule_each": "step",
+            "milestones": (round(budget / 3), round(2 * budget / 3)), "gamma": 1 / 3}
+
+
+def rates_of(references: Sequence[str], rates: pd.DataFrame | None, lr: float) -> dict[float, list[str]]:
+    """Learning rate → the references that train with it: those of `rate_table`, or all with `lr`."""
+    if rates is None:
+        return {lr: list(references)}
+    return {rate: list(group.index) for rate, group in rates.groupby("chosen")}
+
+
+def against_equal_budget(comparison: Comparison, equal: Comparison, arm: str, family: str) -> Comparison:
+    """Each model of `arm` beside the reference that trained with its share of the same budget, for `explore.payoff`.
+
+    Args:
+        equal: the references trained with `equal_budget`.
+        family: what the references in `comparison` are called, as in `gains`.
+    """
+    results: dict[tuple[str, int], FitResult] = {}
+    pairs = {}
+    baseline = family + accuracies(comparison.of(arm)[0]).columns[0]
+    for seed in comparison.seeds:
+        results[baseline, seed] = comparison.results[baseline, seed]
+        table = accuracies(comparison.results[arm, seed])
+        for model in table.columns:
+            title = f"{model} of {arm}"
+            pairs[title] = f"{title} · equal budget"
+            history = [{**row, "test/top1": value} for row, value in
+                       zip(comparison.results[arm, seed].history, table[model], strict=True)]
+            results[title, seed] = replace(comparison.results[arm, seed], history=history)
+            results[pairs[title], seed] = equal.results[REGULAR + model, seed]
+    return Comparison(results, {}, baseline, pairs)
+
+
 def speed_table(comparisons: Mapping[str, Comparison], arm: str, references: Sequence[str]) -> pd.DataFrame:
     """Seconds an epoch of `arm` and of the references, and the ratios of seconds and FLOPs over the whole run."""
     rows = []

@@ -575,6 +575,33 @@ def test_each_reference_takes_the_rate_that_is_best_on_held_out_images_and_gains
         "ref-model0_top1": 50, "ref-model1_top1": 60, "ref-tuned-model0_top1": 70, "ref-tuned-model1_top1": 90})
 
 
+def test_each_model_is_held_against_its_reference_trained_for_its_share_of_the_same_budget(data):
+    arms = analysis.arms({"ref-model0": 0.0, "ref-model1": 0.0, "model0-1": 0.0})
+    references = ["ref-model0", "ref-model1"]
+    options = {**OPTIONS, **analysis.schedule(3)}
+    run = compare(analysis.networks(list(arms), data), data, arms, **options)
+    steps = len(data.train) // OPTIONS["batch_size"]
+    for (_, _), result in run.results.items():
+        for row in result.history:
+            row["time/epoch_seconds"] = {"ref-model0": 1.0, "ref-model1": 3.0, "model0-1": 2.0}[result.name]
+    # Half the seconds of both references: half their steps, and the whole schedule in them.
+    budget = analysis.equal_budget(run, "model0-1", references, steps, "seconds")
+    assert budget["max_steps"] == 3 * steps // 2
+    assert budget["milestones"] == (round(steps / 2), round(steps))
+    assert analysis.rates_of(references, None, 0.3) == {0.3: references}
+    rates = pd.DataFrame({"chosen": [0.1, 0.01]}, index=references)
+    assert analysis.rates_of(references, rates, 0.3) == {0.01: ["ref-model1"], 0.1: ["ref-model0"]}
+    equal = compare(analysis.networks(references, data), data, {name: arms[name] for name in references},
+                    **{**options, **budget})
+    judged = analysis.against_equal_budget(run, equal, "model0-1", analysis.REGULAR)
+    top = analysis.accuracies(run.results["model0-1", 0]).iloc[-1]
+    for model in ("model1", "model0"):
+        pays = judged.pays(f"{model} of model0-1")
+        wanted = 100 * (top[model] - equal.results[f"ref-{model}", 0].final["test/top1"])
+        assert pays.points.values == pytest.approx((wanted,))
+        assert pays.length == pytest.approx(0.5, abs=1 / (3 * steps))
+
+
 def test_the_schedule_is_the_paper_s_scaled():
     assert analysis.schedule(600)["milestones"] == (200, 400)
     assert analysis.schedule(12) == {"epochs": 12, "schedule": "step", "milestones": (4, 8), "gamma": 1 / 3}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from layerlab import Batches, Run
+from layerlab import Batches, Run, measure
 from layerlab_learn_and_drop.method.cutting import mode
 
 # Enough for means and variances of a channel; a pass over a small training set has fewer.
@@ -36,11 +36,11 @@ def settle(run: Run, network: nn.Module, norms: Collection[_BatchNorm], data: Ba
         seed: of their order and augmentation.
 
     Returns:
-        How many images were passed through the network.
+        FLOPs of these passes, which the run is told of (`Run.spend`).
     """
     if not norms:
         return 0
-    images = 0
+    each = flops = 0
     order = torch.Generator().manual_seed(seed)
     batches = data.batches(run.batch_size, order, torch.float32, memory_format(run))
     momenta = {module: module.momentum for module in norms}
@@ -52,12 +52,20 @@ def settle(run: Run, network: nn.Module, norms: Collection[_BatchNorm], data: Ba
                 module.momentum = None
                 module.train()
             for x, _ in islice(batches, BATCHES):
-                network(x)
-                images += len(x)
+                if each:
+                    network(x)
+                else:
+                    # All batches are of one size.
+                    with measure.Meter() as meter:
+                        network(x)
+                    assert meter.cost is not None
+                    each = meter.cost.flops
+                flops += each
     finally:
         for module, momentum in momenta.items():
             module.momentum = momentum
-    return images
+    run.spend(flops)
+    return flops
 
 
 def memory_format(run: Run) -> torch.memory_format:

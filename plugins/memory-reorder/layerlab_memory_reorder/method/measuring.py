@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from layerlab import LayerlabError, measure
 from layerlab_memory_reorder.method import plan as plans
-from layerlab_memory_reorder.method.allocator import peak_allocated
 from layerlab_memory_reorder.method.checkpointing import checkpoint_blocks
 from layerlab_memory_reorder.method.executor import Takeover
 from layerlab_memory_reorder.method.trace import Network, trace
@@ -118,12 +117,12 @@ class Step:
     def peak(self) -> int:
         """The most bytes allocated at once in a step after the first: weights, optimizer state, gradients, activations.
 
-        On a GPU by the CUDA allocator, on a CPU by `peak_allocated`: kernels' workspaces count. On the meta device,
-        where no kernel runs, the live tensors' bytes: a dry run.
+        On a GPU by the CUDA allocator, on a CPU by `measure.peak_allocated`: kernels' workspaces count. On the meta
+        device, where no kernel runs, the live tensors' bytes: a dry run.
         """
         if self.device.type == "cpu":
             kept = [self.x, self.y, *self.model.parameters(), *self.model.buffers()]
-            return peak_allocated(self, self, kept)
+            return measure.peak_allocated(self, self, kept)
         self()
         holders = [self.optimizer, *self.each.values()]
         with measure.Meter(self.model, *holders, self.x, self.y) as meter:
