@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import PIL
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from layerlab.base.arguments import validated
 from layerlab.base.devices import free_memory, resolve_device
 from layerlab.base.errors import LayerlabError, first_line, unknown
 from layerlab.base.usage import note_data
@@ -45,15 +47,17 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CI
 
 
 OnBad = Literal["raise", "skip"]
+_Count = Annotated[int, Field(ge=1)]
 
 
+@validated
 def load_dataset(
-    name: str,
+    name: str | os.PathLike[str],
     *,
-    image_size: int | None = None,
-    channels: int | None = None,
-    limit: int | None = None,
-    test_limit: int | None = None,
+    image_size: _Count | None = None,
+    channels: Literal[1, 3] | None = None,
+    limit: _Count | None = None,
+    test_limit: _Count | None = None,
     root: str | os.PathLike[str] | None = None,
     device: str | torch.device = "auto",
     download: bool = False,
@@ -93,17 +97,17 @@ def load_dataset(
     """
     # Long because its docstring names every argument and error, with an example.
     place = resolve_device(device)
+    name = os.fspath(name)
     path = Path(name).expanduser()
     known = DATASETS.get(name)
     if known is None and not path.is_dir():
         remedy = f"Or pass the path of a folder that exists; {path.absolute()} does not."
         raise unknown("dataset", name, DATASETS, remedy)
-    _check_sizes(channels, image_size=image_size, limit=limit, test_limit=test_limit)
-    channels = channels or (known.channels if known else 3)
+    depth = channels or (known.channels if known else 3)
     if name == "digits":
-        found = _Found(_digits(image_size or 8, channels), "scikit-learn", "sklearn-digits")
+        found = _Found(_digits(image_size or 8, depth), "scikit-learn", "sklearn-digits")
     else:
-        reading = _Reading(image_size, channels, place, memory_budget, on_bad)
+        reading = _Reading(image_size, depth, place, memory_budget, on_bad)
         found = _files(name, path if known is None else None, _root(root), reading, download)
     halves, source = found.halves, found.source
     classes = known.classes if known else len(found.class_names) or int(halves["train"][1].max()) + 1
@@ -118,7 +122,7 @@ def load_dataset(
             halves[half] = (kept, labels[keep_rows])
     mean, std = channel_statistics(halves["train"][0])
     splits = {half: _split(images, labels, place, mean, std) for half, (images, labels) in halves.items()}
-    key = f"{found.digest}|{image_size}|{channels}|{limit}|{test_limit}"
+    key = f"{found.digest}|{image_size}|{depth}|{limit}|{test_limit}"
     fingerprint = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     note_data(source, fingerprint)
     note = "; ".join(part for part in (found.note, _sampled(halves["train"][0])) if part)
@@ -138,15 +142,6 @@ def _split(
     """A half on the device; streamed images stay where they are."""
     kept = images if isinstance(images, Streamed) else images.to(device)
     return Split(kept, labels.to(device), mean, std)
-
-
-def _check_sizes(channels: int | None, **sizes: int | None) -> None:
-    """Raises LayerlabError for a size below one, or a number of channels that no image has."""
-    for label, value in sizes.items():
-        if value is not None and value < 1:
-            raise LayerlabError(f"{label} must be at least 1, got {value}.")
-    if channels not in (None, 1, 3):
-        raise LayerlabError(f"channels must be 1 or 3, got {channels}.")
 
 
 def _check_labels(labels: Tensor, classes: int, dataset: str, half: str, source: str) -> None:
