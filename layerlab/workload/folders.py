@@ -181,6 +181,15 @@ def find_layout(folder: Path) -> Layout:
     return Layout(top, one_each(named, str(top)), one_each(flat, str(top)), False, unread)
 
 
+def other_files(folder: Path) -> Counter[str]:
+    """Suffix → how many visible files of it lie in a folder and those below it and are no images by their names."""
+    found: Counter[str] = Counter()
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and name.lower() not in _LEFTOVERS]
+        found.update(os.path.splitext(name)[1].lower() for name in files if name[0] != "." and not _is_image(name))
+    return found
+
+
 def class_folders(folder: Path) -> tuple[str, ...]:
     """The names of the folders in a folder, sorted, without hidden ones and programs' leftovers: the classes.
 

@@ -216,13 +216,13 @@ def _files(name: str, folder: Path | None, root: Path, reading: _Reading, downlo
     where = folder or root / name
     halves: Mapping[str, Source] = {}
     notes: list[str] = []
-    if files := parquet_files(where):
-        parts, aside = parquet_halves(where, files, known=folder is None)
-        if folder is None and not {"test", "validation"} & parts.keys():
+    if folder is not None:
+        halves, notes = folder_sources(folder)
+    elif files := parquet_files(where):
+        parts, aside = parquet_halves(where, files, known=True)
+        if not {"test", "validation"} & parts.keys():
             raise LayerlabError(f"{where} has no test-*.parquet; add the missing half.")
         halves, notes = assigned(parts, str(where), aside)
-    elif folder is not None:
-        halves, notes = image_folders(folder)
     elif name in FOLDERS:
         for candidate in (root / sub for sub in FOLDERS[name]):
             if (candidate / "train").is_dir():
@@ -240,6 +240,19 @@ def _files(name: str, folder: Path | None, root: Path, reading: _Reading, downlo
             + (", or pass download=True." if name in TORCHVISION else ".")
         )
     return _read(name, halves, str(where), notes, reading)
+
+
+def folder_sources(folder: Path) -> tuple[dict[str, Source], list[str]]:
+    """The halves of a folder of anybody's parquet files or images, and notes on how it was understood.
+
+    Raises:
+        LayerlabError: as `parquet_halves` and `image_folders`.
+    """
+    files = parquet_files(folder)
+    if not files:
+        return image_folders(folder)
+    parts, aside = parquet_halves(folder, files, known=False)
+    return assigned(parts, str(folder), aside)
 
 
 def _read(name: str, halves: Mapping[str, Source], where: str, notes: list[str], reading: _Reading) -> _Found:

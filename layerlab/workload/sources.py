@@ -69,24 +69,24 @@ class _Rows(Source):
     """Some of the images of another source."""
 
     def __init__(self, whole: Source, chosen: Tensor) -> None:
-        self._whole = whole
+        self.whole = whole
         self._chosen = chosen
         self.class_names = whole.class_names
         self.notes = whole.notes
 
     def labels(self) -> Tensor:
-        return self._whole.labels()[self._chosen]
+        return self.whole.labels()[self._chosen]
 
     def where(self, index: int) -> str:
-        return self._whole.where(int(self._chosen[index]))
+        return self.whole.where(int(self._chosen[index]))
 
     def read(self, index: int) -> bytes:
-        return self._whole.read(int(self._chosen[index]))
+        return self.whole.read(int(self._chosen[index]))
 
     @property
     def digest(self) -> str:
         chosen = hashlib.blake2b(self._chosen.numpy().tobytes(), digest_size=8).hexdigest()
-        return f"{self._whole.digest}-{chosen}"
+        return f"{self.whole.digest}-{chosen}"
 
 
 def held_out(source: Source, every: int, place: str) -> tuple[Source, Source]:
