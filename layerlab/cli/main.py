@@ -324,9 +324,10 @@ def check_data(folder: Path) -> None:
     for table in (found.layout, found.classes, found.table):
         _print(table)
         click.echo()
-    click.echo("The data are sound." if found.sound else "Before you train, mend what cannot be used, is in two halves or has two labels.")
     if not found.sound:
+        click.echo("Before you train, mend what cannot be used, is in two halves or has two labels.")
         raise SystemExit(1)
+    click.echo("The data are sound.")
 
 
 @main.command()

@@ -72,9 +72,12 @@ def bad_images(found: Sequence[BadImage], total: int) -> LayerlabError:
 
 def treatment_note(counts: Mapping[str, int]) -> str:
     """What was done to images, as a part of a dataset's note; empty where nothing was."""
-    parts = [f"{counts[name]:,} image{'s' * (counts[name] != 1)} {text}"
-             for name, text in TREATMENTS.items() if counts.get(name)]
-    return "; ".join(parts)
+    return "; ".join(f"{counted(counts[name])} {text}" for name, text in TREATMENTS.items() if counts.get(name))
+
+
+def counted(count: int) -> str:
+    """So many images, in words."""
+    return f"{count:,} image{'s' * (count != 1)}"
 
 
 class Decoded(NamedTuple):

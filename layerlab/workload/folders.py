@@ -108,6 +108,12 @@ def image_folders(folder: Path) -> tuple[dict[str, Source], list[str]]:
     if layout.unread:
         notes.append(f"not read: {', '.join(layout.unread)}")
     walk = _Walk(layout)
+    aside = ""
+    for half, place in layout.flat.items():
+        aside = f"{place.name}/ has images and no class folders"
+        if half == TRAINING:
+            raise LayerlabError(f"{place} has images and no class folders, so nothing says their classes; sort them "
+                                "into class folders.")
     train = layout.halves.get(TRAINING)
     if train is None:
         named = " and a folder ".join(path.name for path in layout.halves.values())
@@ -116,12 +122,6 @@ def image_folders(folder: Path) -> tuple[dict[str, Source], list[str]]:
     halves: dict[str, Source] = {}
     for half, place in layout.halves.items():
         halves[half] = _half_source(walk, half, place, train, names)
-    aside = ""
-    for half, place in layout.flat.items():
-        aside = f"{place.name}/ has images and no class folders"
-        if half == TRAINING:
-            raise LayerlabError(f"{place} has images and no class folders, so nothing says their classes; sort them "
-                                "into class folders.")
     divided, more = assigned(halves, str(folder), aside, layout.whole)
     return divided, [*notes, *more]
 

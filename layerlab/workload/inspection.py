@@ -75,7 +75,9 @@ class Inspection:
     @property
     def table(self) -> Table:
         """The findings as a table."""
-        rows = [[Cell(each.what, each.tone), f"{each.images:,}", "; ".join(each.examples)] for each in self.findings]
+        rows: list[list[str | Cell]] = [
+            [Cell(each.what, each.tone), f"{each.images:,}", "; ".join(each.examples)] for each in self.findings
+        ]
         return Table(("finding", "images", f"the first {_EXAMPLES}"), rows or [["nothing", "0", ""]])
 
 

@@ -27,7 +27,7 @@ from layerlab.base.errors import LayerlabError, first_line, unknown
 from layerlab.base.usage import note_data
 from layerlab.workload.cache import Kept, keep, load_kept
 from layerlab.workload.dataset import Dataset, Shape, Split, balanced, channel_statistics
-from layerlab.workload.decoding import DECODING, RESIZED, BadImage, bad_images, decode_image, treatment_note
+from layerlab.workload.decoding import DECODING, RESIZED, BadImage, bad_images, counted, decode_image, treatment_note
 from layerlab.workload.folders import class_folders, image_folders
 from layerlab.workload.halves import TRAINING, assigned, half_of
 from layerlab.workload.parquet import parquet_files, parquet_halves
@@ -287,13 +287,23 @@ def _read(name: str, halves: Mapping[str, Source], where: str, notes: list[str],
     if bad:
         if reading.on_bad == "raise":
             raise bad_images(bad, sum(map(len, halves.values())))
-        notes = [*notes, f"{len(bad):,} image{'s' * (len(bad) != 1)} that cannot be used left out"]
+        _check_classes(halves["train"], result["train"][1], where)
+        notes = [*notes, f"{counted(len(bad))} that cannot be used left out"]
     train = halves["train"]
     if treated[RESIZED] and not (reading.size or own):
-        notes = [*notes, f"{treated[RESIZED]:,} images scaled to {side} pixels, the shorter side of the first one; "
+        notes = [*notes, f"{counted(treated[RESIZED])} scaled to {side} pixels, the shorter side of the first one; "
                          "image_size sets it"]
     said = [*train.notes, *notes, treatment_note(treated if fits else {})]
     return _Found(result, where, digest, train.class_names, "; ".join(part for part in said if part))
+
+
+def _check_classes(source: Source, left: Tensor, where: str) -> None:
+    """Raises LayerlabError where all training images of a class cannot be used; `left` are the labels of the rest."""
+    for label in source.labels().unique().tolist():
+        if not (left == label).any():
+            name = source.class_names[label] if source.class_names else str(label)
+            raise LayerlabError(f"In {where} the class {name!r} has no training image that can be used; mend or remove "
+                                "it.")
 
 
 def _decoded(source: Source, side: int, reading: _Reading, pixels: bool) -> Kept:
