@@ -158,7 +158,8 @@ def sentence(error: ValidationError, owner: str, known: Iterable[str] = ()) -> s
             hint = f"did you mean {near!r}?" if near else listing
             parts.append(f"{owner} has no setting {setting!r}" + (f" ({hint})" if hint else ""))
             continue
-        messages = [each["msg"].removeprefix("Value error, ").removeprefix("Input ") for each in same]
+        messages = [each["msg"].removeprefix("Value error, ").removeprefix("Input ").replace(
+            "be callable", "be a function") for each in same]
         first, *others = dict.fromkeys(messages)
         choices = re.findall(r"'([^']*)'", " ".join(str(each.get("ctx", {}).get("expected", "")) for each in same))
         near = nearest(detail["input"], choices) if isinstance(detail["input"], str) else ""
