@@ -176,9 +176,7 @@ def compare(
         >>> compare(network, data, arms, seeds=[0, 1], epochs=1, progress=False).arms
         ['full', 'skip']
     """
-    if not seeds:
-        raise Refused("seeds is empty; give at least one.")
-    _check_kinds(data, arms)
+    _check_kinds(data, arms, seeds)
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
     companions = Companions(every, equal, placebo)
@@ -193,8 +191,10 @@ def compare(
     return companions.comparison(rounds)
 
 
-def _check_kinds(data: object, arms: object) -> None:
-    """Raises Refused for data or arms as other libraries take them."""
+def _check_kinds(data: object, arms: object, seeds: Sequence[int]) -> None:
+    """Raises Refused for data or arms as other libraries take them, and where there is no seed."""
+    if not seeds:
+        raise Refused("seeds is empty; give at least one.")
     if not isinstance(data, Dataset):
         raise Refused(f"data must be a layerlab.Dataset, got {type(data).__name__}; load_dataset gives one, of a known "
                       "name or of a folder of images or parquet files.")
