@@ -294,10 +294,13 @@ def import_(files: tuple[Path, ...]) -> None:
         click.echo(f"{file}: {new} run{'s' * (new != 1)} brought in, {known} here already")
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--root", type=click.Path(path_type=Path), help="Where datasets lie (default: $LAYERLAB_DATA).")
-def data(root: Path | None) -> None:
-    """List the known datasets and which of them are here."""
+@click.pass_context
+def data(context: click.Context, root: Path | None) -> None:
+    """List the known datasets and which of them are here, or check a folder of your own."""
+    if context.invoked_subcommand is not None:
+        return
     from layerlab.workload.loading import DATASETS, available
 
     rows: list[list[str | Cell]] = []
@@ -306,6 +309,25 @@ def data(root: Path | None) -> None:
         mark = Cell("here", "good") if place else Cell("missing", "warning")
         rows.append([name, mark, str(place or "set LAYERLAB_DATA to the folder that holds it")])
     _print(Table(("dataset", "", "where"), rows))
+
+
+@data.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+def check_data(folder: Path) -> None:
+    """Look at every image of a FOLDER once: layout, class counts, and what is broken, doubled, turned or leaking.
+
+    Ends with exit status 1 where an image cannot be used, is in two halves, or has two labels.
+    """
+    from layerlab.workload.inspection import inspect_images
+
+    found = inspect_images(folder)
+    for table in (found.layout, found.classes, found.table):
+        _print(table)
+        click.echo()
+    if not found.sound:
+        click.echo("Before you train, mend what cannot be used, is in two halves or has two labels.")
+        raise SystemExit(1)
+    click.echo("The data are sound.")
 
 
 @main.command()

@@ -260,7 +260,7 @@ def read_paper(file: Path, strategy: str) -> Paper:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise LayerlabError(f"{file} cannot be read: {error}.") from None
     except ValidationError as error:
-        raise LayerlabError(sentence(error, str(file))) from None
+        raise LayerlabError(sentence(error, str(file), Paper.model_fields)) from None
 
 
 def load_paper(strategy: str | Plugin) -> Paper:

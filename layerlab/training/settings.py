@@ -16,6 +16,10 @@ Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
+# What `fit` takes besides its settings, for the nearest name of one that it does not have: a test compares the two.
+ARGUMENTS = ("strategies", "seed", "name", "loss", "checkpoint", "observers", "progress")
+
+
 class FitSettings(TypedDict, total=False):
     """The keyword arguments of `fit` and `compare` that are `Settings`, for type checkers: a test compares the two."""
 
@@ -117,7 +121,7 @@ def checked_settings(settings: Mapping[str, Any]) -> Settings:
     try:
         return Settings(**settings)
     except ValidationError as error:
-        raise Refused(sentence(error, "fit")) from None
+        raise Refused(sentence(error, "fit", (*Settings.model_fields, *ARGUMENTS))) from None
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

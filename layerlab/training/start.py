@@ -86,7 +86,23 @@ def start(
         strategy.on_after_backward for strategy in strategies if strategy.defines("on_after_backward")
     ]
     _check_forward(run, data)
+    _check_loss(run, data)
     return run
+
+
+def _check_loss(run: Run, data: Dataset) -> None:
+    """The loss of two images: one number from logits (2, classes) and labels (2,), int64."""
+    logits, labels = torch.zeros(2, data.classes, device=run.device), data.train.labels[:2]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            value = run.loss(logits, labels)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"it gives {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise Refused(
+            f"The loss does not map logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} to "
+            f"one number ({first_line(error)}); give a function that does, such as torch.nn.CrossEntropyLoss()."
+        ) from None
 
 
 def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Module:

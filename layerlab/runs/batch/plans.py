@@ -105,7 +105,8 @@ def read_plan(file: Path) -> Plan:
     try:
         return Plan(**content)
     except (ValidationError, TypeError) as error:
-        text = sentence(error, str(file)) if isinstance(error, ValidationError) else f"{file}: {error}."
+        known = {*Plan.model_fields, *Entry.model_fields}
+        text = sentence(error, str(file), known) if isinstance(error, ValidationError) else f"{file}: {error}."
         raise LayerlabError(text) from None
 
 
