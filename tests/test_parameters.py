@@ -1,6 +1,8 @@
 """Parameters as text, on a command line and in plans."""
 
 import shlex
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from fake_paper import PAPER
 from layerlab import LayerlabError, Study, load_paper
 from layerlab.base.text import from_yaml, reproduce_command, to_yaml
 from layerlab.contract.paper import read_paper
+from layerlab.runs.batch.plans import Plan, jobs_of
 from layerlab.runs.jobs import paper_job
 
 
@@ -85,7 +88,6 @@ def paper_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"alpha": -1}, "setting 'alpha'"),
         ({"alpha": "much"}, "'alpha' of the lars-skip notebook is a number in the profile, got 'much'"),
         ({"seeds": "all"}, "is a list in the profile"),
         ({"datasets": [1]}, "is a mapping in the profile"),
@@ -100,6 +102,46 @@ def test_a_wrong_value_is_refused_before_a_kernel_starts(given, said):
         return
     with pytest.raises(LayerlabError, match=said):
         paper_job("lars-skip", changed=given)
+
+
+def _plan(given: dict) -> Plan:
+    return Plan(jobs=[{"paper": ["lars-skip"], "parameters": given}])
+
+
+def test_a_value_that_the_strategy_s_setting_does_not_take_is_refused_before_a_kernel_starts(tmp_path):
+    with pytest.raises(LayerlabError, match=r"job 1: lars-skip: setting 'alpha' should be greater than.*got -1"):
+        jobs_of(_plan({"alpha": -1}), tmp_path)
+    assert [job.problem for job in jobs_of(_plan({"alpha": 3, "precision": "float8"}), tmp_path)] == [""]
+
+
+MISBEHAVING = {
+    "import os; os._exit(3)": "its import ended the process with status 3",
+    "import os; os.abort()": "its import ended the process with signal 6",
+    "raise ValueError('half installed')": "ValueError: half installed",
+    # What it starts holds the pipe of the answer open.
+    "import subprocess; subprocess.Popen(['sleep', '600'], close_fds=False)": "",
+}
+
+
+@pytest.mark.parametrize(("source", "said"), MISBEHAVING.items())
+def test_a_plugin_that_misbehaves_at_import_hurts_no_plan(fake, tmp_path, source, said):
+    site = fake()
+    module = site / "fake_plugin" / "__init__.py"
+    module.write_text(source + "\n" + module.read_text())
+    plan = Plan(jobs=[{"paper": ["fake"], "grid": {"epochs": [2, 3]}}, {"paper": ["lars-skip"]}])
+    if said:
+        with pytest.raises(LayerlabError, match=rf"job 1: Plugin 'fake' .* is broken \({said}\); mend or uninstall"):
+            jobs_of(plan, tmp_path)
+    else:
+        assert [job.changed for job in jobs_of(plan, tmp_path)] == [{"epochs": 2}, {"epochs": 3}, {}]
+    assert "fake_plugin" not in sys.modules
+
+
+def test_a_plan_is_checked_without_torch_in_its_own_process(tmp_path):
+    script = ("import sys; from pathlib import Path; from layerlab.runs.batch.plans import Plan, jobs_of; "
+              "jobs_of(Plan(jobs=[{'paper': ['lars-skip'], 'grid': {'alpha': [1, 2]}}]), Path()); "
+              "print([name for name in ('torch', 'layerlab_lars_skip') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_parameters_in_force_are_the_profile_s_with_the_changed_ones():

@@ -57,7 +57,9 @@ def merged_parameters(owner: str, profile: Mapping[str, Any], given: Mapping[str
 
 
 def check_settings(plugin: Plugin, profile: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Hold what was changed against the strategy's settings of the same names, before a kernel starts.
+    """Hold what was changed against the strategy's settings of the same names.
+
+    This imports the plugin; `layerlab.contract.plugin_probe` does it in a process of its own.
 
     A parameter whose value in the profile is none that the setting takes (a list to choose from, say) is left to the
     notebook.
@@ -65,8 +67,6 @@ def check_settings(plugin: Plugin, profile: Mapping[str, Any], changed: Mapping[
     Raises:
         LayerlabError: a value that the setting does not take.
     """
-    if not changed:
-        return
     strategy = plugin.load()
     for name in changed.keys() & strategy.model_fields.keys():
         try:

@@ -1,6 +1,6 @@
-"""Whether plugins import: `layerlab list` starts `python -m layerlab.contract.plugin_probe`.
+"""What only an import of a plugin tells: `layerlab` starts `python -m layerlab.contract.plugin_probe`.
 
-Each import runs in its own process, so a plugin cannot affect the others.
+Each import runs in its own process, so a plugin cannot affect the others, nor who asks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,29 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, NamedTuple
 
+from layerlab.base.errors import LayerlabError, reason
 from layerlab.contract.registry import Plugin
 
 LIMIT = 60.0  # seconds that a plugin has for its import
+
+
+class Changes(NamedTuple):
+    """Parameters that were given in place of a profile's.
+
+    Attributes:
+        plugin: the strategy that they are meant for.
+        profile: name → value of every parameter.
+        changed: name → value of those that were given.
+    """
+
+    plugin: Plugin
+    profile: Mapping[str, Any]
+    changed: Mapping[str, Any]
 
 
 def import_errors(plugins: Sequence[Plugin], limit: float = LIMIT) -> list[str]:
@@ -27,24 +44,50 @@ def import_errors(plugins: Sequence[Plugin], limit: float = LIMIT) -> list[str]:
         plugins: of the registry.
         limit: seconds that each of them has.
     """
-    if not plugins:
+    return [broken for broken, *_ in _answers([(plugin, []) for plugin in plugins], limit)]
+
+
+def refused_changes(asked: Sequence[Changes], limit: float = LIMIT) -> list[str]:
+    """Why a strategy does not take what was changed, or an empty string, in their order; see `check_settings`.
+
+    Args:
+        asked: any number of each plugin, which is imported once.
+        limit: seconds that each plugin has.
+    """
+    places: dict[str, list[int]] = {}
+    for place, each in enumerate(asked):
+        places.setdefault(each.plugin.name, []).append(place)
+    plugins = [asked[own[0]].plugin for own in places.values()]
+    changes = [[(asked[place].profile, asked[place].changed) for place in own] for own in places.values()]
+    found = [""] * len(asked)
+    answers = _answers(list(zip(plugins, changes, strict=True)), limit)
+    for plugin, own, (broken, *refused) in zip(plugins, places.values(), answers, strict=True):
+        for number, place in enumerate(own):
+            found[place] = str(plugin.refusal(broken)) if broken else refused[number]
+    return found
+
+
+def _answers(asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[list[str]]:
+    """For each plugin why it cannot be used, then for each of its (profile, changed) why that is refused."""
+    if not asked:
         return []
     command = [sys.executable, "-m", "layerlab.contract.plugin_probe", str(limit)]
-    asked = json.dumps([asdict(each) for each in plugins])
-    process = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True)
+    text = json.dumps([[asdict(plugin), changes] for plugin, changes in asked])
+    process = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(process.stdout)
 
 
 def main() -> None:
-    """Read plugins as JSON, write their errors as JSON."""
+    """Read plugins with changes as JSON, write their errors as JSON."""
     # Before the first fork, so that it is imported once.
     import layerlab.contract.strategy  # noqa: F401
 
-    plugins = [Plugin(**each) for each in json.load(sys.stdin)]
-    print(json.dumps([_tried(plugin, float(sys.argv[1])) for plugin in plugins]))
+    asked = [(Plugin(**each), changes) for each, changes in json.load(sys.stdin)]
+    print(json.dumps([_tried(plugin, changes, float(sys.argv[1])) for plugin, changes in asked]))
 
 
-def _tried(plugin: Plugin, limit: float) -> str:
+def _tried(plugin: Plugin, changes: Sequence[Any], limit: float) -> list[str]:
+    """Import a plugin in a process of its own, and let it look at the changes there."""
     answer, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -54,21 +97,54 @@ def _tried(plugin: Plugin, limit: float) -> str:
         nothing = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(nothing, standard)
-        os.write(told, json.dumps(plugin.broken).encode())
-        os._exit(0)
+        with os.fdopen(told, "w") as stream:
+            stream.write(json.dumps([plugin.broken, *_refusals(plugin, changes)]) + "\n")
+            stream.flush()
+            os._exit(0)
     os.close(told)
-    with os.fdopen(answer, "rb") as stream:
-        in_time = bool(select.select([stream], [], [], limit)[0])
-        text = stream.readline() if in_time else b""
+    text = _line(answer, limit)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if text:
         return json.loads(text)
-    if not in_time:
-        return f"it did not import within {limit:g} s"
+    if text is None:
+        return [f"it did not import within {limit:g} s"]
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"its import ended the process with {how}"
+    return [f"its import ended the process with {how}"]
+
+
+def _refusals(plugin: Plugin, changes: Sequence[Any]) -> list[str]:
+    from layerlab.contract.parameters import check_settings
+
+    found = []
+    for profile, changed in changes:
+        try:
+            check_settings(plugin, profile, changed)
+        except LayerlabError as error:
+            found.append(str(error))
+        except Exception as error:  # whatever a validator of the plugin's raises
+            found.append(f"{plugin.name} does not take {changed!r} ({reason(error)}); give other values.")
+        else:
+            found.append("")
+    return found
+
+
+def _line(pipe: int, limit: float) -> bytes | None:
+    """What comes through a pipe up to the first line's end, empty if that never comes; None after `limit` seconds.
+
+    A process that the plugin has started may hold the other end open for ever, so the pipe's end is not waited for.
+    """
+    deadline, text = time.monotonic() + limit, b""
+    with os.fdopen(pipe, "rb", buffering=0) as stream:
+        while not text.endswith(b"\n"):
+            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            part = stream.read(1 << 16)
+            if not part:
+                return b""
+            text += part
+    return text
 
 
 if __name__ == "__main__":

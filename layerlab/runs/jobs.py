@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from layerlab.base.errors import LayerlabError, reason
 from layerlab.base.text import reproduce_command
 from layerlab.contract.paper import load_paper
-from layerlab.contract.parameters import check_settings
+from layerlab.contract.plugin_probe import Changes, refused_changes
 from layerlab.contract.registry import strategies
 from layerlab.runs.basis import State, notebook_basis, paper_basis, standing
 from layerlab.runs.notebook_file import check_parameters, kernel_for, read_notebook
@@ -133,18 +133,31 @@ def paper_job(
         changed: notebook parameters that differ from the profile's.
         output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
 
+    The strategy is not imported, so a value that its setting does not take is found by `setting_errors` alone.
+
     Raises:
-        LayerlabError: no such strategy, profile or parameter; a value that the strategy's setting does not take.
+        LayerlabError: no such strategy, profile or parameter, or a value of another kind than the profile's.
     """
     paper = load_paper(strategy)
     chosen = paper.profile(profile)
     merged = paper.parameters(profile, changed or {})
-    check_settings(strategies[strategy], chosen.parameters, merged.changed)
     folder = Path(output) if output else default_folder(strategy, profile, merged.changed)
     return Job(
         str(paper.notebook_file), str(folder.resolve()), strategy, profile, merged.changed,
         paper_basis(paper, merged.in_force), chosen.cores, chosen.memory_gb,
     )
+
+
+def setting_errors(jobs: Sequence[Job]) -> list[str]:
+    """Why the settings of each job's strategy do not take its parameters, or an empty string, in their order.
+
+    The plugins are imported in a process of their own, one for all jobs.
+    """
+    changed = [job for job in jobs if job.strategy and job.changed and not job.problem]
+    asked = [Changes(strategies[job.strategy], load_paper(job.strategy).profile(job.profile).parameters, job.changed)
+             for job in changed]
+    found = dict(zip(map(id, changed), refused_changes(asked), strict=True))
+    return [found.get(id(job), "") for job in jobs]
 
 
 def notebook_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from layerlab.base.errors import LayerlabError, sentence
 from layerlab.base.text import from_yaml
-from layerlab.runs.jobs import Job, notebook_job, paper_job
+from layerlab.runs.jobs import Job, notebook_job, paper_job, setting_errors
 from layerlab.runs.notebook_file import parameter_names, read_notebook
 
 ALL = "all"
+# Name of a paper, or empty for a notebook; profile; parameters.
+Combination = tuple[str, str, dict[str, Any]]
 
 
 class Entry(BaseModel):
@@ -123,29 +126,20 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
         LayerlabError: every mistake of the plan at once: unknown papers, notebooks, profiles and parameters; or there
             is nothing that can be run.
     """
+    found: list[tuple[int, Job]] = []
+    for number, entry in enumerate(plan.jobs, 1):
+        found += [(number, _job(entry, combination, beside, output)) for combination in _combinations(entry)]
     jobs: dict[str, Job] = {}
     mistakes: list[str] = []
-    for number, entry in enumerate(plan.jobs, 1):
-        for source, profile, parameters in _combinations(entry):
-            try:
-                if entry.notebook:
-                    file = beside / entry.notebook
-                    given = _seeded(entry, parameters, parameter_names(read_notebook(file)))
-                    cwd = beside / entry.cwd if entry.cwd else ""
-                    job = notebook_job(file, given, output, cwd, entry.kernel)
-                else:
-                    job = paper_job(source, profile, parameters, output)
-            except LayerlabError as error:
-                if entry.paper == [ALL]:
-                    job = Job("", "", source, profile, parameters, problem=f"{source}: {error}")
-                    jobs[f"{number} {job.label}"] = job
-                else:
-                    mistakes.append(f"job {number}: {error}")
-            else:
-                other = jobs.setdefault(job.folder, job)
-                if other.basis != job.basis:
-                    mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
-                                    f"{other.label}; give one of them another name")
+    for (number, job), refused in zip(found, setting_errors([job for _, job in found]), strict=True):
+        problem = job.problem or refused
+        if problem and plan.jobs[number - 1].paper == [ALL]:
+            jobs[f"{number} {job.label}"] = replace(job, problem=f"{job.strategy}: {problem}")
+        elif problem:
+            mistakes.append(f"job {number}: {problem}")
+        elif (other := jobs.setdefault(job.folder, job)).basis != job.basis:
+            mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
+                            f"{other.label}; give one of them another name")
     if jobs and all(job.problem for job in jobs.values()):
         mistakes += [job.problem for job in jobs.values()]
     if mistakes:
@@ -154,7 +148,20 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
     return list(jobs.values())
 
 
-def _combinations(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _job(entry: Entry, combination: Combination, beside: Path, output: Path | None) -> Job:
+    """One job of an entry; with its problem, where it cannot be run."""
+    source, profile, parameters = combination
+    try:
+        if not entry.notebook:
+            return paper_job(source, profile, parameters, output)
+        file = beside / entry.notebook
+        given = _seeded(entry, parameters, parameter_names(read_notebook(file)))
+        return notebook_job(file, given, output, beside / entry.cwd if entry.cwd else "", entry.kernel)
+    except LayerlabError as error:
+        return Job("", "", source, profile, parameters, problem=str(error))
+
+
+def _combinations(entry: Entry) -> Iterator[Combination]:
     from layerlab.contract.registry import strategies
 
     sources = list(strategies) if entry.paper == [ALL] else entry.paper or [""]
