@@ -1,5 +1,6 @@
 """Parameters as text, on a command line and in plans."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from fake_paper import PAPER
 
 from layerlab import LayerlabError, Study, load_paper
-from layerlab.base.text import from_yaml, reproduce_command, to_yaml
+from layerlab.base.text import NoYaml, as_json, from_json, from_yaml, reproduce_command, to_yaml
 from layerlab.contract.paper import read_paper
 from layerlab.runs.batch.plans import Plan, jobs_of
 from layerlab.runs.jobs import paper_job
@@ -20,13 +21,18 @@ from layerlab.runs.jobs import paper_job
     ("1e-3", 0.001), ("-2E+4", -20000.0), (".5e1", 5.0), ("1.e2", 100.0), ("[1e-4, 3e-4]", [1e-4, 3e-4]),
     ("{lr: 1e-3, epochs: 3}", {"lr": 0.001, "epochs": 3}), ("0.1", 0.1), ("3", 3),
     # What only looks like a number stays what it is.
+    ("12:30", "12:30"), ("2024-13-45", "2024-13-45"), ("{2024-01-01: 3}", {"2024-01-01": 3}), ("1_000", "1_000"),
+    ("yes", "yes"), ("0b1", "0b1"), ("010", 10), ("0o17", 15), ("0x1F", 31), ("~", None), ("-.INF", -float("inf")),
+    ("{7: a, null: b}", {7: "a", None: "b"}), ("%YAML 1.1\n---\n[010, on]", [10, "on"]),
+    ("{<<: {a: 1, b: 2}, a: 3}", {"a": 3, "b": 2}),
     ("1e", "1e"), ("e3", "e3"), ("1.2.3e4", "1.2.3e4"), ("'1e-3'", "1e-3"), ("resnet-20", "resnet-20"), ("true", True),
 ])
-def test_numbers_may_have_a_bare_exponent(text, value):
+def test_values_are_those_of_yaml_1_2(text, value):
     assert from_yaml(text) == value
 
 
-@pytest.mark.parametrize("value", [1e-5, "1e-5", [0.1, None, "it's"], {"cifar10": {"limit": 400}}, "", True])
+@pytest.mark.parametrize("value", [1e-5, "1e-5", [0.1, None, "it's"], {"cifar10": {"limit": 400}}, "", True,
+                                   {1: "a", None: "010", "1": "0x1"}, ["12:30", "~", "<<", "\x85", "a\nb", "- a"]])
 def test_a_command_gives_every_parameter_back(value):
     words = shlex.split(reproduce_command("mine", "cpu", {"it": value}, "--output", "a folder"))
     assert words[:5] == ["layerlab", "reproduce", "mine", "--profile", "cpu"]
@@ -34,6 +40,22 @@ def test_a_command_gives_every_parameter_back(value):
     assert from_yaml(words[6].removeprefix("it=")) == value
     assert words[7:] == ["--output", "a folder"]
     assert from_yaml(to_yaml(value)) == value
+
+
+@pytest.mark.parametrize("value", [{"drops": {3: [1], None: 2.5}, True: "x"}, {"!!int 1": {1: 0}}, {"!!": 1}])
+def test_json_keeps_the_kinds_of_keys(value):
+    text = json.dumps(as_json(value), sort_keys=True)
+    assert from_json(json.loads(text)) == value
+
+
+def test_what_is_too_much_or_no_value_gets_a_sentence_and_no_text_stands_for_it():
+    for text in ("{a: 1, a: 2}", "&a [*a]", "[" * 99, "!!binary aGVs", "<<"):
+        with pytest.raises(LayerlabError) as caught:
+            from_yaml(text)
+        assert not isinstance(caught.value, NoYaml), text
+    for text in ("[", "*.png", "@home", "a: b: c", "!!int x", "9" * 5000):
+        with pytest.raises(NoYaml):
+            from_yaml(text)
 
 
 def test_a_profile_has_the_values_of_the_one_it_is_like(paper_file):

@@ -82,6 +82,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def brief(value: Any) -> str:
+    """What a value looks like in code, in at most 200 characters.
+
+    Example:
+        >>> brief("x" * 1000)[-3:]
+        'xx…'
+    """
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 class LayerlabWarning(UserWarning):
     """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has.
 
@@ -113,5 +124,5 @@ def sentence(error: ValidationError, owner: str) -> str:
             parts.append(f"{owner} has no setting {setting!r}")
         else:
             message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            parts.append(f"{owner}: setting {setting!r} {message}, got {detail['input']!r}")
+            parts.append(f"{owner}: setting {setting!r} {message}, got {brief(detail['input'])}")
     return "; ".join(parts) + "."

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerlab.base.errors import LayerlabError, unknown
+from layerlab.base.errors import LayerlabError, brief, unknown
+from layerlab.base.text import as_json
 
 if TYPE_CHECKING:
     from layerlab.contract.registry import Plugin
@@ -49,11 +49,11 @@ def merged_parameters(owner: str, profile: Mapping[str, Any], given: Mapping[str
             raise unknown(f"parameter of {owner}", name, profile)
         if not _alike(profile[name], value):
             raise LayerlabError(
-                f"Parameter {name!r} of {owner} is {_kind(profile[name])} in the profile, got {value!r}; give it "
+                f"Parameter {name!r} of {owner} is {_kind(profile[name])} in the profile, got {brief(value)}; give it "
                 f"{_kind(profile[name])}."
             )
     changed = {name: value for name, value in given.items() if value is not None}
-    return Parameters(json.loads(json.dumps({**profile, **changed}, default=str)), changed)
+    return Parameters(as_json({**profile, **changed}), changed)
 
 
 def check_settings(plugin: Plugin, profile: Mapping[str, Any], changed: Mapping[str, Any]) -> None:

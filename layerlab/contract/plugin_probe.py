@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.text import as_json, from_json
 from layerlab.contract.registry import Plugin
 
 LIMIT = 60.0  # seconds that a plugin has for its import
@@ -37,53 +38,72 @@ class Changes(NamedTuple):
     changed: Mapping[str, Any]
 
 
-def import_errors(plugins: Sequence[Plugin], limit: float = LIMIT) -> list[str]:
-    """Why each plugin cannot be used, or an empty string, in their order.
+class PluginProbe:
+    """A process that imports plugins and answers once; it makes itself ready while its question is put together.
 
-    Args:
-        plugins: of the registry.
-        limit: seconds that each of them has.
+    Example:
+        >>> from layerlab.contract.registry import strategies
+        >>> with PluginProbe() as probe:
+        ...     broken = probe.import_errors([strategies["lars-skip"]])
+        >>> broken
+        ['']
     """
-    return [broken for broken, *_ in _answers([(plugin, []) for plugin in plugins], limit)]
 
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "layerlab.contract.plugin_probe"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-def refused_changes(asked: Sequence[Changes], limit: float = LIMIT) -> list[str]:
-    """Why a strategy does not take what was changed, or an empty string, in their order; see `check_settings`.
+    def __enter__(self) -> PluginProbe:
+        return self
 
-    Args:
-        asked: any number of each plugin, which is imported once.
-        limit: seconds that each plugin has.
-    """
-    places: dict[str, list[int]] = {}
-    for place, each in enumerate(asked):
-        places.setdefault(each.plugin.name, []).append(place)
-    plugins = [asked[own[0]].plugin for own in places.values()]
-    changes = [[(asked[place].profile, asked[place].changed) for place in own] for own in places.values()]
-    found = [""] * len(asked)
-    answers = _answers(list(zip(plugins, changes, strict=True)), limit)
-    for plugin, own, (broken, *refused) in zip(plugins, places.values(), answers, strict=True):
-        for number, place in enumerate(own):
-            found[place] = str(plugin.refusal(broken)) if broken else refused[number]
-    return found
+    def __exit__(self, *_: object) -> None:
+        # Nothing was asked, or whoever asked was interrupted.
+        self._process.kill()
+        self._process.communicate()
 
+    def import_errors(self, plugins: Sequence[Plugin], limit: float = LIMIT) -> list[str]:
+        """Why each plugin cannot be used, or an empty string, in their order.
 
-def _answers(asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[list[str]]:
-    """For each plugin why it cannot be used, then for each of its (profile, changed) why that is refused."""
-    if not asked:
-        return []
-    command = [sys.executable, "-m", "layerlab.contract.plugin_probe", str(limit)]
-    text = json.dumps([[asdict(plugin), changes] for plugin, changes in asked])
-    process = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout)
+        Args:
+            plugins: of the registry.
+            limit: seconds that each of them has.
+        """
+        return [broken for broken, *_ in self._answers([(plugin, []) for plugin in plugins], limit)]
+
+    def refused_changes(self, asked: Sequence[Changes], limit: float = LIMIT) -> list[str]:
+        """Why a strategy does not take what was changed, or an empty string, in their order; see `check_settings`.
+
+        Args:
+            asked: any number of each plugin, which is imported once.
+            limit: seconds that each plugin has.
+        """
+        places: dict[str, list[int]] = {}
+        for place, each in enumerate(asked):
+            places.setdefault(each.plugin.name, []).append(place)
+        questions = [(asked[own[0]].plugin, [(asked[place].profile, asked[place].changed) for place in own])
+                     for own in places.values()]
+        found = [""] * len(asked)
+        for own, (broken, *refused) in zip(places.values(), self._answers(questions, limit), strict=True):
+            for number, place in enumerate(own):
+                found[place] = str(asked[place].plugin.refusal(broken)) if broken else refused[number]
+        return found
+
+    def _answers(self, asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[list[str]]:
+        """For each plugin why it cannot be used, then for each of its (profile, changed) why that is refused."""
+        plugins = [[asdict(plugin), as_json(changes)] for plugin, changes in asked]
+        text, _ = self._process.communicate(json.dumps([limit, plugins]))
+        if self._process.returncode:
+            raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
+        return json.loads(text)
 
 
 def main() -> None:
-    """Read plugins with changes as JSON, write their errors as JSON."""
+    """Read a limit and plugins with changes as JSON, write their errors as JSON."""
     # Before the first fork, so that it is imported once.
     import layerlab.contract.strategy  # noqa: F401
 
-    asked = [(Plugin(**each), changes) for each, changes in json.load(sys.stdin)]
-    print(json.dumps([_tried(plugin, changes, float(sys.argv[1])) for plugin, changes in asked]))
+    limit, asked = json.load(sys.stdin)
+    print(json.dumps([_tried(Plugin(**plugin), from_json(changes), limit) for plugin, changes in asked]))
 
 
 def _tried(plugin: Plugin, changes: Sequence[Any], limit: float) -> list[str]:

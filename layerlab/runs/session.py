@@ -21,6 +21,7 @@ from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
+from layerlab.base.text import as_json
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
@@ -131,7 +132,7 @@ class Session:
         self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
         _enter(self.folder)
         self._manifest = Manifest(notebook)
-        values = json.loads(json.dumps(dict(parameters), default=str))
+        values = as_json(parameters)
         self._opened = time.monotonic()
         record = read_record(self.folder)
         begun = time.time()
@@ -258,7 +259,7 @@ class Study(Session):
         self._results: list[ClaimResult] = []
         super().__init__(
             strategy, f"{strategy} · {profile} · notebook",
-            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), values,
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), vars(self.parameters),
             {"paper": strategy, "profile": profile},
             {"profile": profile, "basis": paper_basis(self.paper, values)},
             self.paper.notebook_file,
