@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -80,6 +81,16 @@ def first_line(error: BaseException) -> str:
         'no such file'
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def located(error: BaseException) -> str:
+    """What somebody's code raised, with its type and the place: `KeyError: 'x', line 7 of network.py`."""
+    own = str(PurePath(__file__).parents[1])
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename and not frame.filename.startswith(own)]
+    kind, text = type(error).__name__, first_line(error)
+    said = text if text == kind else f"{kind}: {text}"
+    return f"{said}, line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else said
 
 
 def brief(value: Any) -> str:

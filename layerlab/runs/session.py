@@ -259,7 +259,8 @@ class Study(Session):
         self._results: list[ClaimResult] = []
         super().__init__(
             strategy, f"{strategy} · {profile} · notebook",
-            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), vars(self.parameters),
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)),
+            vars(self.parameters),
             {"paper": strategy, "profile": profile},
             {"profile": profile, "basis": paper_basis(self.paper, values)},
             self.paper.notebook_file,
