@@ -6,6 +6,7 @@ import difflib
 import re
 import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -83,6 +84,27 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def located(error: BaseException) -> str:
+    """What somebody's code raised, with its type and the place: `KeyError: 'x', line 7 of network.py`."""
+    own = str(PurePath(__file__).parents[1])
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename and not frame.filename.startswith(own)]
+    kind, text = type(error).__name__, first_line(error)
+    said = text if text == kind else f"{kind}: {text}"
+    return f"{said}, line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else said
+
+
+def brief(value: Any) -> str:
+    """What a value looks like in code, in one line of at most 200 characters.
+
+    Example:
+        >>> brief("x" * 1000)[-3:]
+        'xx…'
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 class LayerlabWarning(UserWarning):
     """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has.
 
@@ -136,7 +158,7 @@ def unknown(kind: str, name: object, known: Iterable[str], remedy: str = "") -> 
     near = nearest(str(name), names)
     guess = f" Did you mean {near!r}?" if near else ""
     listing = ", ".join(names) if names else "none"
-    return LayerlabError(f"Unknown {kind} {_given(name)}.{guess} Known: {listing}.{' ' + remedy if remedy else ''}")
+    return LayerlabError(f"Unknown {kind} {brief(name)}.{guess} Known: {listing}.{' ' + remedy if remedy else ''}")
 
 
 def sentence(error: ValidationError, owner: str, known: Iterable[str] = ()) -> str:
@@ -165,7 +187,7 @@ def sentence(error: ValidationError, owner: str, known: Iterable[str] = ()) -> s
         near = nearest(detail["input"], choices) if isinstance(detail["input"], str) else ""
         hint = f" (did you mean {near!r}?)" if near else ""
         message = " or ".join([first, *(other.removeprefix("should ") for other in others)])
-        parts.append(f"{owner}: setting {setting!r} {message}, got {_given(detail['input'])}{hint}")
+        parts.append(f"{owner}: setting {setting!r} {message}, got {brief(detail['input'])}{hint}")
     return "; ".join(parts) + "."
 
 
@@ -185,9 +207,3 @@ def _by_setting(error: ValidationError) -> list[list[Any]]:
         if len(group) > 1:  # which alternative it was is no part of the setting's name
             group[0]["loc"] = group[0]["loc"][:-1]
     return groups
-
-
-def _given(value: object) -> str:
-    """A value that was given, in one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"

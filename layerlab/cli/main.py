@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -57,15 +58,17 @@ def main() -> None:
 def list_() -> None:
     """List the installed strategies and their papers."""
     from layerlab.contract.catalogue import BROKEN, NO_PAPER, plugin_row
-    from layerlab.contract.plugin_probe import import_errors
+    from layerlab.contract.plugin_probe import PluginProbe
     from layerlab.contract.registry import strategies
 
     plugins = strategies.every()
     if not plugins:
         click.echo(NOTHING_INSTALLED)
         return
+    with PluginProbe() as probe:
+        errors = probe.import_errors(plugins)
     rows: list[list[str | Cell]] = []
-    for plugin, broken in zip(plugins, import_errors(plugins), strict=True):
+    for plugin, broken in zip(plugins, errors, strict=True):
         name, owner, text = plugin_row(plugin, broken)
         tone: Tone = ""
         if text.startswith(BROKEN):
@@ -104,20 +107,27 @@ def describe(name: str) -> None:
 
 
 def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
+    from layerlab.base.text import NoYaml, from_yaml
 
-    from layerlab.base.text import from_yaml
-
-    parameters = {}
+    parameters: dict[str, Any] = {}
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"{value!r} is not of the form key=value, such as -p epochs=3.")
+        if name in parameters:
+            raise click.BadParameter(f"{name!r} is given twice; keep one of them.")
         try:
-            parameters[name] = from_yaml(text)
-        except yaml.YAMLError:
+            parameters[name] = from_yaml(text, f"Parameter {name!r}")
+        except NoYaml:
             parameters[name] = text
     return parameters
+
+
+def _finite(_: Any, __: Any, value: float | None) -> float | None:
+    """Infinity and what is no number pass click's range."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no time; give minutes, or leave it out for no limit.")
+    return value
 
 
 def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +137,7 @@ def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rerun", is_flag=True, help="Run what is finished, too."),
         click.option("--workers", type=click.IntRange(1), metavar="N",
                      help="Notebooks at once; default: as many as cores, memory and GPUs carry."),
-        click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
+        click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES", callback=_finite,
                      help="For each notebook."),
         click.option("--retries", type=click.IntRange(0), metavar="N",
                      help="How often a notebook whose kernel died goes on (default: 2)."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import tomllib
 import warnings
@@ -15,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.base.names import NAME
+from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult, Data
 from layerlab.contract.parameters import Parameters, differing, merged_parameters
 from layerlab.contract.registry import Plugin
@@ -206,7 +206,7 @@ class Paper(Data):
             parameters: in force when it ran. One that the profile has and the run did not know is None.
         """
         usual = self.profiles[profile].parameters if profile in self.profiles else {}
-        return differing(json.loads(json.dumps(usual, default=str)), parameters)
+        return differing(as_json(usual), parameters)
 
     def profile(self, name: str) -> Profile:
         """The run profile of that name.

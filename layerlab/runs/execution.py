@@ -15,6 +15,7 @@ from layerlab.base.errors import LayerlabError, Refused, first_line
 from layerlab.base.files import write_json
 from layerlab.base.folder_lock import HELD, AtWork, folder_lock
 from layerlab.base.names import ATTEMPT
+from layerlab.base.text import as_json
 from layerlab.base.usage import USED
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
@@ -67,7 +68,8 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         _run(job)
         if not job.strategy:
             write_json(folder / RECORD, {
-                "finished": True, "basis": job.basis, "used": _read_used(folder), "parameters": job.changed,
+                "finished": True, "basis": job.basis, "used": _read_used(folder),
+                "parameters": as_json(job.changed),
                 "seconds": round(time.monotonic() - begin, 1), "ended": time.time(),
             })
         record = read_record(folder)
@@ -83,6 +85,9 @@ def _run(job: Job) -> None:
     papermill = import_papermill()
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    from layerlab.runs.papermill_engine import keep_keys
+
+    keep_keys()
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
                    HELD: str(folder.resolve()), USED: str(folder / _USED_FILE)}

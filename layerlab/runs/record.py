@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.text import as_json
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
 
@@ -45,7 +46,7 @@ def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) ->
     """`runs/<strategy>/<profile>` in the workbook's folder, or one of their own for other parameters."""
     name = profile
     if overrides:
-        text = json.dumps(dict(overrides), sort_keys=True, default=str)
+        text = json.dumps(as_json(overrides), sort_keys=True)
         name += "-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     return workbook_folder() / "runs" / strategy / name
 

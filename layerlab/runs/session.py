@@ -22,6 +22,7 @@ from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.provenance import provenance
+from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
@@ -130,7 +131,7 @@ class Session:
     ) -> None:
         self.experiment = experiment
         self.folder = folder.resolve()
-        self._values = values = json.loads(json.dumps(dict(parameters), default=str))
+        self._values = values = as_json(parameters)
         self._usage = usage.recorder()
         # What is known by other means, see `layerlab.runs.basis`, or is made here.
         self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
@@ -275,7 +276,8 @@ class Study(Session):
         self._results: list[ClaimResult] = []
         super().__init__(
             strategy, f"{strategy} · {profile} · notebook",
-            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), values,
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)),
+            vars(self.parameters),
             {"paper": strategy, "profile": profile},
             {"profile": profile, "basis": paper_basis(self.paper, values)},
             self.paper.notebook_file,

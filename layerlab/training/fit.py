@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerlab.base.errors import Refused
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
+from layerlab.training.checkpoint import checkpoint_folder
 from layerlab.training.companions import Companions, Equal
 from layerlab.training.loop import Observer
 from layerlab.training.results import Comparison, FitResult
@@ -183,7 +184,7 @@ def compare(
     companions = Companions(every, equal, placebo, judged)
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
-    folders = Folders(Path(checkpoint) if checkpoint is not None else None, runs == 1)
+    folders = Folders(checkpoint_folder(checkpoint), runs == 1)
     bars = Progress(runs * checked.epochs, progress)
     with Rounds(data, loss, folders, observers, going, bars, checked.epochs) as rounds:
         for seed in seeds:

@@ -18,7 +18,7 @@ from layerlab.contract.run import Batches
 from layerlab.contract.strategy import Strategy, check_composition
 from layerlab.show.progress import first_process
 from layerlab.training.asked import Asked
-from layerlab.training.checkpoint import Checkpoint, restore_run, run_state
+from layerlab.training.checkpoint import Checkpoint, checkpoint_folder, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.costs import Costs, learning_key
 from layerlab.training.evaluation import evaluate
@@ -112,7 +112,7 @@ class Fit:
         self._announced = False
         with self._turn.taken():
             self.run = start(model, self.data, self.strategies, self.settings, seed, loss)
-            state = self._prepare(Path(checkpoint) if checkpoint is not None else None, asked or Asked())
+            state = self._prepare(checkpoint_folder(checkpoint), asked or Asked())
         if state is not None:
             self._turn.random = [part.cpu() for part in state["rng"]]
 

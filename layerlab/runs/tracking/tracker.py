@@ -81,7 +81,9 @@ class Tracker:
         client().set_terminated(self._runs[fit], "FINISHED")
 
     def on_exception(self, fit: Fit, error: BaseException) -> None:
-        """Close the run as failed, or as killed when a person stopped it."""
+        """Close the run, if it was opened, as failed, or as killed when a person stopped it."""
+        if fit not in self._runs:
+            return
         with contextlib.suppress(Exception):  # what cannot be written must not hide why the fit ends
             self._write(fit)
         client().set_terminated(self._runs[fit], "FAILED" if isinstance(error, Exception) else "KILLED")
