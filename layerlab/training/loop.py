@@ -16,7 +16,7 @@ from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged
 from layerlab.contract.run import Batches
 from layerlab.contract.strategy import Strategy, check_composition, preflights
-from layerlab.show.progress import first_process
+from layerlab.show.progress import first_process, say_not_first
 from layerlab.training.checkpoint import Checkpoint, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.evaluation import evaluate
@@ -99,6 +99,8 @@ class Fit:
         self.name = name or "+".join(strategy.name for strategy in self.strategies) or "baseline"
         self.writes = first_process()
         self.observers = tuple(observers) if self.writes else ()
+        if not self.writes and (observers or checkpoint is not None):
+            say_not_first()
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from layerlab.runs.tracking.database import PATIENCE as PATIENCE
+from layerlab.runs.tracking.outbox import Outbox as Outbox
+from layerlab.runs.tracking.outbox import ended as ended
+from layerlab.runs.tracking.outbox import send_unsent as send_unsent
+from layerlab.runs.tracking.outbox import unsent_files as unsent_files
 from layerlab.runs.tracking.store import CLAIM as CLAIM
 from layerlab.runs.tracking.store import NOTEBOOK as NOTEBOOK
 from layerlab.runs.tracking.store import ORIGIN as ORIGIN
