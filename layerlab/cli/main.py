@@ -300,7 +300,10 @@ def check(name: str, settings: dict[str, Any]) -> None:
     from layerlab.show.progress import Bar, Bars
     from layerlab.testing.checks import CHECKS
     from layerlab.testing.kit import check_strategy
+    from layerlab.training.watch import VARIABLE
 
+    # A hook that never comes back fails its check, and the checks are small.
+    os.environ.setdefault(VARIABLE, "120")
     strategy = strategies(name, **settings)
     results: list[dict[str, Any]] = []
     bars = Bars()

@@ -58,6 +58,9 @@ def comparison_table(comparison: Comparison) -> Table:
             for _, row in frame.iterrows()] if frame is not None else []
     rows += [[arm, f"left out: {reason}"] for arm, reason in comparison.failures.items()]
     notes = [f"{arm}: {comparison.pays(arm)}" for arm in comparison.equal]
+    if comparison.untouched:
+        notes.append("Data, torch's settings and the first batch: bit-equal before and after "
+                     f"{', '.join(comparison.untouched)}.")
     return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
 
 
@@ -202,6 +205,8 @@ class Comparison:
         baseline: name of the arm without strategies; empty where there is none.
         equal: arm → name of the baseline that costs as much as the arm, where one was trained.
         placebos: arm → name of its placebo, where one was trained.
+        untouched: arms with strategies after whose turns data, torch's settings and the baseline's first batch were
+            bit-equal to what they were before; a comparison ends where they are not.
 
     Example:
         >>> from layerlab import build_model, compare, load_dataset
@@ -217,6 +222,7 @@ class Comparison:
     baseline: str = ""
     equal: Mapping[str, str] = field(default_factory=dict)
     placebos: Mapping[str, str] = field(default_factory=dict)
+    untouched: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -228,7 +234,8 @@ class Comparison:
         """The arms that were asked for, without those that were trained beside them to judge them."""
         beside = {*self.equal.values(), *self.placebos.values()}
         results = {key: result for key, result in self.results.items() if key[0] not in beside}
-        return Comparison(results, self.failures, self.baseline)
+        untouched = tuple(arm for arm in self.untouched if arm not in beside)
+        return Comparison(results, self.failures, self.baseline, untouched=untouched)
 
     @property
     def seeds(self) -> list[int]:
