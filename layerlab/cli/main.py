@@ -291,6 +291,14 @@ def data(root: Path | None) -> None:
 
 
 @main.command()
+def doctor() -> None:
+    """Show signs of health on one page, to paste into a report: versions, room, locks, leftovers, tracking, ports."""
+    from layerlab.reporting.doctor import health
+
+    _print(health())
+
+
+@main.command()
 @click.argument("name")
 @click.option("-p", "settings", multiple=True, callback=_pairs, metavar="KEY=VALUE",
               help="A setting of the strategy; values are YAML.")
