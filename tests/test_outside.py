@@ -24,6 +24,7 @@ from helpers import same_weights, slow
 
 import layerlab
 from layerlab import LayerlabError, fit, load_paper
+from layerlab.base.processes import marked_processes
 from layerlab.cli.main import main
 from layerlab.contract.registry import Registry
 from layerlab.reporting.scoreboard import collect
@@ -172,6 +173,24 @@ def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
     for name, (_, reason) in BROKEN.items():
         assert (reason or "A paper (Author, 2020)") in lines[name], lines[name]
     assert "Layer Skip Learning" in lines["lars-skip"]
+
+
+@slow
+@pytest.mark.parametrize(("source", "reason"), [
+    ("import os, time\nif os.fork() == 0: time.sleep(600)", ""),
+    ("import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(600)\nos._exit(3)", "status 3"),
+    ("import multiprocessing, time\nkept = multiprocessing.Manager()\ntime.sleep(600)", "did not import within 20 s"),
+])
+def test_an_import_that_starts_processes_ends_with_them_within_its_limit(site, source, reason):
+    from layerlab.contract.plugin_probe import import_errors
+
+    _install(site, "starts", source=f"{source}\n{STRATEGY.format(name='starts')}")
+    # What is started sleeps for ten minutes.
+    (found,) = import_errors([Registry()["starts"]], limit=20)
+    assert reason in found
+    assert bool(found) == bool(reason)
+    home = os.environ["LAYERLAB_HOME"]
+    assert [each for each in marked_processes("LAYERLAB_HOME", home) if each.status() != "zombie"] == []
 
 
 @slow

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -14,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_paper import FINISH, OPEN, TESTS
 from helpers import Freezer, free_port, serving, slow
 
-from layerlab import LayerlabError, fit, track
+from layerlab import LayerlabError, LayerlabWarning, Study, fit, track
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs import tracking
+from layerlab.runs.record import read_record
 from layerlab.runs.tracking.store import claim_metrics
+from layerlab.show.progress import say_not_first
 from layerlab.training.loop import Fit
 
 OPTIONS = dict(epochs=3, batch_size=256)
@@ -208,3 +213,171 @@ def test_a_run_s_artifacts_can_be_added_to_without_mlflow():
     (item,) = tracking.client().list_artifacts(run, "notes")
     assert item.path == "notes/mine.txt"
     assert Path(tracking.client().download_artifacts(run, item.path)).read_text() == "second"
+
+
+def _locked(database: Path) -> sqlite3.Connection:
+    """Nobody else reads or writes a database until the connection is closed."""
+    connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+def _histories(run_id: str) -> dict[str, list[int]]:
+    """Steps of each metric of a run, in the order in which they were written."""
+    client = tracking.client()
+    names = client.get_run(run_id).data.metrics
+    return {name: [metric.step for metric in client.get_metric_history(run_id, name)] for name in names}
+
+
+def test_a_database_that_is_locked_in_the_middle_ends_no_training_and_gets_everything_later_once(
+    digits, residual, tmp_path
+):
+    held = []
+
+    class Locks(Freezer):
+        def on_epoch_start(self, run):
+            if run.epoch == 2:
+                held.append(_locked(tmp_path / "home" / "mlflow.db"))
+            super().on_epoch_start(run)
+
+    with pytest.warns(LayerlabWarning, match="does not take freezer .* is locked by process"):
+        result = fit(residual, digits, Locks(), observers=[track("test")], progress=False, **OPTIONS)
+    assert len(result.history) == 3
+    (file,) = tracking.unsent_files()
+    content = file.read_bytes()
+    held[0].close()
+    assert [run.info.status for run in _runs()] == ["RUNNING"]
+    assert tracking.send_unsent([file]) == 1
+    (run,) = _runs()
+    assert run.info.status == "FINISHED"
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    # Sent, and killed before the file was removed.
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert tracking.send_unsent(tracking.unsent_files()) == 1
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    assert tracking.unsent_files() == []
+
+
+def test_a_lock_that_is_given_back_soon_leaves_nothing_to_send(digits, residual, tmp_path, monkeypatch):
+    monkeypatch.setattr("layerlab.runs.tracking.outbox.FIRST", 0.0)
+    monkeypatch.setattr("layerlab.runs.tracking.tracker.PAUSE", 0.0)
+    held = []
+
+    class Twice(Freezer):
+        def on_epoch_start(self, run):
+            if run.epoch == 2:
+                held.append(_locked(tmp_path / "home" / "mlflow.db"))
+            if run.epoch == 3:
+                assert tracking.unsent_files()
+                held[0].close()
+            super().on_epoch_start(run)
+
+    with pytest.warns(LayerlabWarning, match="MLflow is there again"):
+        fit(residual, digits, Twice(), observers=[track("test")], progress=False, **OPTIONS)
+    (run,) = _runs()
+    assert run.info.status == "FINISHED"
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    assert tracking.unsent_files() == []
+
+
+def test_what_a_dead_process_could_not_send_is_sent_by_the_next_study(digits, tmp_path, fake):
+    fake(OPEN, FINISH)
+    home = tmp_path / "home"
+    tracking.client()
+    script = f"""
+import sys; sys.path.insert(0, {TESTS!r})
+import sqlite3, os
+from fake_paper import FINISH, OPEN, TESTS
+from helpers import Freezer, Residual
+from layerlab import fit, load_dataset, track
+class Locks(Freezer):
+    def on_epoch_start(self, run):
+        if run.epoch == 2:
+            connection = sqlite3.connect({str(home / "mlflow.db")!r}, isolation_level=None)
+            connection.execute("BEGIN EXCLUSIVE")
+            globals()["kept"] = connection
+        super().on_epoch_start(run)
+fit(Residual, load_dataset("digits", device="cpu"), Locks(), observers=[track("test")], progress=False, epochs=3,
+    batch_size=256)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(tracking.unsent_files()) == 1
+    Study("fake", output=tmp_path / "out")
+    (run,) = _runs()
+    assert run.info.status == "FINISHED"
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    assert tracking.unsent_files() == []
+
+
+def test_a_study_whose_database_goes_away_is_finished_and_sends_its_claims_later(fake, tmp_path):
+    fake(OPEN, FINISH)
+    out = tmp_path / "home" / "runs" / "fake" / "quick"
+    study = Study("fake", output=out)
+    held = _locked(tmp_path / "home" / "mlflow.db")
+    with pytest.warns(LayerlabWarning, match="does not take fake · quick"):
+        study.finish()
+    held.close()
+    assert read_record(out)["finished"]
+    assert tracking.client().get_run(study.run_id).info.status == "RUNNING"
+    assert tracking.send_unsent(tracking.unsent_files()) == 1
+    run = tracking.client().get_run(study.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(tracking.claim_rows(run)) == 1
+
+
+def test_a_lock_is_waited_for_with_a_word_before_a_run_begins(tmp_path, digits, residual):
+    tracking.client()
+    script = ("import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
+              "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(1.5)")
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "home" / "mlflow.db")], text=True,
+                          stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.warns(LayerlabWarning, match=f"is locked by process {holder.pid}; waiting for it"):
+            fit(residual, digits, observers=[track("test")], progress=False, **OPTIONS)
+    assert [run.info.status for run in _runs()] == ["FINISHED"]
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda file: file.mkdir(), "is a folder"),
+    (lambda file: file.write_bytes(os.urandom(40_000)), "is no database"),
+    (lambda file: file.write_bytes(b"SQLite format 3\0"), "is cut off|is damaged"),
+    (lambda file: shutil.copy(_whole_database(file.with_suffix(".whole"), 9000), file), "is cut off"),
+])
+def test_what_is_no_database_is_one_sentence_at_once(tmp_path, make, message):
+    file = tmp_path / "home" / "mlflow.db"
+    file.parent.mkdir()
+    make(file)
+    words = [sys.executable, "-c", "from layerlab.runs import tracking; tracking.client()"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(message, last)
+    assert "MLFLOW_TRACKING_URI" in last
+    assert "sqlalche" not in done.stderr
+
+
+def _whole_database(file: Path, size: int) -> Path:
+    """A database, cut off after so many bytes."""
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        connection.executemany("INSERT INTO t VALUES (?)", [("x" * 1000,)] * 50)
+        connection.commit()
+    file.write_bytes(file.read_bytes()[:size])
+    return file
+
+
+def test_a_server_that_is_away_is_named_at_once(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(LayerlabError, match=r"Nothing answers at 127.0.0.1:\d+.*MLFLOW_TRACKING_URI"):
+        tracking.client()
+
+
+def test_a_process_that_writes_nothing_says_so(digits, residual, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    say_not_first.cache_clear()
+    with pytest.warns(LayerlabWarning, match="RANK=1 is set.*unset RANK"):
+        fit(residual, digits, observers=[track("test")], checkpoint=tmp_path / "c", progress=False, **OPTIONS)
+    assert not (tmp_path / "c").exists()

@@ -341,6 +341,14 @@ def check_data(folder: Path) -> None:
 
 
 @main.command()
+def doctor() -> None:
+    """Show signs of health on one page, to paste into a report: versions, room, locks, leftovers, tracking, ports."""
+    from layerlab.reporting.doctor import health
+
+    _print(health())
+
+
+@main.command()
 @click.argument("name")
 @click.option("-p", "settings", multiple=True, callback=_pairs, metavar="KEY=VALUE",
               help="A setting of the strategy; values are YAML.")
@@ -350,7 +358,10 @@ def check(name: str, settings: dict[str, Any]) -> None:
     from layerlab.show.progress import Bar, Bars
     from layerlab.testing.checks import CHECKS
     from layerlab.testing.kit import check_strategy
+    from layerlab.training.watch import VARIABLE
 
+    # A hook that never comes back fails its check, and the checks are small.
+    os.environ.setdefault(VARIABLE, "120")
     strategy = strategies(name, **settings)
     results: list[dict[str, Any]] = []
     bars = Bars()

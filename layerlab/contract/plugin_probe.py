@@ -13,15 +13,19 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.processes import end_marked
 from layerlab.base.text import as_json, from_json
 from layerlab.contract.registry import Plugin
 
 LIMIT = 60.0  # seconds that a plugin has for its import
+# Variable by which the processes of a look are known.
+MARK = "LAYERLAB_PROBE"
 
 
 class Changes(NamedTuple):
@@ -51,7 +55,9 @@ class PluginProbe:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "layerlab.contract.plugin_probe"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._mark = uuid.uuid4().hex
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                         env={**os.environ, MARK: self._mark})
 
     def __enter__(self) -> PluginProbe:
         return self
@@ -60,6 +66,8 @@ class PluginProbe:
         # Nothing was asked, or whoever asked was interrupted.
         self._process.kill()
         self._process.communicate()
+        # Managers and daemons that a plugin starts in sessions of their own.
+        end_marked(MARK, self._mark)
 
     def import_errors(self, plugins: Sequence[Plugin], limit: float = LIMIT) -> list[str]:
         """Why each plugin cannot be used, or an empty string, in their order.
@@ -122,7 +130,7 @@ def _tried(plugin: Plugin, changes: Sequence[Any], limit: float) -> list[str]:
             stream.flush()
             os._exit(0)
     os.close(told)
-    text = _line(answer, limit)
+    text = _line(answer, child, limit)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -150,20 +158,25 @@ def _refusals(plugin: Plugin, changes: Sequence[Any]) -> list[str]:
     return found
 
 
-def _line(pipe: int, limit: float) -> bytes | None:
-    """What comes through a pipe up to the first line's end, empty if that never comes; None after `limit` seconds.
+def _line(pipe: int, child: int, limit: float) -> bytes | None:
+    """What a process writes to a pipe up to the first line's end, empty if it ends before; None after `limit` seconds.
 
-    A process that the plugin has started may hold the other end open for ever, so the pipe's end is not waited for.
+    Another process that it has started may hold the other end open for ever, so the pipe's end is not waited for.
     """
     deadline, text = time.monotonic() + limit, b""
     with os.fdopen(pipe, "rb", buffering=0) as stream:
         while not text.endswith(b"\n"):
-            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                return None
-            part = stream.read(1 << 16)
-            if not part:
+            # Looks without taking its status away, and before the last look into the pipe.
+            over = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            if select.select([stream], [], [], 0.0 if over else 0.05)[0]:
+                part = stream.read(1 << 16)
+                if not part:
+                    return b""
+                text += part
+            elif over:
                 return b""
-            text += part
+            elif time.monotonic() > deadline:
+                return None
     return text
 
 

@@ -53,7 +53,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
     """
     folder = Path(job.folder)
     _check_writable(folder)
-    with folder_lock(folder, -1 if wait else 0), quiet_papermill():
+    with folder_lock(folder, -1 if wait else 0, say), quiet_papermill():
         if since is not None:
             if job.is_done(since):
                 job.rename_partial()
@@ -77,7 +77,10 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
             raise fail(job, "ended before its claims were written")
         os.replace(job.partial, job.file)
         if job.strategy:
-            tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name, record.get("artifacts", ""))
+            box = tracking.Outbox(folder, job.strategy, f"the notebook of {job.label}", f"{record['attempt']}-notebook",
+                                  {}, record["mlflow_run"], record.get("artifacts"))
+            box.add(file=job.file.name)
+            box.send(last=True)
 
 
 def _run(job: Job) -> None:
@@ -210,7 +213,11 @@ def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None
     with contextlib.suppress(*_NOT_OURS), folder_lock(folder):
         record = read_record(folder)
         if job.strategy and record.get("mlflow_run") and not record.get("finished"):
-            tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
+            try:
+                tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
+            except Exception as error:  # whatever MLflow raises where its database is away
+                say(f"The runs of {job.name} stay open in MLflow ({first_line(error)}); the next process that tracks "
+                    "anything closes them.")
 
 
 def _check_writable(folder: Path) -> None:

@@ -160,10 +160,12 @@ class Session:
         }
         write_json(self.folder / RECORD, self._record)
         self._tags = {**(tags or {}), "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
-        self.run_id = tracking.start_run(
-            experiment, title, self.attempt,
+        self._outbox = tracking.Outbox(
+            self.folder, experiment, title, self.attempt,
             self._tags | tracking.common_tags() | {"kind": "notebook"} | tracking.parameter_tag(values),
         )
+        self.run_id = self._outbox.open(tracking.PATIENCE)
+        tracking.send_unsent(tracking.unsent_files())
         self._artifacts = tracking.artifact_folder(self.run_id)
         self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
         write_json(self.folder / RECORD, self._record)
@@ -179,7 +181,8 @@ class Session:
         """
         from layerlab.training.fit import compare
 
-        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
+        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id,
+                                   self.folder)
         return compare(
             *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
         )
@@ -220,8 +223,9 @@ class Session:
         for shown in self._manifest.shown("figure"):
             content = (self.folder / shown.file).read_bytes()
             self._keep(shown.file, stamped(content, f"layerlab · {self.experiment} · {identity.id}"))
-        tracking.tag_results(self.experiment, self.run_id, identity.id)
-        tracking.client().set_terminated(self.run_id, "FINISHED")
+        self._outbox.add(result=identity.id)
+        self._outbox.add(**tracking.ended("FINISHED"))
+        self._outbox.send(last=True)
         seconds = round(time.monotonic() - self._opened, 1)
         self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds,
                          "used": self._usage.content(self._known)}
@@ -238,7 +242,8 @@ class Session:
 
     def _keep(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, lambda stream: stream.write(content))
-        tracking.log_file(self.run_id, content, name, self._artifacts)
+        self._outbox.add(file=name)
+        self._outbox.send()
 
 
 class Study(Session):
@@ -354,20 +359,14 @@ class Study(Session):
 
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""
-        from mlflow.entities import Metric, RunTag
-
         from layerlab.contract.rows import scoreboard
 
         identity = self.identity().id
         results = [result.model_copy(update={"result": identity}) for result in self.results]
         now = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
+        self._outbox.add(metrics=[(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()])
         # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
-        tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
-        tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
-        content = [result.model_dump() for result in results]
-        tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json",
-                          self._artifacts)
-        write_json(self.folder / RESULTS, content)
+        self._outbox.add(tags=tracking.claim_tags(result.model_dump_json() for result in results))
+        self._keep_json(RESULTS, [result.model_dump() for result in results])
         self.close()
         return scoreboard(results)
