@@ -95,14 +95,14 @@ def located(error: BaseException) -> str:
 
 
 def brief(value: Any) -> str:
-    """What a value looks like in code, in one line of at most 200 characters.
+    """What a value looks like in code, in one line of at most 80 characters.
 
     Example:
         >>> brief("x" * 1000)[-3:]
         'xx…'
     """
     text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 class LayerlabWarning(UserWarning):
