@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from layerlab import LayerlabError, LayerlabWarning, load_dataset
+from layerlab.base import usage
 from layerlab.cli.main import main
 from layerlab.runs.batch.machine import Machine
 from layerlab.workload.decoding import open_image
@@ -467,6 +468,16 @@ def test_what_a_killed_process_left_in_the_cache_goes_and_what_is_being_written_
     os.utime(cache / parts["old"], (1e9, 1e9))
     _load(tree({"a": 5, "b": 5}))
     assert {file.name for file in cache.glob("*.partial")} == {parts["alive"], parts["far"]}
+
+
+def test_what_is_kept_is_nothing_that_a_run_has_used(tree, tmp_path):
+    folder = tree({"a": 5, "b": 5})
+    for _ in range(2):  # made, taken
+        recorder = usage.start()
+        _load(folder)
+        used = recorder.content()
+        assert list(used["data"]) == [str(folder)]
+        assert not [file for file in used["files"] if file.startswith(str(tmp_path))]
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_leaves_nothing(tree, tmp_path, monkeypatch):

@@ -59,7 +59,9 @@ class Recorder:
         Args:
             without: files, and folders with all below them, that do not count.
         """
-        left_out = [*_libraries(), *map(str, without), *self.data]
+        # Decoded images are made again where they are gone.
+        kept = os.path.abspath(os.environ["LAYERLAB_CACHE"]) if os.environ.get("LAYERLAB_CACHE") else ""
+        left_out = [*_libraries(), *map(str, without), *self.data, kept]
         seen = {_source_of(path): when for path, when in self._opened.items() if path not in self._written}
         seen = {path: when for path, when in seen.items() if not _below(path, left_out) and _is_users(path)}
         seen |= {path: self._begun for path in _modules() if path not in seen}
