@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from layerlab import Comparison, Dataset, Fit, Strategy, measure, noise
 from layerlab.measure import Turns
-from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
+from layerlab_low_bit.method.arithmetic import Arithmetic
+from layerlab_low_bit.method.keeping import Encoded
 from layerlab_low_bit.method.store import Kind, Store
 from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit
 
@@ -86,8 +87,8 @@ class _Counting(Arithmetic):
             self.weights[rounded.codes.untyped_storage()._cdata] = rounded.codes
         return rounded
 
-    def _pack(self, tensor: Tensor) -> Any:
-        packed = super()._pack(tensor)
+    def keep(self, tensor: Tensor) -> Any:
+        packed = super().keep(tensor)
         for part in (packed, getattr(packed, "codes", None), getattr(packed, "indices", None)):
             if isinstance(part, Tensor):
                 self.kept[part.untyped_storage()._cdata] = part
