@@ -116,7 +116,8 @@ class BatchNorm(torch.autograd.Function):
         """(dX, dweight, dbias, …)."""
         wanted = list(ctx.needs_input_grad[:3])
         channels = gradient.shape[1]
-        count = max(1, PIECE // (4 * max(1, gradient.numel() // channels)))
+        # Of a piece there are the decoded input, the gradient and the result.
+        count = max(1, PIECE // (32 * max(1, gradient.numel() // channels)))
         order = memory_order(gradient) if gradient.dim() == 4 else torch.contiguous_format
         dx = torch.empty_like(gradient, memory_format=order) if wanted[0] else None
         sums: list[tuple[Tensor, Tensor]] = []

@@ -23,7 +23,7 @@ Units = Literal["auto", "int8", "fp8", "emulated"]
 _FLOAT32 = 2**24
 """All integers up to this one are float32 numbers."""
 _INT32 = 2**31 - 1
-PIECE = 2**22
+PIECE = 2**21
 """Bytes of what a convolution's operands are turned into at a time (floats, or columns): images are taken in pieces, or
 a batch's columns would be the largest thing in memory. The sums are exact, so that the bits stay the same."""
 
