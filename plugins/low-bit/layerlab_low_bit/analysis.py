@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from layerlab import Comparison, Dataset, Fit, Strategy, measure, noise
 from layerlab.measure import Turns
-from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded
+from layerlab_low_bit.method.arithmetic import Arithmetic
+from layerlab_low_bit.method.keeping import Encoded
+from layerlab_low_bit.method.products import has_units
 from layerlab_low_bit.method.store import Kind, Store
 from layerlab_low_bit.strategy import EXPONENT_BYTES, GradientWire, LowBit
 
@@ -86,8 +89,8 @@ class _Counting(Arithmetic):
             self.weights[rounded.codes.untyped_storage()._cdata] = rounded.codes
         return rounded
 
-    def _pack(self, tensor: Tensor) -> Any:
-        packed = super()._pack(tensor)
+    def keep(self, tensor: Tensor) -> Any:
+        packed = super().keep(tensor)
         for part in (packed, getattr(packed, "codes", None), getattr(packed, "indices", None)):
             if isinstance(part, Tensor):
                 self.kept[part.untyped_storage()._cdata] = part
@@ -231,7 +234,10 @@ PICOJOULES_A_BYTE = 1300 / 8
 
 
 def energy(build: Build, shape: tuple[int, int, int], images: int, batch_size: int) -> pd.DataFrame:
-    """Joules of an epoch, estimated: operations times published energy an operation, tensors moved once.
+    """Joules of an epoch by a model: operations times published energy an operation, tensors moved once.
+
+    The optimizer counts: SGD with momentum takes two products and two sums a parameter in float32, reads gradient,
+    momentum and master weight and writes the last two; in b bits the layers' weights are written once more, as codes.
 
     Args:
         build: makes the network.
@@ -239,7 +245,9 @@ def energy(build: Build, shape: tuple[int, int, int], images: int, batch_size: i
         images: of an epoch.
         batch_size: images a step.
     """
-    costs = measure.layer_costs(build(), shape, batch_size)
+    network = build()
+    costs = measure.layer_costs(network, shape, batch_size)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     steps = images // batch_size
     macs = sum(costs[f"{part}_macs"].sum() for part in ("forward", "dx", "dw")) * steps
     elements = sum(costs[f"{part}_tensors"].sum() for part in ("forward", "dx", "dw")) * steps
@@ -250,11 +258,52 @@ def energy(build: Build, shape: tuple[int, int, int], images: int, batch_size: i
             "arithmetic": format_ if isinstance(format_, str) else f"{format_} bits",
             "operations [J]": macs * (multiply + add) * 1e-12,
             "memory traffic [J]": elements * width * PICOJOULES_A_BYTE * 1e-12,
+            "update [J]": steps * parameters * 1e-12 * (
+                2 * sum(PICOJOULES["float32"]) + (5 * 4 + (0 if width == 4 else width)) * PICOJOULES_A_BYTE),
         })
     table = pd.DataFrame(rows)
-    table["together [J]"] = table["operations [J]"] + table["memory traffic [J]"]
+    table["together [J]"] = table[["operations [J]", "memory traffic [J]", "update [J]"]].sum(axis=1)
     table["saved [%]"] = 100 * (1 - table["together [J]"] / table["together [J]"].iloc[0])
     return table
+
+
+def int8_products(build: Build, shape: tuple[int, int, int], batch_size: int, rounds: int) -> pd.DataFrame:
+    """Seconds of each layer's forward product in integers, by torch._int_mm, against float32, measured by turns.
+
+    A convolution's product is that of its columns, without their making.
+
+    Args:
+        build: makes the network.
+        shape: of an image.
+        batch_size: images a step.
+        rounds: of timing, beside one that is not measured.
+
+    Returns:
+        A row a layer: `layer`, `product` (rows × inputs × outputs), `int8, times as fast` with `low` and `high`
+        (median and quartiles, round by round); empty on a processor without int8 units.
+    """
+    rows: list[dict[str, Any]] = []
+    if not has_units("int8", torch.device("cpu")):
+        return pd.DataFrame(rows, columns=["layer", "product", "int8, times as fast", "low", "high"])
+    network, sizes = build().eval(), {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            module.register_forward_hook(lambda *seen, name=name: sizes.update({name: (seen[0], seen[2])}))
+    with torch.no_grad():
+        network(torch.zeros(1, *shape))
+    for name, (module, y) in sizes.items():
+        inputs, outputs = module.weight[0].numel(), len(module.weight)
+        # The units take more than 16 rows, and multiples of 8 of the others.
+        count = max(32, batch_size * y.numel() // outputs)
+        a = torch.randint(-127, 128, (count, inputs + -inputs % 8), dtype=torch.int8)
+        b = torch.randint(-127, 128, (inputs + -inputs % 8, outputs + -outputs % 8), dtype=torch.int8)
+        ways: dict[str, Callable[[], object]] = {
+            "int8": partial(torch._int_mm, a, b), "float32": partial(torch.mm, a.float(), b.float())}
+        turns = measure.time_by_turns(ways, rounds)
+        faster, low, high = turns["float32"].ratio(turns["int8"])
+        rows.append({"layer": name, "product": f"{count} × {inputs} × {outputs}", "int8, times as fast": faster,
+                     "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------------------------------- peers

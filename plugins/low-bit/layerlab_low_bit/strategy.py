@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from layerlab import LayerMap, Preflight, Refused, Run, Strategy
-from layerlab_low_bit.method.arithmetic import Arithmetic, Encoded, Parameters
+from layerlab_low_bit.method.arithmetic import Arithmetic, Parameters
 from layerlab_low_bit.method.coverage import coverage
 from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
+from layerlab_low_bit.method.keeping import Encoded
 from layerlab_low_bit.method.products import Units, find_units, warn_without_units
 from layerlab_low_bit.method.store import Steering, Store
 

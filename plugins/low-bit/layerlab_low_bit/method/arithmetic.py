@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from layerlab_low_bit.method.attention import attention
-from layerlab_low_bit.method.fixedpoint import LOWEST, decode, encode, exponent_of, msb_histogram
+from layerlab_low_bit.method.fixedpoint import LOWEST, encode, exponent_of, msb_histogram
+from layerlab_low_bit.method.keeping import BatchNorm, Encoded, MaxPool, Places, ReLU, unpack
 from layerlab_low_bit.method.products import Geometry, Product, Units
 from layerlab_low_bit.method.store import Kind, Store, choose, not_finite
 
@@ -37,26 +37,6 @@ SMALLEST = 1024
 
 Parameters = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives the (name, parameter) pairs of the networks that may run."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Codes and the value of their lowest bit, 2**exponent."""
-
-    codes: Tensor
-    exponent: int
-
-    @property
-    def values(self) -> Tensor:
-        """As float32."""
-        return decode(self.codes, self.exponent)
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where a pooling found its largest values, in the smallest integers that hold them."""
-
-    indices: Tensor
 
 
 class Arithmetic(TorchFunctionMode):
@@ -91,6 +71,12 @@ class Arithmetic(TorchFunctionMode):
             functional.conv_transpose2d: partial(self._transposed, 2),
             functional.multi_head_attention_forward: self._attention,
         }
+        # What keeps less than PyTorch's own would decode for it.
+        self._sparing: dict[Any, Callable[..., Any]] = {
+            functional.relu: self._relu, torch.relu: self._relu, Tensor.relu: self._relu,
+            torch.relu_: partial(self._relu, inplace=True), Tensor.relu_: partial(self._relu, inplace=True),
+            functional.max_pool2d: self._max_pool, functional.batch_norm: self._batch_norm,
+        }
 
     # ------------------------------------------------------------------------------------ one forward pass
 
@@ -98,7 +84,7 @@ class Arithmetic(TorchFunctionMode):
         self._calls: dict[str, int] = {}
         self._layer, self._learning = "input", torch.is_grad_enabled()
         self._cache: dict[tuple[Any, ...], tuple[weakref.ref[Any], Encoded, str]] = {}
-        self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._saving = torch.autograd.graph.saved_tensors_hooks(self.keep, unpack)
         self._eager = torch.compiler.set_stance("force_eager")
         self._eager.__enter__()
         self._saving.__enter__()
@@ -120,6 +106,9 @@ class Arithmetic(TorchFunctionMode):
                 return covered(*args, **kwargs)
         before, self._operation = self._operation, getattr(func, "__name__", "")
         try:
+            x = args[0] if args else kwargs.get("input")
+            if func in self._sparing and self._keeps(x):
+                return self._sparing[func](*args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self._operation = before
@@ -164,6 +153,39 @@ class Arithmetic(TorchFunctionMode):
         """Multi-head attention: its projections in fixed point, the products of activations in float32."""
         settings = inspect.signature(functional.multi_head_attention_forward).bind(query, key, value, *args, **kwargs)
         return attention(self._linear, **settings.arguments)
+
+    def _keeps(self, x: Any) -> bool:
+        """Whether something of an operation on x is kept for backward, in few bits."""
+        return (self._store_activations and torch.is_grad_enabled() and x.requires_grad and x.dtype == torch.float32
+                and x.dim() > 1 and x.numel() >= SMALLEST)
+
+    def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
+        y = ReLU.apply(input, inplace, self.keep)
+        # That a function of autograd worked in place counts as one more change of the memory, which has codes already.
+        key = _identity(y)
+        found = self._cache.get((key[0], key[1] - 1, *key[2:]))
+        if inplace and found is not None and found[0]() is not None:
+            self._cache[key] = found
+        return y
+
+    def _max_pool(
+        self, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        ceil_mode: bool = False, return_indices: bool = False,
+    ) -> Any:
+        if return_indices or input.dim() != 4:
+            pool: Any = functional.max_pool2d
+            return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        sizes = (_pair(value, 2, 0) for value in (kernel_size, stride or kernel_size, padding, dilation))
+        return MaxPool.apply(input, (*sizes, ceil_mode), self.keep)
+
+    def _batch_norm(
+        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+        bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> Tensor:
+        if input.device.type != "cpu" or input.numel() == input.shape[1]:
+            return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        running = running_mean, running_var
+        return BatchNorm.apply(input, weight, bias, running, training, momentum, eps, self.keep)
 
     def multiply(
         self, x: Tensor, weight: Tensor, parameter: Tensor, bias: Tensor | None, geometry: Geometry | None
@@ -246,11 +268,12 @@ class Arithmetic(TorchFunctionMode):
             self._cache[key] = (weakref.ref(values.untyped_storage()), rounded, name)
         return rounded
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def keep(self, tensor: Tensor) -> Any:
+        """A tensor as it is kept for backward: codes, places, or the tensor itself."""
         if self._operation not in STORED or not self._store_activations or tensor.numel() < SMALLEST:
             return tensor
         if tensor.dtype == torch.int64:
-            return _Places(tensor.to(torch.int16 if int(tensor.max()) < 2**15 else torch.int32))
+            return Places(tensor.to(torch.int16 if int(tensor.max()) < 2**15 else torch.int32))
         if tensor.dtype != torch.float32 or tensor.dim() < 2 or isinstance(tensor, nn.Parameter):
             return tensor
         return self.operand(tensor, self._stored_name(tensor), "activation")
@@ -260,12 +283,6 @@ class Arithmetic(TorchFunctionMode):
         found = self._cache.get(_identity(tensor))
         name = f"{self._layer}.{self._operation.strip('_')}"
         return name if found is not None and found[0]() is not None else self._numbered(name)
-
-    @staticmethod
-    def _unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Encoded):
-            return packed.values
-        return packed.indices.long() if isinstance(packed, _Places) else packed
 
 
 class _Layer(torch.autograd.Function):

@@ -23,7 +23,7 @@ Units = Literal["auto", "int8", "fp8", "emulated"]
 _FLOAT32 = 2**24
 """All integers up to this one are float32 numbers."""
 _INT32 = 2**31 - 1
-PIECE = 2**22
+PIECE = 2**21
 """Bytes of what a convolution's operands are turned into at a time (floats, or columns): images are taken in pieces, or
 a batch's columns would be the largest thing in memory. The sums are exact, so that the bits stay the same."""
 
@@ -189,6 +189,7 @@ class Product:
         dims = slice(2, None)
         of_dy, of_x = (torch.cat([_norms(piece, 2, dims) for piece in _pieces(part)]).cumsum(0) for part in (dy, x))
         most = len(dy) if self.geometry is None else max(1, PIECE // (4 * (x[0].numel() + dy[0].numel())))
+        together = torch.sqrt(of_dy[-1].amax() * of_x[-1].amax()) <= _FLOAT32
         total: Tensor | None = None
         start = 0
         while start < len(dy):
@@ -197,7 +198,10 @@ class Product:
             kind = torch.float32 if count else torch.float64
             end = start + max(1, min(count, most))
             part = self._weight_gradient(dy[start:end], x[start:end], shape, kind)
-            total = part if total is None else total.double() + part
+            if total is None:
+                total = part if together or end == len(dy) else part.double()
+            else:
+                total.add_(part)
             start = end
         assert total is not None
         return total.float()
@@ -250,7 +254,7 @@ class Product:
             return _ordered_as(product(x).float(), x)
         first = _ordered_as(product(x[:count]).float(), x)
         # Written where it belongs at once: joining the pieces would hold all of them twice.
-        result = torch.empty(len(x), *first.shape[1:], device=x.device).contiguous(memory_format=_order(x))
+        result = torch.empty(len(x), *first.shape[1:], device=x.device).contiguous(memory_format=memory_order(x))
         result[:count] = first
         for start in range(count, len(x), count):
             result[start : start + count] = product(x[start : start + count])
@@ -295,19 +299,20 @@ class Product:
         assert g is not None
         places = dy[0, 0].numel()
         count = max(1, PIECE // (places * (10 * x.shape[1] * self._kernel[0] * self._kernel[1] + dy.shape[1])))
+        # Of all images together; a piece by itself may fit 32 bits where the sum does not.
+        kind = torch.int32 if 127**2 * len(x) * places <= _INT32 else torch.int64
         total: Tensor | None = None
         for start in range(0, len(x), count):
             of_dy, of_x = dy[start : start + count], x[start : start + count]
             parts = [matrix_product(_by_place(rows).t(), self._columns(columns), self.units)
                      for rows, columns in zip(of_dy.chunk(g.groups, 1), of_x.chunk(g.groups, 1), strict=True)]
             piece = torch.cat(parts).view(shape)
-            # 64-bit integers: the pieces' sum may exceed what one of them can.
-            total = piece if total is None else total.long() + piece
+            total = piece.to(kind) if total is None else total.add_(piece)
         assert total is not None
         return total
 
 
-def _order(operand: Tensor) -> torch.memory_format:
+def memory_order(operand: Tensor) -> torch.memory_format:
     """The memory order that a convolution gives for an operand."""
     last = operand.is_contiguous(memory_format=torch.channels_last) and not operand.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
@@ -321,7 +326,7 @@ def _pieces(codes: Tensor) -> Iterator[Tensor]:
 def _ordered_as(result: Tensor, operand: Tensor) -> Tensor:
     """In the memory order that a convolution gives for the operand: what is summed up later, in whatever order, is
     summed in the same one."""
-    return result.contiguous(memory_format=_order(operand))
+    return result.contiguous(memory_format=memory_order(operand))
 
 
 def _full_float32(operand: Tensor) -> AbstractContextManager[Any]:
