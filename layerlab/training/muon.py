@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The quintic of Newton and Schulz with the steepest slope at zero (Jordan et al., kellerjordan.github.io/posts/muon).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -78,14 +78,16 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
-def hidden_first(groups: Iterable[Mapping[str, Any]], lr: float) -> list[dict[str, Any]]:
+def hidden_first(
+    groups: Iterable[Mapping[str, Any]], lr: float, output: Collection[nn.Parameter]
+) -> list[dict[str, Any]]:
     """Groups for `Muon`: the matrices and kernels, trained at `lr`, and the rest.
 
-    The last matrix or kernel, a network's output, belongs to the rest, as Muon's authors advise.
+    The output layer belongs to the rest, as Muon's authors advise.
     """
-    given = [dict(group) for group in groups]
-    matrices = [each for group in given for each in group["params"] if each.dim() >= 2]
-    hidden = set(matrices[:-1])
-    first = {"params": [each for each in matrices if each in hidden], "lr": lr, "hidden": True}
+    given, last = [dict(group) for group in groups], set(output)
+    hidden = {each for group in given for each in group["params"] if each.dim() >= 2 and each not in last}
+    first = {"params": [each for group in given for each in group["params"] if each in hidden], "lr": lr,
+             "hidden": True}
     rest = [{**group, "params": [each for each in group["params"] if each not in hidden]} for group in given]
     return [group for group in (first, *rest) if group["params"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, TypedDict, cast
 
 import torch
@@ -194,8 +194,10 @@ def checked_settings(settings: Mapping[str, Any]) -> Settings:
         raise Refused(sentence(error, "fit")) from None
 
 
-def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, over `parameters`."""
+def make_optimizer(
+    settings: Settings, parameters: list[nn.Parameter], output: Collection[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, over `parameters`; those of the `output` layer are none of Muon's."""
     if callable(settings.optimizer):
         return settings.optimizer(parameters)
     decay, lr = settings.weight_decay, settings.lr
@@ -205,7 +207,7 @@ def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.
         scaled = {"lr": lr * settings.bias_scale, "weight_decay": decay / settings.bias_scale}
         groups = [{"params": [each for each in parameters if each.dim() >= 2]}, {"params": flat, **scaled}]
     if settings.optimizer == "muon":
-        return Muon(hidden_first(groups, settings.muon_lr), lr, settings.momentum, decay, settings.muon_norm)
+        return Muon(hidden_first(groups, settings.muon_lr, output), lr, settings.momentum, decay, settings.muon_norm)
     shared: dict[str, Any] = {"lr": lr, "weight_decay": decay, "foreach": True}
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
@@ -291,7 +293,8 @@ def shortened(settings: Settings, steps: int, budget: int) -> Settings:
         if stretched is None:
             raise LayerlabError(
                 "The schedule is a function, which cannot be shortened for a baseline of equal cost; name one "
-                "(constant, cosine, step, triangle, one-cycle), give it a method stretched(factor), or compare with equal='none'."
+                "(constant, cosine, step, triangle, one-cycle), give it a method stretched(factor), or compare with "
+                "equal='none'."
             )
         changes |= {"schedule_each": "step", "schedule": stretched(factor)}
     if settings.schedule == "step":

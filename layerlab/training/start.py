@@ -17,6 +17,7 @@ from layerlab.training.choosing import memory_format, warn_of_slow_bfloat16
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
 from layerlab.training.whitening import whiten
 from layerlab.workload.dataset import Dataset, Moment, Split
+from layerlab.workload.order import forward_order
 
 Network = nn.Module | Callable[[], nn.Module]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -83,7 +84,7 @@ def start(
     _check_sides(network, example, settings)
     if settings.whitening:
         whiten(network, example, data.train)
-    optimizer = make_optimizer(settings, list(network.parameters()))
+    optimizer = _optimizer(settings, network, example)
     steps = len(data.train) // settings.batch_size
     epochs, _ = length(settings, steps)
     run = Run(
@@ -110,6 +111,15 @@ def start(
     hooked = [strategy for strategy in strategies if strategy.defines("on_after_backward")]
     run.after_backward = [strategy.on_after_backward for strategy in hooked]
     return run
+
+
+def _optimizer(settings: Settings, network: nn.Module, example: Tensor) -> torch.optim.Optimizer:
+    """The optimizer over all parameters; Muon is told which layer runs last."""
+    parameters = list(network.parameters())
+    if settings.optimizer != "muon":
+        return make_optimizer(settings, parameters)
+    _, last = forward_order(network, example)[-1]
+    return make_optimizer(settings, parameters, list(last.parameters()))
 
 
 def _placed(model: Network, device: torch.device) -> nn.Module:
