@@ -268,7 +268,7 @@ def airnet(
     A 2 × 2 convolution with two filters for each value of a patch, which `fit(whitening=True)` whitens the images with;
     three blocks of convolution, pooling, batch norm, GELU and again convolution, batch norm, GELU; the maximum over
     each map; a linear layer, scaled by 1/9. Convolutions begin as the identity on their first channels; the batch
-    norms' scales are constants. 440,748 parameters and 33 M multiply-accumulates at 32 pixels with the widths that it
+    norms' scales are constants. 498,104 parameters and 33.1 M multiply-accumulates at 32 pixels with the widths that it
     has by default; airbench's own are 64, 256, 256.
 
     Args:
