@@ -24,6 +24,7 @@ def test_vgg_f_is_the_published_network():
     ("resnet-cifar", {"depth": 56}, 853_018, 125_485_696),
     ("preact-resnet", {"depth": 164}, 1_703_258, 247_646_720),
     ("vgg-cifar", {"depth": 11, "batch_norm": False}, 9_225_610, 152_769_536),
+    ("airnet", {}, 498_104, 33_066_272),
 ])
 def test_networks_for_small_images_are_the_published_ones(name, options, parameters, macs):
     model = build_model(name, **options)

@@ -123,6 +123,11 @@ class Run:
         preflights: what each strategy said before the first step, by its name.
         spent_flops: what strategies computed outside the steps of the current epoch, see `spend`.
         measures_anew: whether a strategy has called `remeasure` since the last step.
+        memory_format: of the images that batches give to the network.
+        clip_norm: `backward` shortens the gradients of all parameters together to this norm; None leaves them.
+        accumulate: parts in which `plain_step` computes its batch's gradient.
+        kept: by its keeper's name, a tensor of its own shape for each of some parameters, such as an average. A change
+            of structure carries them along, and a checkpoint holds them.
 
     Example:
         >>> from layerlab import Strategy, build_model, fit, load_dataset
@@ -161,6 +166,10 @@ class Run:
     preflights: dict[str, Preflight] = field(default_factory=dict)
     spent_flops: float = 0.0
     measures_anew: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+    clip_norm: float | None = None
+    accumulate: int = 1
+    kept: dict[str, dict[nn.Parameter, Tensor]] = field(default_factory=dict)
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
     _left_out: set[nn.Parameter] = field(init=False)
@@ -306,6 +315,9 @@ class Run:
         parameters = list(model.parameters())
         self._hold(parameters, places, group)
         self._stopped = [parameter for parameter in parameters if parameter in stopped]
+        alive = set(parameters)
+        for owner, kept in self.kept.items():
+            self.kept[owner] = {parameter: each for parameter, each in kept.items() if parameter in alive}
         self.model = self.training_model = model
 
     def _places(self) -> dict[nn.Parameter, tuple[int, int]]:
@@ -317,8 +329,12 @@ class Run:
         return found
 
     def _carry_state(self, old: nn.Parameter, new: nn.Parameter, carry: Callable[[Tensor], Tensor] | None) -> None:
-        """Give the new parameter what the optimizer keeps of the old one."""
+        """Give the new parameter what the optimizer and others keep of the old one."""
         state = self.optimizer.state
+        for kept in self.kept.values():
+            mine = kept.pop(old, None)
+            if mine is not None and carry is not None:
+                kept[new] = carry(mine)
         if carry is None or old not in state:
             return
         state[new] = {}
@@ -388,14 +404,36 @@ class Run:
             The batch's mean loss.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            loss = self.loss(self.training_model(x), y)
+        if self.accumulate > 1:
+            loss = self._accumulated(x, y)
+        else:
+            with self.autocast():
+                loss = self.loss(self.training_model(x), y)
         if self.backward(loss):
             self.optimizer.step()
         return loss
 
+    def _accumulated(self, x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """A batch part by part: its mean loss, whose gradient is that of the last part; the others' are there."""
+        parts = [each.chunk(self.accumulate) for each in (x if isinstance(x, tuple) else (x,))]
+        labels = y.chunk(self.accumulate)
+        before = torch.zeros((), device=y.device)
+        for number, own in enumerate(labels):
+            given = tuple(each[number] for each in parts)
+            with self.autocast():
+                loss = self.loss(self.training_model(given if isinstance(x, tuple) else given[0]), own)
+            # The parts may differ by an image.
+            loss = loss * (len(own) / len(y))
+            if number < len(labels) - 1:
+                if loss.requires_grad:
+                    loss.backward()
+                before = before + loss.detach()
+        return before + loss
+
     def backward(self, loss: Tensor) -> bool:
         """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step.
+
+        At last the gradients are clipped, where the user wants that.
 
         Returns:
             Whether anything learns. If nothing does, all that `loss` depends on being frozen, there is no gradient:
@@ -406,4 +444,7 @@ class Run:
         loss.backward()
         for hook in self.after_backward:
             hook(self)
+        if self.clip_norm is not None:
+            learning = [each for group in self.optimizer.param_groups for each in group["params"]]
+            torch.nn.utils.clip_grad_norm_(learning, self.clip_norm)
         return True

@@ -39,7 +39,8 @@ class Strategy(BaseModel):
     `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
     which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
     (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
-    the layers have to stay what they are. `expected_failed_checks` maps the checks of
+    the layers have to stay what they are; `acts_in_backward` that it uses up or sends gradients while backward runs, so
+    that they are not there to be accumulated or clipped. `expected_failed_checks` maps the checks of
     `layerlab.testing` that it is known to fail to the reason.
 
     State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
@@ -66,6 +67,7 @@ class Strategy(BaseModel):
     replaces_network: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = False
     follows_layers: ClassVar[bool] = False
+    acts_in_backward: ClassVar[bool] = False
     expected_failed_checks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, **settings: Any) -> None:

@@ -123,9 +123,12 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
 
 def run_state(run: Run, strategies: Sequence[Strategy]) -> dict[str, Any]:
     """Everything of a run that its strategies, its optimizer or its data changed up to the end of an epoch."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
     return {
         "model": run.model.state_dict(),
         "held": run.held,
+        "kept": {owner: {names[parameter]: each for parameter, each in kept.items()}
+                 for owner, kept in run.kept.items()},
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.schedule.state_dict(),
         "strategies": {strategy.name: strategy.state_dict() for strategy in strategies},
@@ -145,6 +148,8 @@ def restore_run(run: Run, strategies: Sequence[Strategy], state: dict[str, Any])
         strategy.on_load_checkpoint(run)
     run.model.load_state_dict(state["model"])
     run.hold(state["held"])
+    named = dict(run.model.named_parameters())
+    run.kept = {owner: {named[name]: each for name, each in kept.items()} for owner, kept in state["kept"].items()}
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.generator.set_state(state["generator"].cpu())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ def evaluate(
     batch_size: int = 512,
     autocast: Callable[[], Any] = nullcontext,
     memory_format: torch.memory_format = torch.contiguous_format,
+    views: Literal["plain", "mirrored"] = "plain",
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy (as shares) of a network on a split; leaves the network in evaluation mode.
 
@@ -29,6 +30,7 @@ def evaluate(
         batch_size: images at a time.
         autocast: gives the context of forward and loss.
         memory_format: of the images.
+        views: `mirrored` takes the mean logits of each image and its mirror image.
 
     Returns:
         `test/loss`; `test/top1` and `test/top5`, shares.
@@ -45,7 +47,10 @@ def evaluate(
     with torch.no_grad():
         for x, y in data.batches(batch_size, None, torch.float32, memory_format):
             with autocast():
-                logits = model(x)
+                logits = model(x)  # (batch, classes)
+                if views == "mirrored":
+                    assert isinstance(x, Tensor)
+                    logits = (logits + model(x.flip(-1))) / 2
                 value = loss(logits, y)
             best = logits.topk(min(5, logits.shape[1])).indices == y.unsqueeze(1)
             sums = sums + torch.stack([value.float() * len(y), best[:, 0].sum(), best.sum()])

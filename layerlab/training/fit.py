@@ -90,18 +90,47 @@ def fit(
             max_steps (None): Stop after these many steps, within an epoch if need be; a schedule that is named shortens
                 with it.
             batch_size (128): Images a step; the uneven rest of each shuffled epoch is left out.
+            recipe (None): A bundle of settings by name; each that is given beside it counts instead of the bundle's.
+            augment (None): Of the training images, as `Split.augment` has it; None leaves the data's own.
+            padding (None): Pixels by which `augment` shifts at most; None leaves the data's own.
+            sizes (()): Pairs (share of the epochs from which on, share of the images' side), to train with small images
+                first.
+            whitening (False): Let the first convolution whiten the training images' patches, frozen; its bias learns
+                for 0.3 of the epochs.
             optimizer ('sgd'): By name, or a function from parameters to an optimizer.
             lr (0.05): Learning rate.
-            momentum (0.9): Of SGD.
-            nesterov (False): SGD's momentum in Nesterov's form.
-            weight_decay (0.0005): On all parameters.
+            bias_scale (1.0): Rate of the parameters of one dimension (biases, scales), in multiples of `lr`; their
+                decay a step stays.
+            muon_lr (0.05): Muon: learning rate of the hidden matrices and kernels; `lr` is that of the rest, which SGD
+                trains.
+            muon_norm (False): Muon: scale each hidden weight to a fixed norm before an update; for layers with a
+                normalisation behind.
+            momentum (0.9): Of SGD and Muon.
+            nesterov (False): SGD's momentum in Nesterov's form; Muon's always is.
+            weight_decay (0.0005): On all parameters; AdamW and Muon decay the weight itself, by `lr * weight_decay` a
+                step.
             schedule ('constant'): Of the learning rate, by name, or a function from the optimizer to a torch schedule.
+            warmup (None): Share of the training in which the rate rises to `lr`; None: 0.3 for `triangle` and
+                `one-cycle`, 0 for others.
+            lr_start (0.04): Where a rise begins, in multiples of `lr`.
+            lr_end (0.0): Where `cosine`, `triangle` and `one-cycle` end, in multiples of `lr`.
             milestones (()): Schedule `step`: multiply the rate by `gamma` after these many epochs.
             gamma (0.1): Schedule `step`: the factor.
             schedule_each ('epoch'): How often the schedule steps; `milestones` count in the same unit.
             label_smoothing (0.0): Of the cross-entropy.
+            clip_norm (None): Shorten the gradient of all parameters together to at most this norm, after every
+                backward.
+            accumulate (1): Parts, one after the other, in which a step computes its batch's gradient, to save memory.
+            averaging ('none'): Average the weights over steps: `ema` evaluates and returns the average, `lookahead`
+                goes on from it.
+            averaging_decay (0.9): Share of the old average that stays at an update.
+            averaging_every (5): Steps between two updates of the average.
+            averaging_power (0.0): The decay is multiplied by the share of the training that is done to this power, so
+                that it grows.
+            views ('plain'): `mirrored`: evaluate the mean logits of each image and its mirror image.
             precision ('float32'): bfloat16: forward and loss under autocast; weights and update stay float32.
-            channels_last (False): Memory format of images and convolutions.
+            channels_last (False): Memory format of images and convolutions; `auto` measures which one is faster before
+                the first step.
             compile (False): Run the network's blocks through torch.compile; a text names its backend.
             deterministic (True): On a GPU: deterministic algorithms only.
             measure (True): Measure what a step costs: a few steps an epoch where there are strategies; `every`: all of

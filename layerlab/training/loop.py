@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from layerlab.base.devices import resolve_device
-from layerlab.base.errors import Diverged
+from layerlab.base.errors import Diverged, Refused
 from layerlab.contract.run import Batches
 from layerlab.contract.strategy import Strategy, check_composition
 from layerlab.show.progress import first_process, say_not_first
 from layerlab.training.asked import Asked
+from layerlab.training.averaging import Averaging
 from layerlab.training.checkpoint import Checkpoint, checkpoint_folder, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.costs import Costs, learning_key
@@ -26,11 +27,12 @@ from layerlab.training.evaluation import evaluate
 from layerlab.training.fingerprint import fingerprint
 from layerlab.training.gauge import Gauge
 from layerlab.training.results import FitResult
-from layerlab.training.settings import FitSettings, checked_settings
-from layerlab.training.start import Loss, Network, memory_format, on_device, start
+from layerlab.training.settings import FitSettings, checked_settings, length
+from layerlab.training.start import Loss, Network, on_device, prepared, side_of, start
 from layerlab.training.turns import Turn
 from layerlab.training.untouched import check_data, check_switches, lent, torch_switches
 from layerlab.training.watch import watched
+from layerlab.training.whitening import freeze_bias
 from layerlab.workload.dataset import Dataset
 
 
@@ -110,7 +112,7 @@ class Fit:
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )
-        self._shared = on_device(data, self.device)
+        self._shared = prepared(on_device(data, self.device), self.settings)
         self.data = lent(self._shared) if self.strategies else self._shared
         # What is at work, for whoever waits for it, and how much came back already.
         self._at, self._back = "", 0
@@ -118,11 +120,30 @@ class Fit:
         self._costs = Costs(every=self.settings.measure == "every")
         self._compiler = Compiler(self.settings.compile)
         self._announced = False
+        self._check_step()
+        folder = checkpoint_folder(checkpoint)
         with self._turn.taken(), self._watched():
-            self.run = start(model, self.data, self.strategies, self.settings, seed, loss)
-            state = self._prepare(checkpoint_folder(checkpoint), asked or Asked())
+            self.run = start(model, self.data, self.strategies, self.settings, seed, loss, folder, self.writes)
+            steps = self._steps_of_data()
+            self._averaging = Averaging(self.settings, self.run, self.data.train, length(self.settings, steps)[1])
+            state = self._prepare(folder, asked or Asked())
         if state is not None:
             self._turn.random = [part.cpu() for part in state["rng"]]
+
+    def _check_step(self) -> None:
+        """Refuse settings of the plain step where a strategy replaces that or acts within its backward.
+
+        Raises:
+            Refused: gradients would be neither accumulated nor clipped as they should.
+        """
+        parts = self.settings.accumulate
+        for strategy in self.strategies:
+            if parts > 1 and strategy.defines("training_step"):
+                raise Refused(f"{strategy.name} replaces the training step, which accumulate={parts} would divide "
+                              "into parts; leave accumulate=1.")
+            if strategy.acts_in_backward and (parts > 1 or self.settings.clip_norm is not None):
+                raise Refused(f"{strategy.name} uses gradients while backward runs, so that they can be neither "
+                              "accumulated nor clipped; leave accumulate=1 and clip_norm=None.")
 
     def _prepare(self, folder: Path | None, asked: Asked) -> dict[str, Any] | None:
         """Let the strategies adapt the run and, where its folder holds a state, go on from it, which is returned."""
@@ -208,6 +229,8 @@ class Fit:
         run = self.run
         run.epoch += 1
         run.logged, run.spent_flops, run.measures_anew = {}, 0.0, False
+        moment, done = self.data.train.moment, (run.epoch - 1) / run.epochs
+        moment.epoch, moment.side = run.epoch, side_of(self.settings, self.data.test.shape[1], done)
         graphs = graph_count()
         gauge = Gauge(self.device)
         with gauge.hooks():
@@ -216,15 +239,18 @@ class Fit:
         total = self._steps(gauge, key)
         with gauge.hooks():
             self._call("on_epoch_end")
+            if self._averaging.on and self.finished:
+                self._averaging.settle()
         seconds, costs = gauge.seconds(run.steps_per_epoch), self._taken(gauge)
         if run.schedule_each == "epoch":
             run.schedule.step()
         loss = self._finite(total.item() / run.steps_per_epoch)
         row: dict[str, Any] = {"epoch": run.epoch, "timestamp": time.time_ns() // 1_000_000, "train/loss": loss}
-        row |= self._evaluate(run.test_data, "test")
-        if self.data.validation is not None:
-            row |= self._evaluate(self.data.validation, "validation")
-        self._call("on_validation_end")
+        with self._averaging.shown():
+            row |= self._evaluate(run.test_data, "test")
+            if self.data.validation is not None:
+                row |= self._evaluate(self.data.validation, "validation")
+            self._call("on_validation_end")
         row["time/epoch_seconds"] = seconds
         row |= costs
         if self._compiler.blocks:
@@ -238,6 +264,8 @@ class Fit:
         run = self.run
         run.training_model.train()
         run.apply_freezing()
+        if self.settings.whitening:
+            freeze_bias(run)
         run.steps_per_epoch = self._steps_of_data()
         self._call("on_epoch_start")
         # Again, since a strategy may have put other data there.
@@ -262,7 +290,8 @@ class Fit:
             costs.begin(key, steps, 1000 * self.seed + run.epoch, bool(self.strategies))
         compiling = 0 if steps > 2 and self._compiler.warms_up(key) else None
         total = torch.zeros((), device=self.device)
-        batches = run.data.batches(settings.batch_size, run.generator, torch.float32, memory_format(settings))
+        averaging = self._averaging
+        batches = run.data.batches(settings.batch_size, run.generator, torch.float32, run.memory_format)
         if settings.max_steps is not None:
             batches = islice(batches, steps)
         with gauge.loop():
@@ -279,6 +308,8 @@ class Fit:
                 else:
                     total += step(x, y)
                 run.step += 1
+                if averaging.on:
+                    averaging.follow()
                 if each_step is not None:
                     each_step()
         return total
@@ -304,6 +335,7 @@ class Fit:
         elif "cost/peak_memory_bytes" in row:
             # What a strategy keeps in memory to read batches from; a GPU's allocator counts it by itself.
             row["cost/peak_memory_bytes"] += getattr(run.data, "resident_bytes", 0)
+            row["cost/peak_memory_bytes"] += sum(each.nbytes for kept in run.kept.values() for each in kept.values())
         joules = gauge.joules()
         if joules is not None:
             row["cost/energy_joules"] = joules
@@ -326,8 +358,8 @@ class Fit:
     def _evaluate(self, data: Batches, half: str) -> dict[str, float]:
         """`half/loss`, `half/top1` and `half/top5` of the network that predicts."""
         run = self.run
-        reached = evaluate(run.model, data, run.loss, autocast=run.autocast,
-                           memory_format=memory_format(self.settings))
+        reached = evaluate(run.model, data, run.loss, autocast=run.autocast, memory_format=run.memory_format,
+                           views=self.settings.views)
         return {name.replace("test/", f"{half}/"): value for name, value in reached.items()}
 
     def _call(self, hook: str) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,11 @@ from torch.nn.parameter import is_lazy
 from layerlab.base.errors import LayerlabError, Refused, first_line, located
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
+from layerlab.training.choosing import memory_format, warn_of_slow_bfloat16
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
-from layerlab.workload.dataset import Dataset, Split
+from layerlab.training.whitening import whiten
+from layerlab.workload.dataset import Dataset, Moment, Split
+from layerlab.workload.order import forward_order
 
 Network = nn.Module | Callable[[], nn.Module]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -36,14 +40,23 @@ def _moved(split: Split, device: torch.device) -> Split:
     return replace(split, images=images, labels=split.labels.to(device))
 
 
-def memory_format(settings: Settings) -> torch.memory_format:
-    """The memory format of images and convolutions."""
-    return torch.channels_last if settings.channels_last else torch.contiguous_format
+def prepared(data: Dataset, settings: Settings) -> Dataset:
+    """The dataset for one training: augmented as the settings say, and with a moment of its own."""
+    train = data.train
+    augment = train.augment if settings.augment is None else settings.augment
+    padding = train.padding if settings.padding is None else settings.padding
+    return replace(data, train=replace(train, augment=augment, padding=padding, moment=Moment()))
+
+
+def side_of(settings: Settings, whole: int, done: float) -> int | None:
+    """Pixels of the images' side when a share of the epochs is done; None for all of the `whole` side."""
+    sides = [side for start, side in settings.sizes if start <= done]
+    return max(1, round(whole * sides[-1])) if sides and sides[-1] != 1 else None
 
 
 def start(
     model: Network, data: Dataset, strategies: Sequence[Strategy], settings: Settings, seed: int,
-    loss: Loss | None = None,
+    loss: Loss | None = None, folder: Path | None = None, writes: bool = True,
 ) -> Run:
     """A run before its first epoch, under the random state that is in force.
 
@@ -52,6 +65,8 @@ def start(
         data: on its device, where the run trains.
         strategies: whose `on_after_backward` the run calls.
         settings, seed, loss: as `fit`.
+        folder: of the checkpoint.
+        writes: whether this process writes there.
 
     Raises:
         Refused: no network, one without parameters or frozen whole, one that does not fit the data, or too few images.
@@ -62,8 +77,16 @@ def start(
             f"{data.name!r}; make it smaller."
         )
     device = data.train.labels.device
-    network = _placed(model, device, settings)
-    optimizer = make_optimizer(settings, list(network.parameters()))
+    network = _placed(model, device)
+    form = memory_format(settings, network, data.train, folder, writes)
+    network.to(memory_format=form)
+    # (batch, channels, height, width), two images: what strategies trace the network with.
+    example = next(data.test.batches(min(2, len(data.test)), memory_format=form))[0]
+    _check_forward(network, example, data)
+    _check_sides(network, example, settings)
+    if settings.whitening:
+        whiten(network, example, data.train)
+    optimizer = _optimizer(settings, network, example)
     steps = len(data.train) // settings.batch_size
     epochs, _ = length(settings, steps)
     run = Run(
@@ -74,22 +97,32 @@ def start(
         data=data.train,
         test_data=data.test,
         loss=loss or nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
-        # (batch, channels, height, width), two images: what strategies trace the network with.
-        example=next(data.test.batches(min(2, len(data.test)), memory_format=memory_format(settings)))[0],
+        example=example,
         epochs=epochs,
         device=device,
         generator=torch.Generator().manual_seed(seed),
         batch_size=settings.batch_size,
         schedule_each=settings.schedule_each,
+        memory_format=form,
+        clip_norm=settings.clip_norm,
+        accumulate=settings.accumulate,
     )
     if settings.precision == "bfloat16":
+        warn_of_slow_bfloat16(device)
         run.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
-    run.after_backward = [
-        strategy.on_after_backward for strategy in strategies if strategy.defines("on_after_backward")
-    ]
-    _check_forward(run, data)
+    hooked = [strategy for strategy in strategies if strategy.defines("on_after_backward")]
+    run.after_backward = [strategy.on_after_backward for strategy in hooked]
     _check_loss(run, data)
     return run
+
+
+def _optimizer(settings: Settings, network: nn.Module, example: Tensor) -> torch.optim.Optimizer:
+    """The optimizer over all parameters; Muon is told which layer runs last."""
+    parameters = list(network.parameters())
+    if settings.optimizer != "muon":
+        return make_optimizer(settings, parameters)
+    _, last = forward_order(network, example)[-1]
+    return make_optimizer(settings, parameters, list(last.parameters()))
 
 
 def _check_loss(run: Run, data: Dataset) -> None:
@@ -107,7 +140,7 @@ def _check_loss(run: Run, data: Dataset) -> None:
         ) from None
 
 
-def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Module:
+def _placed(model: Network, device: torch.device) -> nn.Module:
     """A network of this run's own, on the device."""
     try:
         network = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
@@ -123,8 +156,7 @@ def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Modu
                if is_lazy(tensor)]:
         raise Refused(f"The network has layers that learn their size from the first image ({lazy[0]}); call it once on "
                       "one, or give the sizes.")
-    # Both at once is not in torch's stubs.
-    network = network.to(device, memory_format=memory_format(settings))  # type: ignore[call-overload]
+    network = network.to(device)
     parameters = list(network.parameters())
     if not parameters:
         raise Refused("The network has no parameters, so there is nothing to train.")
@@ -134,25 +166,43 @@ def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Modu
     return network
 
 
-def _check_forward(run: Run, data: Dataset) -> None:
+def _predicted(network: nn.Module, images: Tensor) -> Tensor:
+    """The logits of images in evaluation mode, (batch, classes)."""
+    with torch.no_grad():
+        was = network.training
+        network.eval()
+        logits = network(images)
+        network.train(was)
+    return logits
+
+
+def _check_sides(network: nn.Module, example: Tensor, settings: Settings) -> None:
+    """The network takes images of all sides that it is to be trained with."""
+    for start, _ in settings.sizes:
+        side = side_of(settings, example.shape[2], start) or example.shape[2]
+        try:
+            _predicted(network, nn.functional.interpolate(example, (side, side), mode="bilinear", antialias=True))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise Refused(
+                f"The network does not take images of {side} pixels a side ({first_line(error)}), which sizes asks "
+                "for; leave sizes=(), or choose larger shares."
+            ) from None
+
+
+def _check_forward(network: nn.Module, example: Tensor, data: Dataset) -> None:
     """One forward pass of the example in evaluation mode: the network takes the images and gives one logit a class."""
-    network = run.model
     try:
-        with torch.no_grad():
-            was = network.training
-            network.eval()
-            logits = network(run.example)  # (batch, classes)
-            network.train(was)
+        logits = _predicted(network, example)
     except LayerlabError:
         raise
     except Exception as error:  # torch's, or the network's own
         raise Refused(
-            f"The network does not take images of shape {tuple(run.example.shape[1:])} as {data.name!r} gives "
+            f"The network does not take images of shape {tuple(example.shape[1:])} as {data.name!r} gives "
             f"them ({located(error)}); load the data with another image_size or channels, or mend the network."
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.classes:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise Refused(
-            f"The network gives {shape} for {len(run.example)} images, but {data.name!r} has "
+            f"The network gives {shape} for {len(example)} images, but {data.name!r} has "
             f"{data.classes} classes: it must give one logit a class."
         )

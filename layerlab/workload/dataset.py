@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -32,7 +32,9 @@ def dataset_table(data: Dataset) -> Table:
     return Table(("dataset", data.name), list(what.items()))
 
 
-Augment = Literal["none", "crop", "crop-flip"]
+Augment = Literal[
+    "none", "crop", "crop-flip", "crop-alternate", "translate", "translate-flip", "translate-alternate"
+]
 
 
 class Shape(NamedTuple):
@@ -43,6 +45,19 @@ class Shape(NamedTuple):
     side: int | None
 
 
+@dataclass(eq=False)
+class Moment:
+    """Where a training stands, as far as its images depend on it: the one thing that all copies of a split share.
+
+    Attributes:
+        epoch: counted from 1.
+        side: pixels of a side of the images that are given; None for as many as they have.
+    """
+
+    epoch: int = 0
+    side: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """The images and labels of one half of a dataset.
@@ -51,11 +66,14 @@ class Split:
         images: uint8, (n, channels, height, width), on the device; or a `Streamed` source of such images by index.
         labels: int64, (n,), on the device.
         mean, std: per channel, in units of the uint8 scale (0 to 255).
-        augment: what `batches` does to shuffled batches: `none`, `crop` (shift by up to `padding` pixels, zeros
-            outside), `crop-flip` (and mirror half of them).
+        augment: what `batches` does to shuffled batches: `none`; `crop` (shift by up to `padding` pixels, zeros
+            outside) or `translate` (the same, the image's reflection outside); with `-flip` half of them are mirrored
+            at random; with `-alternate` each is mirrored in every second epoch, half of them in the odd ones and half
+            in the even ones, so that two epochs show both sides of each (Jordan, arXiv 2404.00498, Section 3.6).
         padding: pixels.
         share: (index, count) of several processes that train together: `batches` gives this one's part of each
             shuffled batch, drawn as if it were alone, and reads no more than that part.
+        moment: `fit` says there in which epoch its training is, and the side of the images that it wants.
 
     Raises:
         LayerlabError: an augmentation that does not exist, with the nearest name; a padding or share out of range.
@@ -75,6 +93,7 @@ class Split:
     augment: Augment = "none"
     padding: int = 4
     share: tuple[int, int] = (0, 1)
+    moment: Moment = field(default_factory=Moment)
 
     def __post_init__(self) -> None:
         if self.augment not in get_args(Augment):
@@ -90,9 +109,10 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
+        """(channels, height, width) of one image, as `batches` gives it."""
         channels, height, width = self.images.shape[1:]
-        return channels, height, width
+        side = self.moment.side
+        return (channels, height, width) if side is None else (channels, side, side * width // height)
 
     @property
     def chance(self) -> float:
@@ -141,7 +161,7 @@ class Split:
         index, workers = self.share if generator is not None else (0, 1)
         order, count = pass_order(n, batch_size, generator)
         order = order.to(device)
-        shifts = self._draw(n, generator) if generator is not None else None
+        shifts = self._draw(n, order, generator) if generator is not None else None
         first, last = batch_size * index // workers, batch_size * (index + 1) // workers
         places = [slice(i * batch_size + first, i * batch_size + last) for i in range(count)]
         if isinstance(self.images, Streamed):
@@ -150,23 +170,42 @@ class Split:
             images = self.images
             raw = (images[order[here]] for here in places)
         for here, batch in zip(places, raw, strict=True):
-            batch = batch.to(device, non_blocking=True)
+            batch = self._resized(batch.to(device, non_blocking=True))
             if shifts is not None:
                 batch = self._shift(batch, *(part[here] for part in shifts))
             yield self.normalise(batch, dtype).contiguous(memory_format=memory_format), self.labels[order[here]]
 
-    def _draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor] | None:
-        """An epoch's augmentation, drawn at once: rows, columns (0 … 2·padding) and whether to mirror, (n,) each."""
+    def _draw(self, n: int, order: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor] | None:
+        """An epoch's augmentation, drawn at once: rows, columns (0 … 2·padding) and whether to mirror, (n,) each.
+
+        All are in the order of the pass.
+        """
         if self.augment == "none":
             return None
         device = self.labels.device
         rows, columns = torch.randint(2 * self.padding + 1, (2, n), generator=generator).to(device)
-        flips = torch.rand(n, generator=generator).to(device) < (0.5 if self.augment == "crop-flip" else 0.0)
+        flips = torch.rand(n, generator=generator).to(device) < (0.5 if self.augment.endswith("-flip") else 0.0)
+        if self.augment.endswith("-alternate"):
+            flips = self._mirrored(n, generator)[order]
         return rows, columns, flips
+
+    def _mirrored(self, n: int, generator: torch.Generator) -> Tensor:
+        """Which images the present epoch shows mirrored, bool (n,), by their number."""
+        # From the seed alone, so that every epoch knows what the first one drew.
+        first = torch.rand(n, generator=torch.Generator().manual_seed(generator.initial_seed())) < 0.5
+        return (first ^ bool(self.moment.epoch % 2)).to(self.labels.device)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """The images at the side that the moment asks for."""
+        sides = self.shape[1:]
+        if images.shape[-2:] == sides:
+            return images
+        return torch.nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
 
     def _shift(self, images: Tensor, rows: Tensor, columns: Tensor, flips: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        padded = torch.nn.functional.pad(images, [self.padding] * 4)
+        mode = "reflect" if self.augment.startswith("translate") else "constant"
+        padded = torch.nn.functional.pad(images, [self.padding] * 4, mode=mode)
         # Every shifted window as a view, then one gather: (batch, rows, columns, channels, height, width).
         windows = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
         cropped = windows[torch.arange(len(images), device=images.device), rows, columns]

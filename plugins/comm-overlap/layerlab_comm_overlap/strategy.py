@@ -39,6 +39,7 @@ class CommOverlap(Strategy):
     """
 
     name: ClassVar[str] = "comm-overlap"
+    acts_in_backward: ClassVar[bool] = True
 
     overlap_backward: bool = True
     """Technique 1: a bucket's gradients go as soon as backward has computed them, rather than after backward."""

@@ -33,6 +33,7 @@ class MemoryReorder(Strategy):
     """
 
     name: ClassVar[str] = "memory-reorder"
+    acts_in_backward: ClassVar[bool] = True
 
     order: Order = "larger-first"
     """`larger-first`: each layer in the order that needs less. `weight-first`: the weight gradient first in all."""

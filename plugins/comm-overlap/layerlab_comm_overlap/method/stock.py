@@ -28,6 +28,7 @@ class StockDDP(Strategy):
     """
 
     name: ClassVar[str] = "stock-ddp"
+    acts_in_backward: ClassVar[bool] = True
 
     bucket_mb: float = Field(25.0, gt=0)
     """Mebibytes of gradients in a bucket."""

@@ -1,0 +1,97 @@
+"""What a short measurement on this machine decides before the first step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from layerlab.base.errors import LayerlabWarning
+from layerlab.base.files import write_json
+from layerlab.measure.clock import time_by_turns
+from layerlab.training.settings import Settings
+from layerlab.workload.dataset import Split
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+# Its name in a checkpoint's folder, so that a fit that goes on computes as it began.
+CHOSEN = "memory_format.json"
+# Images of a measured step at most, rounds, and how much slower bfloat16 may be before it is worth a word.
+IMAGES, ROUNDS, SLOWER = 128, 3, 1.1
+
+
+def memory_format(
+    settings: Settings, network: nn.Module, images: Split, folder: Path | None, writes: bool
+) -> torch.memory_format:
+    """The memory format of images and convolutions that the settings name, or that is faster here.
+
+    Args:
+        settings: the fit's; `channels_last="auto"` asks for a measurement.
+        network: as it is trained; it is not changed.
+        images: of the training.
+        folder: of the checkpoint; what it holds counts.
+        writes: whether the choice is written there.
+    """
+    if settings.channels_last != "auto":
+        return torch.channels_last if settings.channels_last else torch.contiguous_format
+    file = folder / CHOSEN if folder is not None else None
+    if file is not None and file.exists():
+        return FORMATS[json.loads(file.read_text())["memory_format"]]
+    chosen = _faster_format(network, images, min(IMAGES, settings.batch_size))
+    if file is not None and writes:
+        write_json(file, {"memory_format": chosen})
+    return FORMATS[chosen]
+
+
+def _faster_format(network: nn.Module, images: Split, count: int) -> str:
+    """Forward and backward of a few images in both formats, by turns; the name of the faster one."""
+    if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        return "contiguous"
+    x, _ = next(images.batches(count))
+    calls = {}
+    for name, form in FORMATS.items():
+        own = copy.deepcopy(network).to(memory_format=form).train()
+        given = x.contiguous(memory_format=form)
+        calls[name] = functools.partial(_forward_backward, own, given)
+    # Dropout draws from the global random state, which belongs to the training.
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        turns = time_by_turns(calls, rounds=ROUNDS, warmup=1, device=str(x.device))
+    return min(turns, key=lambda name: min(turns[name].seconds))
+
+
+def _forward_backward(network: nn.Module, x: Tensor) -> None:
+    network(x).square().mean().backward()
+    network.zero_grad(set_to_none=True)
+
+
+def warn_of_slow_bfloat16(device: torch.device) -> None:
+    """Say in one sentence, once a process and place, that this processor is slower with bfloat16 than without it."""
+    times = _bfloat16_times(device.type)
+    if times > SLOWER:
+        warnings.warn(
+            f"This processor takes {times:.1f} times as long for a convolution in bfloat16 as in float32; use "
+            "precision='float32'.",
+            LayerlabWarning,
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def _bfloat16_times(device: str) -> float:
+    """Seconds of forward and backward of a convolution in bfloat16 over those in float32."""
+    seconds = []
+    for kind in (torch.float32, torch.bfloat16):
+        x = torch.zeros(16, 64, 16, 16, device=device, dtype=kind, requires_grad=True)
+        weight = torch.zeros(64, 64, 3, 3, device=device, dtype=kind, requires_grad=True)
+        taken = []
+        for _ in range(4):
+            start = time.perf_counter()
+            nn.functional.conv2d(x, weight, padding=1).sum().backward()
+            taken.append(time.perf_counter() - start)
+        seconds.append(min(taken))
+    return seconds[1] / seconds[0]
