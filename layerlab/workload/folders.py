@@ -108,12 +108,10 @@ def image_folders(folder: Path) -> tuple[dict[str, Source], list[str]]:
     if layout.unread:
         notes.append(f"not read: {', '.join(layout.unread)}")
     walk = _Walk(layout)
-    aside = ""
-    for half, place in layout.flat.items():
-        aside = f"{place.name}/ has images and no class folders"
-        if half == TRAINING:
-            raise LayerlabError(f"{place} has images and no class folders, so nothing says their classes; sort them "
-                                "into class folders.")
+    if TRAINING in layout.flat:
+        raise LayerlabError(f"{layout.flat[TRAINING]} has images and no class folders, so nothing says their classes; "
+                            "sort them into class folders.")
+    aside = " and ".join(f"{shown(place.name)}/ has images and no class folders" for place in layout.flat.values())
     train = layout.halves.get(TRAINING)
     if train is None:
         named = " and a folder ".join(path.name for path in layout.halves.values())

@@ -65,7 +65,7 @@ def assigned(
     Args:
         halves: half → its images, by their names.
         place: the folder, for a message.
-        aside: which test half cannot be used, and why.
+        aside: which half cannot be used, and why.
         whole: nobody divided the images, so that a missing test half is no mistake.
 
     Raises:

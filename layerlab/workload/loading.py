@@ -161,7 +161,7 @@ def available(name: str, root: str | os.PathLike[str] | None = None) -> str:
     if name == "digits":
         return "embedded (scikit-learn)"
     folder = _root(root)
-    if any((folder / name).glob("train-*.parquet")):
+    if TRAINING in parquet_files(folder / name):
         return str(folder / name)
     for candidate in (folder / sub for sub in FOLDERS.get(name, ())):
         if (candidate / "train").is_dir():
@@ -289,6 +289,7 @@ def _read(name: str, halves: Mapping[str, Source], where: str, notes: list[str],
             raise bad_images(bad, sum(map(len, halves.values())))
         _check_classes(halves["train"], result["train"][1], where)
         notes = [*notes, f"{counted(len(bad))} that cannot be used left out"]
+        digest += f"-without {len(bad)}"
     train = halves["train"]
     if treated[RESIZED] and not (reading.size or own):
         notes = [*notes, f"{counted(treated[RESIZED])} scaled to {side} pixels, the shorter side of the first one; "
