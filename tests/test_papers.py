@@ -131,6 +131,9 @@ def test_a_run_whose_gate_is_closed_cannot_speak(observed, conditions, said):
 
 
 def test_a_run_whose_gates_are_open_speaks():
+    # Only what a run observed opens a gate; what it was run under does not.
+    named = judge(GATED, [2.0, 2.1, 2.2], REDUCED | {"baseline top-1": 95, "skipped share": 50}, observed={})
+    assert named.verdict == "not tested"
     observed = {"baseline top-1": 95, "skipped share": 50}
     assert judge(GATED, [2.0, 2.1, 2.2], REDUCED, observed=observed).verdict == "holds"
 

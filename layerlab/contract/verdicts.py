@@ -85,7 +85,7 @@ def _closed_gate(
     """The first gate that fails, with its value and bound; empty where all are open."""
     dataset = str(conditions.get("dataset", ""))
     for gate in gates:
-        value = observed.get(gate.observed, conditions.get(gate.observed))
+        value = observed.get(gate.observed)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return f"the run recorded no {gate.observed}, which would show that {gate.shows}"
         for bound, below, word in ((gate.at_least, True, "at least"), (gate.at_most, False, "at most")):

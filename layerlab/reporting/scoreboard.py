@@ -41,12 +41,9 @@ def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
 
 def brief_table(results: Sequence[ClaimResult]) -> Table:
     """The scoreboard in four columns, for a terminal: claim, published, measured, verdict without its reason."""
-    several = len({result.paper for result in results}) > 1
     rows: list[list[str | Cell]] = []
-    for result in results:
-        claim = f"{result.paper}: {result.statement}" if several else result.statement
-        rows.append([claim, f"{result.paper_value:g} {result.unit}", result.measured_text,
-                     verdict_cell(result.verdict)])
+    for texts, result in zip(scoreboard(results).itertuples(index=False), results, strict=True):
+        rows.append([texts.claim, texts.paper, texts.measured, verdict_cell(result.verdict)])
     return Table(("claim", "paper", "measured", "verdict"), rows)
 
 
