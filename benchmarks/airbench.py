@@ -1,6 +1,7 @@
 """`fit` beside cifar10-airbench's own training loop: the ratio of seconds an epoch, by turns, on the same device.
 
 Run: python benchmarks/airbench.py [../cifar10-airbench], a clone of github.com/KellerJordan/cifar10-airbench
+`--smoke` takes a few images and a round, to see that it runs: its ratio says nothing.
 Airbench's program (legacy/airbench94.py) runs as it is, but for what it says of CUDA where there is none. `fit` trains
 the same network with the same optimizer, schedule, whitening, averaging and data path, the last three in a strategy.
 The goal is a ratio of at most 1.05.
@@ -27,7 +28,7 @@ from fit_overhead import WARMUP, epochs_by_turns
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from layerlab import Dataset, Fit, Run, Split, Strategy, load_dataset, pass_order
+from layerlab import Dataset, Fit, Preflight, Run, Split, Strategy, load_dataset, pass_order
 from layerlab.measure import machine_name
 
 
@@ -156,6 +157,10 @@ class Recipe(Strategy):
     _kept: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _decays: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))
 
+    def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
+        """All layers; nothing is tried, since its data path takes the images of a `Split`."""
+        return Preflight.of(network)
+
     def on_fit_start(self, run: Run) -> None:
         assert isinstance(run.data, Split)
         run.data = Alternating(run.data, 2, next(run.model.parameters()).dtype, torch.channels_last)
@@ -236,7 +241,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--images", type=int, help="of CIFAR-10's training images; default: all on a GPU, 512 on a CPU")
     parser.add_argument("--batch-size", type=int, help="default: airbench's 1024 on a GPU, 128 on a CPU")
+    parser.add_argument("--smoke", action="store_true", help="a few images, one round: only to see that it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.images, options.batch_size = 1, 128, 32
     if not (options.checkout / "legacy" / "airbench94.py").exists():
         parser.error(f"{options.checkout} is no clone of cifar10-airbench; make one, or name its folder")
     device = torch.device(options.device)
@@ -258,6 +266,9 @@ def main() -> None:
             fit, by_airbench = epochs_by_turns(job, theirs.epoch, options.rounds)
         finally:
             os.chdir(here)
+    if options.smoke:
+        print("Both trained by turns; a ratio of so few images says nothing.")
+        return
     middle, low, high = fit.ratio(by_airbench)
     steps = ceil(len(data.train) // airbench.hyp["opt"]["batch_size"])
     print(f"{machine_name()}, torch {torch.__version__}; {len(data.train):,} images, {steps} steps an epoch")
