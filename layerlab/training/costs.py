@@ -26,8 +26,8 @@ def learning_key(run: Run) -> str:
 
 
 # How many steps of an epoch are measured at least: in the first epoch of a strategy, so that one whose steps differ is
-# found out; when other parameters learn; when an epoch is not as the one before; once steps are known to differ.
-FIRST, OTHERS, CHANGED, VARYING = 4, 2, 3, 8
+# found out; when other parameters learn; once steps are known to differ, from each other or from the last epoch's.
+FIRST, OTHERS, VARYING = 4, 2, 8
 # And at most, unless the strategy asks for more.
 MOST = 16
 # What the standard error of an epoch's mean cost may be, as a share of the mean, for the cost to be known.
@@ -142,11 +142,11 @@ class Costs:
 
     def _note(self, cost: StepCost) -> None:
         costs = self._stretches[-1].costs
-        if any(other.flops != cost.flops for other in costs):
-            self._varies = True
+        self._varies = self._varies or any(other.flops != cost.flops for other in costs)
+        # A strategy that asks says itself when its steps cost something else.
+        before = [] if self._asked else self._known.get(self._key, [])
+        if self._varies or any(other.flops != cost.flops for other in before):
             self._least = VARYING
-        elif any(other.flops != cost.flops for other in self._known.get(self._key, [])):
-            self._least = max(self._least, CHANGED)
         costs.append(cost)
         self._known[self._key] = list(costs)
 
