@@ -104,7 +104,7 @@ def test_the_arguments_of_fit_that_are_no_settings_are_known_by_name():
         (lambda data: data.augmented("crop_flip"), r"Unknown augmentation 'crop_flip'. Did you mean 'crop-flip'\?"),
         (lambda data: data.augmented("Flip"), r"Did you mean 'crop-flip'\?"),
         (lambda data: data.augmented(None), r"Unknown augmentation None. Did you mean 'none'\?"),
-        (lambda data: data.augmented(lambda x: x), r"Unknown augmentation <function .*Known: crop, crop-alternate, crop-flip"),
+        (lambda data: data.augmented(lambda x: x), r"Unknown augmentation <function .*Known: crop, crop-alt"),
         (lambda data: replace(data.train, augment="cutout"), r"Unknown augmentation 'cutout'"),
         (lambda data: data.augmented("crop", -1), r"padding must be a whole number of pixels, at least 0, got -1"),
         (lambda data: replace(data.train, share=(2, 2)), r"share must be \(index, count\)"),
