@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -89,6 +90,9 @@ _SETTERS: dict[str, Callable[[Any], Any]] = {
     "torch.is_autocast_enabled": lambda value: torch.set_autocast_enabled("cpu", value),
     "torch.is_anomaly_enabled": torch.autograd.set_detect_anomaly,
     "torch.get_float32_matmul_precision": torch.set_float32_matmul_precision,
+    "torch.backends.cudnn": lambda values: torch.backends.cudnn.set_flags(
+        _enabled=values[0], _benchmark=values[1], _deterministic=values[2], _allow_tf32=values[3]),
+    "torch.backends.cuda.matmul.allow_tf32": lambda value: setattr(torch.backends.cuda.matmul, "allow_tf32", value),
     "torch.backends.mkldnn.enabled": lambda value: torch.backends.mkldnn.set_flags(value),
 }
 
@@ -111,6 +115,23 @@ def check_switches(who: str, before: dict[str, Any]) -> None:
     if changed:
         raise Refused(f"{who} leaves {', '.join(changed)} changed while other arms train; let it put back what it sets "
                       "before its hook returns.")
+
+
+@contextmanager
+def left_alone(who: str, lent_data: Callable[[], tuple[Dataset, Dataset]]) -> Iterator[None]:
+    """A turn of an arm with strategies, after which data and torch's settings are as they were.
+
+    Args:
+        who: the arm.
+        lent_data: gives what the arms share and what this one was lent, once it has it.
+
+    Raises:
+        Refused: they are not.
+    """
+    before = torch_switches()
+    yield
+    check_switches(who, before)
+    check_data(who, *lent_data())
 
 
 def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
