@@ -500,6 +500,59 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
             assert [metric.step for metric in history] == list(range(1, len(history) + 1))
 
 
+@slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_at_random_moments_a_cluster_ends_as_if_undisturbed(fake, command, tmp_path, undisturbed, seed):
+    pytest.importorskip("distributed")
+    site = fake(OPEN, TRAIN, FINISH)
+    os.environ["PYTHONPATH"] = str(site)
+    draw = random.Random(1000 + seed)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("- {paper: fake, grid: {epochs: [3, 4]}, parameters: {pause: 0.01}}\n")
+    jobs = jobs_of(read_plan(plan), tmp_path)
+    if not undisturbed:
+        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 4]}}]), tmp_path)
+        assert _statuses(quiet) == ["finished"] * 2
+        undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
+    home, port = tmp_path / "home", str(free_port())
+    address = f"tcp://127.0.0.1:{port}"
+    words = [("scheduler", "--port", port), *[("worker", address, "--nthreads", "1", "--no-nanny")] * 2]
+    parts = [_dask(tmp_path, *each) for each in words]
+
+    def renew() -> None:
+        """Start again what is dead; workers end with their scheduler."""
+        dead = [number for number, part in enumerate(parts) if part.poll() is not None]
+        for number in range(len(parts)) if 0 in dead else dead:
+            parts[number].kill()
+            parts[number].wait()
+            parts[number] = _dask(tmp_path, *words[number])
+
+    arguments = ("batch", plan, "--retries", "5", "--scheduler", address)
+    try:
+        for _ in range(3):
+            process = command(*arguments)
+            end = time.monotonic() + draw.uniform(4, 20)
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            victims = [*_processes(home), process.pid, *(part.pid for part in parts)]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(draw.choice(victims), signal.SIGKILL)
+            time.sleep(draw.uniform(0, 2))
+            renew()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+        last = command(*arguments)
+        assert last.communicate(timeout=240)[0]
+        assert last.returncode == 0
+        _wait(lambda: not _processes(home), 30)
+    finally:
+        for part in parts:
+            part.kill()
+            part.wait()
+    assert {str(job.changed["epochs"]): _values(job) for job in jobs} == undisturbed
+
+
 def _values(job: Job) -> list[float | None]:
     (row,) = json.loads((Path(job.folder) / "claims.json").read_text())
     return row["values"]

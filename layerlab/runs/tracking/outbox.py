@@ -192,21 +192,28 @@ def send_unsent(files: Sequence[Path]) -> int:
     A file whose process is alive is left to that one.
     """
     sent = 0
-    for file in files:
+    # A notebook's result is put on the fits that belong to it, so these go first.
+    for file in sorted(files, key=lambda file: '"result": ' in file.read_text(errors="replace")):
         try:
-            run, *messages = [json.loads(line) for line in file.read_text().splitlines()]
-            if store.is_alive(run["process"]) and run["process"] != store.this_process():
-                continue
-            run_id = run["run_id"] or store.find_run(run["experiment"], run["attempt"]) or store.create_run(
-                run["experiment"], run["name"], run["attempt"], run["tags"], run["process"])
-            artifacts = store.artifact_folder(run_id)
-            for message in messages:
-                deliver(run_id, message, file.parent.parent, artifacts)
-            file.unlink()
-            sent += 1
+            sent += _send_file(file)
         except Exception as error:  # one file that is damaged keeps no other one back
             say(f"{file} cannot be sent to MLflow yet ({first_line(error)}).")
     for folder in {file.parent for file in files}:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
     return sent
+
+
+def _send_file(file: Path) -> bool:
+    """Send one file's messages and remove it; False where its process is alive."""
+    run, *messages = [json.loads(line) for line in file.read_text().splitlines()]
+    if store.is_alive(run["process"]) and run["process"] != store.this_process():
+        return False
+    run_id = run["run_id"] or store.find_run(run["experiment"], run["attempt"]) or store.create_run(
+        run["experiment"], run["name"], run["attempt"], run["tags"], run["process"])
+    artifacts = store.artifact_folder(run_id)
+    with store.quiet(silent=True):
+        for message in messages:
+            deliver(run_id, message, file.parent.parent, artifacts)
+    file.unlink()
+    return True
