@@ -465,10 +465,10 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
     os.environ["PYTHONPATH"] = str(site)
     draw = random.Random(seed)
     plan = tmp_path / "plan.yaml"
-    plan.write_text("- {paper: fake, grid: {epochs: [3, 4]}, parameters: {pause: 0.01}}\n")
+    plan.write_text("- {paper: fake, grid: {epochs: [3, 5]}, parameters: {pause: 0.01}}\n")
     jobs = jobs_of(read_plan(plan), tmp_path)
     if not undisturbed:
-        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 4]}}]), tmp_path)
+        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 5]}}]), tmp_path)
         assert _statuses(quiet) == ["finished"] * 2
         undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
     home = tmp_path / "home"
@@ -508,10 +508,10 @@ def test_killed_at_random_moments_a_cluster_ends_as_if_undisturbed(fake, command
     os.environ["PYTHONPATH"] = str(site)
     draw = random.Random(1000 + seed)
     plan = tmp_path / "plan.yaml"
-    plan.write_text("- {paper: fake, grid: {epochs: [3, 4]}, parameters: {pause: 0.01}}\n")
+    plan.write_text("- {paper: fake, grid: {epochs: [3, 5]}, parameters: {pause: 0.01}}\n")
     jobs = jobs_of(read_plan(plan), tmp_path)
     if not undisturbed:
-        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 4]}}]), tmp_path)
+        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 5]}}]), tmp_path)
         assert _statuses(quiet) == ["finished"] * 2
         undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
     home, port = tmp_path / "home", str(free_port())

@@ -332,7 +332,7 @@ def test_a_study_whose_database_goes_away_is_finished_and_sends_its_claims_later
 def test_a_lock_is_waited_for_with_a_word_before_a_run_begins(tmp_path, digits, residual):
     tracking.client()
     script = ("import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
-              "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(1.5)")
+              "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(6)")
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "home" / "mlflow.db")], text=True,
                           stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"

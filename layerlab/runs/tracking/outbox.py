@@ -18,7 +18,7 @@ from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking import store
-from layerlab.runs.tracking.database import wait_for_database
+from layerlab.runs.tracking.database import QUIET, wait_for_database
 from layerlab.show.progress import say
 
 # Folder, in that of a run or of all runs, of what waits to be sent.
@@ -101,7 +101,7 @@ class Outbox:
 
     def _deliver(self) -> None:
         if any("file" not in message for message in self._messages) or not self._artifacts:
-            wait_for_database(store.tracking_uri())
+            wait_for_database(store.tracking_uri(), QUIET)
         if not self.run_id:
             self.run_id = store.start_run(self._run["experiment"], self._run["name"], self._run["attempt"],
                                           self._run["tags"])
