@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
@@ -27,6 +31,7 @@ from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
 from layerlab.runs.batch.plans import Plan, jobs_of, read_plan
 from layerlab.runs.jobs import Job, notebook_job, paper_job
+from layerlab.show.progress import Board
 
 COUNT = "open(log, 'a').write(name + '\\n')"
 
@@ -460,10 +465,10 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
     os.environ["PYTHONPATH"] = str(site)
     draw = random.Random(seed)
     plan = tmp_path / "plan.yaml"
-    plan.write_text("- {paper: fake, grid: {epochs: [3, 4]}, parameters: {pause: 0.01}}\n")
+    plan.write_text("- {paper: fake, grid: {epochs: [3, 5]}, parameters: {pause: 0.01}}\n")
     jobs = jobs_of(read_plan(plan), tmp_path)
     if not undisturbed:
-        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 4]}}]), tmp_path)
+        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 5]}}]), tmp_path)
         assert _statuses(quiet) == ["finished"] * 2
         undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
     home = tmp_path / "home"
@@ -493,6 +498,59 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
         if run.data.tags.get("kind") != "notebook":
             history = tracking.client().get_metric_history(run.info.run_id, "train/loss")
             assert [metric.step for metric in history] == list(range(1, len(history) + 1))
+
+
+@slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_at_random_moments_a_cluster_ends_as_if_undisturbed(fake, command, tmp_path, undisturbed, seed):
+    pytest.importorskip("distributed")
+    site = fake(OPEN, TRAIN, FINISH)
+    os.environ["PYTHONPATH"] = str(site)
+    draw = random.Random(1000 + seed)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("- {paper: fake, grid: {epochs: [3, 5]}, parameters: {pause: 0.01}}\n")
+    jobs = jobs_of(read_plan(plan), tmp_path)
+    if not undisturbed:
+        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 5]}}]), tmp_path)
+        assert _statuses(quiet) == ["finished"] * 2
+        undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
+    home, port = tmp_path / "home", str(free_port())
+    address = f"tcp://127.0.0.1:{port}"
+    words = [("scheduler", "--port", port), *[("worker", address, "--nthreads", "1", "--no-nanny")] * 2]
+    parts = [_dask(tmp_path, *each) for each in words]
+
+    def renew() -> None:
+        """Start again what is dead; workers end with their scheduler."""
+        dead = [number for number, part in enumerate(parts) if part.poll() is not None]
+        for number in range(len(parts)) if 0 in dead else dead:
+            parts[number].kill()
+            parts[number].wait()
+            parts[number] = _dask(tmp_path, *words[number])
+
+    arguments = ("batch", plan, "--retries", "5", "--scheduler", address)
+    try:
+        for _ in range(3):
+            process = command(*arguments)
+            end = time.monotonic() + draw.uniform(4, 20)
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            victims = [*_processes(home), process.pid, *(part.pid for part in parts)]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(draw.choice(victims), signal.SIGKILL)
+            time.sleep(draw.uniform(0, 2))
+            renew()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+        last = command(*arguments)
+        assert last.communicate(timeout=240)[0]
+        assert last.returncode == 0
+        _wait(lambda: not _processes(home), 30)
+    finally:
+        for part in parts:
+            part.kill()
+            part.wait()
+    assert {str(job.changed["epochs"]): _values(job) for job in jobs} == undisturbed
 
 
 def _values(job: Job) -> list[float | None]:
@@ -557,6 +615,65 @@ def test_a_worker_of_a_cluster_that_dies_repeats_nothing_that_is_finished(cluste
     assert all(job.is_done() for job in jobs[:2])
 
 
+def _dask(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "dask", *words, "--host", "127.0.0.1", "--no-dashboard"],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+
+
+@slow
+def test_a_scheduler_that_dies_is_waited_for_and_nothing_is_run_twice(notebook, ran, tmp_path):
+    pytest.importorskip("distributed")
+    import threading
+
+    port = str(free_port())
+    address = f"tcp://127.0.0.1:{port}"
+    worker = ("worker", address, "--nthreads", "1", "--no-nanny")
+    started = [_dask(tmp_path, "scheduler", "--port", port), _dask(tmp_path, *worker)]
+
+    def replace_scheduler() -> None:
+        _wait(lambda: "long" in ran())
+        started[0].kill()
+        started[0].wait()
+        started.extend([_dask(tmp_path, "scheduler", "--port", port), _dask(tmp_path, *worker)])
+
+    jobs = [notebook("long", "import time; time.sleep(8)"), notebook("after", "1")]
+    replacing = threading.Thread(target=replace_scheduler)
+    replacing.start()
+    drawn = io.StringIO()
+    try:
+        outcomes = run_batch(jobs, scheduler=address, board=Board(drawn))
+    finally:
+        replacing.join()
+        for process in started:
+            process.kill()
+            process.wait()
+    assert {outcome.status for outcome in outcomes} <= {"finished", "done before"}
+    assert sorted(ran()) == ["after", "long"]
+    assert f"The scheduler at {address} is gone; waiting" in drawn.getvalue()
+
+
+@slow
+def test_a_scheduler_that_stays_away_is_named_with_the_remedy(cluster, notebook, ran, monkeypatch):
+    import threading
+
+    monkeypatch.setattr("layerlab.runs.batch.cluster.RETURN", 3.0)
+    address, _ = cluster
+
+    def kill() -> None:
+        _wait(ran)
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or ()
+            if "scheduler" in words and address.rpartition(":")[2] in words:
+                process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    (outcome,) = run_batch([notebook("long", "import time; time.sleep(20)")], scheduler=address)
+    killer.join()
+    assert outcome.status == "failed"
+    assert "is gone; start it and its workers, and run the same command again" in outcome.message
+
+
 def test_a_scheduler_that_is_not_there_is_named(notebook):
     pytest.importorskip("distributed")
     with pytest.raises(LayerlabError, match=r"no Dask scheduler at tcp://127.0.0.1:9 .*--scheduler"):
@@ -606,3 +723,64 @@ def test_what_a_batch_would_do_is_known_without_pandas():
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
     assert len(told) > 1
     assert told[-1] == "[]"
+
+
+def test_memory_that_runs_out_is_said_with_the_peak(notebook):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9,) * 2)"
+    (full,) = run_batch([notebook("full", limit, "x = bytearray(8 * 10**9)")])
+    assert re.search(r"MemoryError.*it took up to \d+\.\d\d GB", full.message)
+    (killed,) = run_batch([notebook("killed", "x = bytearray(10**9); import os; os.kill(os.getpid(), 9)")], retries=0)
+    peak = float(re.search(r"lost its kernel .*it took up to (\S+) GB", killed.message)[1])
+    assert 1.0 < peak < 3.0
+
+
+@slow
+@pytest.mark.parametrize("victim", ["batch", "runner", "kernel"])
+def test_what_is_stopped_for_a_while_goes_on(notebook, command, tmp_path, victim):
+    notebook("slow", "import time; time.sleep(4)")
+    process = command("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")
+    home = tmp_path / "home"
+    # Between its fork and its exec a process has another one's name.
+    _wait(lambda: len(_runners(home)) == 1 and len(_processes(home)) == 2)
+    (runner,) = _runners(home)
+    (kernel,) = set(_processes(home)) - {runner}
+    number = {"batch": process.pid, "runner": runner, "kernel": kernel}[victim]
+    os.kill(number, signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(number, signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
+@slow
+@pytest.mark.parametrize(("victim", "status"), [("runner", 0), ("kernel", 0), ("batch", 130)])
+def test_what_is_asked_to_end_is_taken_up_again_or_ends_cleanly(notebook, command, ran, tmp_path, victim, status):
+    notebook("slow", "import time; time.sleep(3)")
+    process = command("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")
+    home = tmp_path / "home"
+    _wait(ran)
+    (runner,) = _runners(home)
+    (kernel,) = set(_processes(home)) - {runner}
+    os.kill({"batch": process.pid, "runner": runner, "kernel": kernel}[victim], signal.SIGTERM)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == status, text
+    assert "Traceback" not in text
+    assert not _processes(home)
+    assert ran() == ["slow"] * (1 if victim == "batch" else 2)
+
+
+def test_a_job_that_finds_no_file_descriptor_or_temporary_folder_fails_alone_in_a_sentence(notebook, monkeypatch):
+    job = notebook("good", "1 + 1")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Those that are open stay so.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 1, limits[1]))
+    try:
+        (outcome,) = run_batch([job], retries=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert outcome.status == "failed"
+    assert "Too many open files" in outcome.message
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    (outcome,) = run_batch([job], retries=0)
+    assert outcome.status == "failed"
+    assert "/nowhere" in outcome.message

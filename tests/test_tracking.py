@@ -332,7 +332,7 @@ def test_a_study_whose_database_goes_away_is_finished_and_sends_its_claims_later
 def test_a_lock_is_waited_for_with_a_word_before_a_run_begins(tmp_path, digits, residual):
     tracking.client()
     script = ("import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
-              "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(1.5)")
+              "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(6)")
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "home" / "mlflow.db")], text=True,
                           stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -381,3 +381,36 @@ def test_a_process_that_writes_nothing_says_so(digits, residual, monkeypatch, tm
     with pytest.warns(LayerlabWarning, match="RANK=1 is set.*unset RANK"):
         fit(residual, digits, observers=[track("test")], checkpoint=tmp_path / "c", progress=False, **OPTIONS)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_fills_in_the_middle_ends_no_training(digits, residual, tmp_path, monkeypatch):
+    full = tmp_path / "full"
+    full.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(full)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a small file system, which takes root")
+    monkeypatch.setenv("LAYERLAB_HOME", str(full))
+    monkeypatch.setenv("LAYERLAB_PROGRESS", str(full / "progress.jsonl"))
+    monkeypatch.setattr("layerlab.runs.tracking.outbox.FIRST", 0.0)
+    monkeypatch.setattr("layerlab.runs.tracking.tracker.PAUSE", 0.0)
+    filler = full / "filler"
+
+    class Fills(Freezer):
+        def on_epoch_start(self, run):
+            if run.epoch == 2:
+                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+                    while True:
+                        stream.write(bytes(4096))
+            if run.epoch == 3:
+                filler.unlink()
+            super().on_epoch_start(run)
+
+    try:
+        result = fit(residual, digits, Fills(), observers=[track("test")], progress=True, **OPTIONS)
+        assert len(result.history) == 3
+        (run,) = _runs()
+        assert run.info.status == "FINISHED"
+        assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+        assert tracking.unsent_files() == []
+    finally:
+        subprocess.run(["umount", "-l", str(full)], check=True)

@@ -80,6 +80,19 @@ def test_what_spoils_data_or_settings_is_named_and_hurts_no_other_arm(digits, re
     assert torch.get_num_threads() == threads
 
 
+def test_an_arm_that_fails_takes_its_settings_along(digits, residual, alone):
+    class Breaks(TurnsThreads):
+        def spoil(self, run):
+            super().spoil(run)
+            raise RuntimeError("broken")
+
+    threads = torch.get_num_threads()
+    both = compare(residual, digits, {"broken": Breaks(), "plain": ()}, keep_going=["broken"], **OPTIONS)
+    assert both.failures["broken"] == "RuntimeError: broken"
+    assert torch.get_num_threads() == threads
+    assert same_weights(both.results["plain", 0].model, alone.results["plain", 0].model)
+
+
 def test_what_patches_torch_ends_the_comparison_also_where_others_may_fail(digits, residual, monkeypatch):
     right = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", right)
@@ -136,5 +149,5 @@ def test_a_hook_that_never_comes_back_is_named_and_the_other_arms_go_on(digits, 
 
 
 def test_the_kit_names_what_writes_into_the_data():
-    with pytest.raises(Refused, match="training images in place"):
+    with pytest.raises(AssertionError, match="it changes the training images of the user's data"):
         CHECKS["data_untouched"](ZeroesImages())

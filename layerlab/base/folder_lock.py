@@ -17,6 +17,8 @@ NAME = ".layerlab.lock"
 HELD = "LAYERLAB_LOCKED"
 # Seconds from one look at a lock to the next.
 POLL = 0.1
+# Seconds that a lock is waited for without a word.
+QUIET = 2.0
 
 
 class AtWork(LayerlabError):
@@ -58,10 +60,10 @@ def acquire_lock(lock: BaseFileLock, wait: float, why: str, tell: Callable[[str]
     Raises:
         Timeout: it is not free in time.
     """
-    with contextlib.suppress(Timeout):
-        lock.acquire(timeout=0)
-        return
     if tell is not None and wait:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=QUIET if wait < 0 else min(wait, QUIET), poll_interval=POLL)
+            return
         holder = lock_holder(Path(lock.lock_file))
         tell(f"{why}{f' (process {holder})' if holder else ''}; waiting for it.")
     lock.acquire(timeout=wait, poll_interval=POLL)

@@ -77,6 +77,8 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     Raises:
         LayerlabError: an unknown strategy; a tracking database that cannot be read.
     """
+    # What could not be logged when it was finished belongs to it.
+    tracking.send_unsent(tracking.unsent_files())
     rows = []
     for paper in [load_paper(name) for name in names] or readable_papers():
         results: list[ClaimResult] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -95,6 +96,7 @@ def _run(job: Job) -> None:
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
                    HELD: str(folder.resolve()), USED: str(folder / _USED_FILE)}
     parameters = dict(job.changed)
+    killed = out_of_memory_kills()
     _prepare(job, environment)
     if job.strategy:
         environment[OUTPUT] = job.folder
@@ -115,13 +117,14 @@ def _run(job: Job) -> None:
             close_runs(job)
             job.partial.unlink(missing_ok=True)
             raise LayerlabError(error.evalue) from None
-        raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue})") from None
+        peak = _memory(killed) if "MemoryError" in error.ename or "OutOfMemory" in error.ename else ""
+        raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue}{peak})") from None
     except CellTimeoutError as error:
         raise fail(job, f"ran out of a cell's time ({first_line(error)})") from None
     except DeadKernelError as error:
         raise DeadKernel(
-            f"The notebook of {job.name!r} lost its kernel ({error}); run the same command again, and it goes on "
-            "from its last finished epoch."
+            f"The notebook of {job.name!r} lost its kernel ({first_line(error).rstrip('.')}{_memory(killed)}); run the "
+            "same command again, and it goes on from its last finished epoch."
         ) from None
 
 
@@ -182,6 +185,31 @@ def _unexpected(job: Job, raised: Any) -> Any:
 def _plain(path: Path) -> str:
     """A path for papermill, which fills in what stands in braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def out_of_memory_kills() -> int:
+    """How many processes the system has killed so far because memory ran out; 0 where it does not count them."""
+    counts = 0
+    for file, name in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
+        with contextlib.suppress(OSError):
+            words = dict(line.split() for line in Path(file).read_text().splitlines())
+            counts += int(words.get(name, 0))
+    return counts
+
+
+def _memory(killed_before: int) -> str:
+    """What a kernel that has ended took at its peak, and whether the system ran out of memory meanwhile.
+
+    Args:
+        killed_before: what `out_of_memory_kills` gave when it began.
+    """
+    # In kilobytes on Linux; of the largest child that has ended, which is the kernel.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    text = f"; it took up to {peak / 1e9:.2f} GB"
+    if out_of_memory_kills() > killed_before:
+        text += ", and the system ran out of memory and killed a process: run fewer notebooks at once (--workers), or "
+        text += "take a smaller batch"
+    return text
 
 
 def _trained(folder: Path) -> bool:

@@ -30,7 +30,7 @@ from layerlab.training.results import FitResult
 from layerlab.training.settings import FitSettings, checked_settings, length
 from layerlab.training.start import Loss, Network, on_device, prepared, side_of, start
 from layerlab.training.turns import Turn
-from layerlab.training.untouched import check_data, check_switches, lent, torch_switches
+from layerlab.training.untouched import lent
 from layerlab.training.watch import watched
 from layerlab.training.whitening import freeze_bias
 from layerlab.workload.dataset import Dataset
@@ -76,6 +76,10 @@ class Fit:
 
     Args: as `fit`, and `asked`, the pre-flights that other runs of the same comparison asked for.
 
+    Attributes:
+        shared: the data on the run's device, which other arms train with, too.
+        data: the same, lent to the strategies: what they write into is copied first.
+
     Example:
         >>> from layerlab import Fit, build_model, load_dataset
         >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
@@ -112,8 +116,8 @@ class Fit:
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )
-        self._shared = prepared(on_device(data, self.device), self.settings)
-        self.data = lent(self._shared) if self.strategies else self._shared
+        self.shared = prepared(on_device(data, self.device), self.settings)
+        self.data = lent(self.shared) if self.strategies else self.shared
         # What is at work, for whoever waits for it, and how much came back already.
         self._at, self._back = "", 0
         self._turn = Turn(seed, self.device, self.settings)
@@ -204,19 +208,16 @@ class Fit:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A turn of strategies: they come back from it, and leave data and torch's settings as they were.
+        """A turn of strategies, from which they come back.
 
         Raises:
-            NeverCameBack, Refused: they do not; it says which of them.
+            NeverCameBack: they do not; it says which of them.
         """
         if not self.strategies:
             yield
             return
-        before = torch_switches()
         with watched(lambda: (self._back, self.run.step if hasattr(self, "run") else 0), lambda: self._at):
             yield
-        check_switches(repr(self.name), before)
-        check_data(repr(self.name), self._shared, self.data)
 
     def _announce(self) -> None:
         if not self._announced:

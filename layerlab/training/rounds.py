@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from layerlab.training.loop import Fit, Observer
 from layerlab.training.results import FitResult
 from layerlab.training.settings import Settings
 from layerlab.training.start import Loss, Network
-from layerlab.training.untouched import first_batch_digest
+from layerlab.training.untouched import first_batch_digest, left_alone
 from layerlab.workload.dataset import Dataset
 
 
@@ -91,14 +91,16 @@ class Rounds:
             first = min(each.run.epoch for each in pending)
             for each in pending:
                 if each.run.epoch == first:
-                    with self.attempted(each.name):
+                    with self.attempted(each.name), _alone(each):
                         each.train_epoch()
                     self._tell(each)
                     if each.strategies and each.run.epoch == first + 1 and each.name not in self.untouched:
                         self._compare_batches(each)
         for each in list(self._fits):
             with self.attempted(each.name):
-                self.results[each.name, seed] = each.finish()
+                with _alone(each):
+                    result = each.finish()
+                self.results[each.name, seed] = result
             if each.strategies:
                 self._compare_batches(each)
 
@@ -147,11 +149,15 @@ class Rounds:
             del self.results[key]
 
     def _begin(self, arm: Arm, seed: int) -> Fit:
-        fit = Fit(
-            arm.network, self.data, [copy.deepcopy(strategy) for strategy in arm.strategies], seed=seed, name=arm.name,
-            loss=self.loss, checkpoint=self.folder.of(arm.name, seed), observers=self.observers,
-            asked=self._asked, **arm.settings.keywords(),
-        )
+        strategies = [copy.deepcopy(strategy) for strategy in arm.strategies]
+        made: list[Fit] = []
+        with left_alone(repr(arm.name), lambda: (made[0].shared, made[0].data)) if strategies else nullcontext():
+            made.append(Fit(
+                arm.network, self.data, strategies, seed=seed, name=arm.name, loss=self.loss,
+                checkpoint=self.folder.of(arm.name, seed), observers=self.observers, asked=self._asked,
+                **arm.settings.keywords(),
+            ))
+        fit = made[0]
         self.progress.total += fit.run.epochs
         return fit
 
@@ -161,6 +167,11 @@ class Rounds:
             row = fit.run.history[-1]
             self.progress.epoch(f"{fit.name} seed {fit.seed}", row["epoch"], fit.run.epochs,
                                 f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
+
+
+def _alone(fit: Fit) -> AbstractContextManager[None]:
+    """A turn of a fit, after which it has left alone what others train with."""
+    return left_alone(repr(fit.name), lambda: (fit.shared, fit.data)) if fit.strategies else nullcontext()
 
 
 class Folders(NamedTuple):

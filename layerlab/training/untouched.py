@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -89,6 +90,9 @@ _SETTERS: dict[str, Callable[[Any], Any]] = {
     "torch.is_autocast_enabled": lambda value: torch.set_autocast_enabled("cpu", value),
     "torch.is_anomaly_enabled": torch.autograd.set_detect_anomaly,
     "torch.get_float32_matmul_precision": torch.set_float32_matmul_precision,
+    "torch.backends.cudnn": lambda values: torch.backends.cudnn.set_flags(
+        _enabled=values[0], _benchmark=values[1], _deterministic=values[2], _allow_tf32=values[3]),
+    "torch.backends.cuda.matmul.allow_tf32": lambda value: setattr(torch.backends.cuda.matmul, "allow_tf32", value),
     "torch.backends.mkldnn.enabled": lambda value: torch.backends.mkldnn.set_flags(value),
 }
 
@@ -113,6 +117,29 @@ def check_switches(who: str, before: dict[str, Any]) -> None:
                       "before its hook returns.")
 
 
+@contextmanager
+def left_alone(who: str, lent_data: Callable[[], tuple[Dataset, Dataset]]) -> Iterator[None]:
+    """A turn of an arm with strategies, after which data and torch's settings are as they were.
+
+    Args:
+        who: the arm.
+        lent_data: gives what the arms share and what this one was lent, once it has it.
+
+    Raises:
+        Refused: they are not.
+    """
+    before = torch_switches()
+    try:
+        yield
+    except BaseException:
+        # The arm that fails takes its settings along, and is said to fail for its own reason.
+        with suppress(Refused):
+            check_switches(who, before)
+        raise
+    check_switches(who, before)
+    check_data(who, *lent_data())
+
+
 def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
     """Changes when the first batch of a seed does, or what torch makes of it.
 
@@ -120,6 +147,8 @@ def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
     their order, their augmentation, torch's layers, loss, gradients and optimizer have a part in it.
     """
     images, labels = next(data.train.batches(batch_size, torch.Generator().manual_seed(seed)))
+    # On the CPU, where a step gives the same bits each time; a GPU's pooling does not.
+    images, labels = images.cpu(), labels.cpu()
     # A fork keeps the random states of whoever is at work.
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -127,7 +156,7 @@ def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
         network = nn.Sequential(
             nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
             nn.Linear(16, data.classes),
-        ).to(images.device)
+        )
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         nn.functional.cross_entropy(network(images[:32]), labels[:32]).backward()
         optimizer.step()

@@ -15,6 +15,8 @@ from layerlab.show.progress import say
 
 # Seconds from one look at a locked database to the next, and that a server has to take a connection.
 LOOK, ANSWER = 0.2, 5.0
+# Seconds that others need for writing at most, if they do not hold on to it: no word is lost about them.
+QUIET = 2.0
 # Seconds that a database is waited for before a run begins.
 PATIENCE = 600.0
 _REMEDY = ("move it away, so that a new one is made (`layerlab import` takes what a copy holds), or set "
@@ -49,11 +51,12 @@ def wait_for_database(uri: str, patience: float = 0.0) -> None:
     if file.is_dir():
         raise LayerlabError(f"{file} is a folder, where runs are tracked in a database of that name; move it away or "
                             "set MLFLOW_TRACKING_URI.")
-    deadline, told = time.monotonic() + patience, False
+    begin, told = time.monotonic(), False
     while file.exists() and _locked(file):
-        if time.monotonic() > deadline:
+        spent = time.monotonic() - begin
+        if spent > patience:
             raise Unreachable(f"The tracking database {file} is locked{_by_whom(file)}.")
-        if not told:
+        if not told and spent > QUIET:
             say(f"The tracking database {file} is locked{_by_whom(file)}; waiting for it.")
             told = True
         time.sleep(LOOK)

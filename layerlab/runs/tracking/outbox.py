@@ -18,7 +18,7 @@ from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking import store
-from layerlab.runs.tracking.database import wait_for_database
+from layerlab.runs.tracking.database import QUIET, wait_for_database
 from layerlab.show.progress import say
 
 # Folder, in that of a run or of all runs, of what waits to be sent.
@@ -101,7 +101,7 @@ class Outbox:
 
     def _deliver(self) -> None:
         if any("file" not in message for message in self._messages) or not self._artifacts:
-            wait_for_database(store.tracking_uri())
+            wait_for_database(store.tracking_uri(), QUIET)
         if not self.run_id:
             self.run_id = store.start_run(self._run["experiment"], self._run["name"], self._run["attempt"],
                                           self._run["tags"])
@@ -192,21 +192,28 @@ def send_unsent(files: Sequence[Path]) -> int:
     A file whose process is alive is left to that one.
     """
     sent = 0
-    for file in files:
+    # A notebook's result is put on the fits that belong to it, so these go first.
+    for file in sorted(files, key=lambda file: '"result": ' in file.read_text(errors="replace")):
         try:
-            run, *messages = [json.loads(line) for line in file.read_text().splitlines()]
-            if store.is_alive(run["process"]) and run["process"] != store.this_process():
-                continue
-            run_id = run["run_id"] or store.find_run(run["experiment"], run["attempt"]) or store.create_run(
-                run["experiment"], run["name"], run["attempt"], run["tags"], run["process"])
-            artifacts = store.artifact_folder(run_id)
-            for message in messages:
-                deliver(run_id, message, file.parent.parent, artifacts)
-            file.unlink()
-            sent += 1
+            sent += _send_file(file)
         except Exception as error:  # one file that is damaged keeps no other one back
             say(f"{file} cannot be sent to MLflow yet ({first_line(error)}).")
     for folder in {file.parent for file in files}:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
     return sent
+
+
+def _send_file(file: Path) -> bool:
+    """Send one file's messages and remove it; False where its process is alive."""
+    run, *messages = [json.loads(line) for line in file.read_text().splitlines()]
+    if store.is_alive(run["process"]) and run["process"] != store.this_process():
+        return False
+    run_id = run["run_id"] or store.find_run(run["experiment"], run["attempt"]) or store.create_run(
+        run["experiment"], run["name"], run["attempt"], run["tags"], run["process"])
+    artifacts = store.artifact_folder(run_id)
+    with store.quiet(silent=True):
+        for message in messages:
+            deliver(run_id, message, file.parent.parent, artifacts)
+    file.unlink()
+    return True
