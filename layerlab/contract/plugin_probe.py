@@ -98,6 +98,8 @@ class PluginProbe:
 
     def _answers(self, asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[list[str]]:
         """For each plugin why it cannot be used, then for each of its (profile, changed) why that is refused."""
+        if not asked:
+            return []
         plugins = [[asdict(plugin), as_json(changes)] for plugin, changes in asked]
         text, _ = self._process.communicate(json.dumps([limit, plugins]))
         if self._process.returncode:
