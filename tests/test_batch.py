@@ -130,8 +130,8 @@ time_limit: 5
 """)
     jobs = jobs_of(read_plan(plan), tmp_path)
     assert [job.changed for job in jobs] == [
-        {"epochs": 1, "pause": 0.0}, {"epochs": 1, "pause": 0.5}, {"epochs": 2, "pause": 0.0},
-        {"epochs": 2, "pause": 0.5}, {"size": 7, "seed": 3}, {"size": 7, "seed": 4},
+        {"epochs": 1}, {"epochs": 1, "pause": 0.5}, {"epochs": 2}, {"epochs": 2, "pause": 0.5},
+        {"size": 7, "seed": 3}, {"size": 7, "seed": 4},
     ]
     assert len({job.folder for job in jobs}) == 6
     assert read_plan(plan).time_limit == 5

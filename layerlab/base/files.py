@@ -75,7 +75,7 @@ def _temporary(file: Path) -> Any:
 
 def sweep(file: Path) -> None:
     """Remove what killed processes left of their tries to write a file."""
-    for left in file.parent.glob(f".{glob.escape(file.name)}.*{_PARTIAL}"):
+    for left in filter(Path.is_file, file.parent.glob(f".{glob.escape(file.name)}.*{_PARTIAL}")):
         # Locked by a process that is writing it, not ours, or on a file system without locks: it stays.
         with contextlib.suppress(OSError), left.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

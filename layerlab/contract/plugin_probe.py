@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.errors import LayerlabError, brief, reason
 from layerlab.base.processes import end_marked
 from layerlab.base.text import as_json, from_json
 from layerlab.contract.registry import Plugin
@@ -98,6 +99,8 @@ class PluginProbe:
 
     def _answers(self, asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[list[str]]:
         """For each plugin why it cannot be used, then for each of its (profile, changed) why that is refused."""
+        if not asked:
+            return []
         plugins = [[asdict(plugin), as_json(changes)] for plugin, changes in asked]
         text, _ = self._process.communicate(json.dumps([limit, plugins]))
         if self._process.returncode:
@@ -122,6 +125,8 @@ def _tried(plugin: Plugin, changes: Sequence[Any], limit: float) -> list[str]:
         os.close(answer)
         # A session of its own, so that what it may have started ends with it; what it prints is of no interest.
         os.setsid()
+        # Should whoever asks be killed meanwhile, it ends by itself.
+        signal.alarm(math.ceil(limit) + 5)
         nothing = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(nothing, standard)
@@ -152,7 +157,7 @@ def _refusals(plugin: Plugin, changes: Sequence[Any]) -> list[str]:
         except LayerlabError as error:
             found.append(str(error))
         except Exception as error:  # whatever a validator of the plugin's raises
-            found.append(f"{plugin.name} does not take {changed!r} ({reason(error)}); give other values.")
+            found.append(f"{plugin.name} does not take {brief(changed)} ({reason(error)}); give other values.")
         else:
             found.append("")
     return found

@@ -45,7 +45,8 @@ class Strategy(BaseModel):
 
     State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
     one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
-    tensors, numbers, strings, lists and dicts (checkpoints are read with `weights_only=True`).
+    tensors, numbers, strings, lists and dicts: what else would not come back (checkpoints are read with
+    `weights_only=True`), such as NumPy numbers, is refused when it is saved.
 
     Raises:
         Refused: a setting that does not exist or does not validate, in one sentence.

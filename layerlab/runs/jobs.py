@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerlab.base.errors import LayerlabError, reason
-from layerlab.base.text import as_json, reproduce_command
+from layerlab.base.text import reproduce_command
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.contract.plugin_probe import Changes, PluginProbe
 from layerlab.contract.registry import strategies
@@ -195,7 +195,7 @@ def notebook_job(
     folder = Path(output) if output else default_folder("notebooks", name, given)
     # A dash is in no parameter's name.
     how = {option: value for option, value in (("--cwd", place), ("--kernel", kernel)) if value}
-    return Job(str(file), str(folder.resolve()), changed=given, basis=notebook_basis(file, as_json(given) | how, place),
+    return Job(str(file), str(folder.resolve()), changed=given, basis=notebook_basis(file, given | how, place),
                cwd=place, kernel=kernel)
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from layerlab.base.errors import LayerlabError, unknown
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.strategy import Strategy
-from layerlab.show.figures import picture
 from layerlab.show.interval import Estimate, mean_interval, scale, spread
 from layerlab.show.layer_map import LayerMap
 from layerlab.show.table import Table
@@ -205,7 +204,7 @@ class FitResult:
         from layerlab.show import figures
 
         maps = self.layer_maps
-        drawn = picture(figures.png(figures.layer_maps(maps))) if maps else ""
+        drawn = figures.picture(figures.png(figures.layer_maps(maps))) if maps else ""
         return fit_table(self)._repr_html_() + drawn
 
 
@@ -438,7 +437,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         from layerlab.show import figures
 
-        drawn = picture(figures.png(figures.curves(self.frame, "test/top1"))) if self.results else ""
+        drawn = figures.picture(figures.png(figures.curves(self.frame, "test/top1"))) if self.results else ""
         return comparison_table(self)._repr_html_() + drawn
 
 

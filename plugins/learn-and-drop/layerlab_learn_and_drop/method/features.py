@@ -314,7 +314,7 @@ class Making:
             note = json.loads(_note(file).read_text())
         except (OSError, ValueError):
             return None
-        if note["key"] != key or file.stat().st_size != self.size:
+        if not isinstance(note, dict) or note.get("key") != key or file.stat().st_size != self.size:
             return None
         kept = Features(*self.parts, self.rows, max(1, self.passes), device, 0, file, reuse=True)
-        return kept if kept.checksum() == note["checksum"] else None
+        return kept if kept.checksum() == note.get("checksum") else None
