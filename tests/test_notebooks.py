@@ -48,7 +48,8 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert read_results(out) == [result]
     assert read_manifest(out) == [
         Section(heading="## Accuracy", text="By epoch.", shows=[Shown(kind="table", name="rows")])]
-    assert _files(out) == {"fake.ipynb", "claims.json", "identity.json", "manifest.json", "parameters.json", "study.json"}
+    assert _files(out) == {"fake.ipynb", "claims.json", "identity.json", "manifest.json", "parameters.json",
+                           "study.json"}
     client = tracking.client()
     runs = client.search_runs([tracking.experiment_id("fake")])
     (notebook,) = [run for run in runs if run.data.tags.get("kind") == "notebook"]
