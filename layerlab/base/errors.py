@@ -115,3 +115,13 @@ def sentence(error: ValidationError, owner: str) -> str:
             message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
             parts.append(f"{owner}: setting {setting!r} {message}, got {detail['input']!r}")
     return "; ".join(parts) + "."
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong first in a file's content, in words that fit into a sentence: `0.paper should be …, got '…'`."""
+    first, *others = error.errors()
+    place = ".".join(str(part) for part in first["loc"]) or "the content"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] == "json_invalid":
+        return message
+    return f"{place} {message}, got {first['input']!r:.80}" + (f", and {len(others)} more" if others else "")

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import click
 
 from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning
+from layerlab.base.screen import printable, visible
 from layerlab.show.table import Cell, Table, Tone
 
 FORMS = ("text", "markdown", "html", "csv", "latex", "json")
@@ -27,7 +28,7 @@ class _Group(click.Group):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except LayerlabError as error:
-            click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
+            click.echo(f"{click.style('Error:', fg='red')} {visible(str(error))}", err=True)
             ctx.exit(1 if isinstance(error, Diverged) else 2)
 
 
@@ -37,7 +38,7 @@ def _show_warning(
 ) -> None:
     """Our own warnings as sentences, without the line of code that they come from."""
     if issubclass(category, LayerlabWarning):
-        click.echo(f"{click.style('Warning:', fg='yellow')} {message}", err=True)
+        click.echo(f"{click.style('Warning:', fg='yellow')} {visible(str(message))}", err=True)
     else:
         click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
@@ -217,7 +218,7 @@ def _run(
         _print(brief_table(results))
         click.echo()
         for line in sentences(results):
-            click.echo(click.wrap_text(line, 80, subsequent_indent="  "))
+            click.echo(click.wrap_text(printable(line), 80, subsequent_indent="  "))
     if done:
         click.echo()
         _print(Table(("notebook", "file", ""), [[
@@ -231,7 +232,8 @@ def _run(
         click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
     for job, outcome in failed:
         how = "Failed:" if outcome.status == "failed" else "Error:"
-        click.echo(f"{click.style(how, fg='red')} {outcome.message}\n  again: {job.command}", err=True)
+        said = visible(f"{outcome.message}\n  again: {job.command}")
+        click.echo(f"{click.style(how, fg='red')} {said}", err=True)
     if failed or stopped:
         refused = all(outcome.status == "refused" for _, outcome in failed)
         raise SystemExit(130 if stopped else 2 if refused else 1)

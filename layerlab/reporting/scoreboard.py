@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from layerlab.base.errors import LayerlabWarning, first_line
+from layerlab.base.errors import LayerlabWarning, first_problem
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
 from layerlab.contract.rows import completed, scoreboard, sentence
@@ -63,7 +63,7 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
         rows = [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
     except ValidationError as error:
         warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
-                      f"({first_line(error)}).", LayerlabWarning, stacklevel=3)
+                      f"({first_problem(error)}).", LayerlabWarning, stacklevel=3)
         return []
     parameters = tracking.run_parameters(run)
     placed = {} if parameters is None else {"changed": paper.differing(run.data.tags.get("profile", ""), parameters)}

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from layerlab.base.errors import LayerlabError, first_line
+from pydantic import TypeAdapter, ValidationError
+
+from layerlab.base.errors import LayerlabError, first_line, first_problem
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
 
@@ -83,7 +85,16 @@ def read_results(folder: Path) -> list[ClaimResult]:
     if not file.exists():
         raise LayerlabError(f"{folder} holds no finished run (no {RESULTS}); run `layerlab reproduce` first.")
     try:
-        return [ClaimResult(**row) for row in json.loads(file.read_text())]
-    except (ValueError, TypeError) as error:
-        raise LayerlabError(f"{file} does not hold the claims of a run ({first_line(error)}); delete its "
+        return parse_results(file.read_bytes())
+    except ValidationError as error:
+        raise LayerlabError(f"{file} does not hold the claims of a run ({first_problem(error)}); delete its "
                             "folder and run it again.") from None
+
+
+def parse_results(content: bytes) -> list[ClaimResult]:
+    """The rows of a `claims.json`.
+
+    Raises:
+        pydantic.ValidationError: it is no JSON, or holds something else.
+    """
+    return TypeAdapter(list[ClaimResult]).validate_json(content)

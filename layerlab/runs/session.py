@@ -21,6 +21,7 @@ from layerlab.base.digests import package_digests
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
+from layerlab.base.names import file_name
 from layerlab.base.provenance import provenance
 from layerlab.contract.claims import Claim, ClaimResult
 from layerlab.contract.identity import Identity, identity_of
@@ -179,9 +180,8 @@ class Session:
         from layerlab.training.fit import compare
 
         tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
-        return compare(
-            *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
-        )
+        checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
+        return compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Keep a table, unless it has no rows, as CSV in the folder and in MLflow; gives it back for display."""

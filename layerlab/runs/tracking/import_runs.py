@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, first_line, first_problem
 from layerlab.base.provenance import versions_text
-from layerlab.contract.claims import ClaimResult
+from layerlab.runs.record import parse_results
 from layerlab.runs.tracking import store
 
 PARAMS_AT_ONCE = 100  # MLflow's limit for one call
@@ -46,10 +45,10 @@ def import_file(file: Path) -> tuple[int, int]:
 
 def _import_claims(file: Path) -> tuple[int, int]:
     try:
-        rows = [ClaimResult(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, ValidationError) as error:
+        rows = parse_results(file.read_bytes())
+    except ValidationError as error:
         raise LayerlabError(
-            f"{file} is neither a tracking database nor a claims.json ({first_line(error)})."
+            f"{file} is neither a tracking database nor a claims.json ({first_problem(error)})."
         ) from None
     from mlflow.entities import Metric
 
