@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from layerlab.base.errors import LayerlabError, first_line, first_problem
+from layerlab.base.errors import LayerlabError, first_problem
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
 
