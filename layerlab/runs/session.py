@@ -29,12 +29,12 @@ from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
 from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
+from layerlab.runs.own_folder import OwnFolder
 from layerlab.runs.record import (
     IDENTITY,
     MANIFEST,
     OUTPUT,
     PARAMETERS,
-    PARTS,
     RECORD,
     RESULTS,
     default_folder,
@@ -111,7 +111,8 @@ class Session:
         run_id: of the notebook's MLflow run.
 
     Raises:
-        LayerlabError: a folder that cannot be written, or that another process is at work in.
+        LayerlabError: a folder that cannot be written, that another process is at work in, or that holds what layerlab
+            did not write and would replace.
 
     Example:
         >>> import tempfile
@@ -136,6 +137,7 @@ class Session:
         # What is known by other means, see `layerlab.runs.basis`, or is made here.
         self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
         _enter(self.folder)
+        self._own = OwnFolder(self.folder)
         self._manifest = Manifest(notebook)
         self._opened = time.monotonic()
         record = read_record(self.folder)
@@ -145,10 +147,7 @@ class Session:
         else:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
-            # A table that is made no more would pass for one of this run. Without parameters no session has been in
-            # the folder, and what lies there is somebody else's.
-            for part in PARTS if (self.folder / PARAMETERS).exists() else ():
-                shutil.rmtree(self.folder / part, ignore_errors=True)
+            self._own.clear()
             if record and not record["finished"] and "mlflow_run" in record:
                 tracking.end_open_runs(experiment, record["mlflow_run"])
         self._record: dict[str, Any] = {
@@ -229,6 +228,7 @@ class Session:
 
     def _show(self, kind: Kind, name: str, content: bytes) -> None:
         shown = self._manifest.add(kind, name)
+        self._own.take(shown.file)
         self._keep(shown.file, content)
         self._keep_json(MANIFEST, self._manifest.content())
 
