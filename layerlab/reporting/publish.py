@@ -111,7 +111,7 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResu
             seen.add(profile)
             place = folder / profile
             place.mkdir(parents=True)
-            tracking.client().download_artifacts(run.info.run_id, "", str(place))
+            tracking.download(run.info.run_id, place)
             try:
                 results = _read(place)
             except LayerlabError as error:

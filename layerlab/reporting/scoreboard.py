@@ -98,9 +98,13 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
 def run_table(results: Sequence[ClaimResult]) -> Table:
     """The runs behind a scoreboard, one row a run: paper, profile, machine, commit, address in MLflow's UI."""
     rows: dict[str, list[str | Cell]] = {}
+    experiments: dict[str, str] = {}
     for result in results:
         if result.mlflow_run and result.mlflow_run not in rows:
-            address = tracking.run_url(tracking.experiment_id(result.paper), result.mlflow_run)
+            if result.paper not in experiments:
+                found = tracking.found_experiment(result.paper)
+                experiments[result.paper] = found.experiment_id if found is not None else ""
+            address = tracking.run_url(experiments[result.paper], result.mlflow_run)
             rows[result.mlflow_run] = [result.paper, result.profile, result.machine, result.commit,
                                        Cell(address, link=address)]
     return Table(("paper", "profile", "machine", "commit", "run"), list(rows.values()))

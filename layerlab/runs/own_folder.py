@@ -41,7 +41,7 @@ class OwnFolder:
         if is_plain(self.folder / MARK):
             with contextlib.suppress(ValidationError):
                 return TypeAdapter(set[str]).validate_json((self.folder / MARK).read_bytes())
-        if not {"attempt", "key"} & read_record(self.folder).keys():
+        if not {"attempt", "basis", "key", "process"} & read_record(self.folder).keys():
             return None
         # A run of a version without the mark.
         patterns = ("*.ipynb", *(f"{part}/*.*" for part in PARTS))

@@ -21,18 +21,20 @@ from layerlab.runs.notebook_file import read_notebook
 def workbook_folder() -> Path:
     """Where this workbook keeps runs and the tracking database.
 
-    `$LAYERLAB_HOME`, else the nearest folder upwards from here that has a `notebooks` folder or a tracking database,
-    else the current folder.
+    `$LAYERLAB_HOME`, else the nearest folder upwards from here that has a `notebooks` folder or a tracking database
+    that layerlab made (its lock lies beside it), else the current folder.
     """
     if home := os.environ.get("LAYERLAB_HOME"):
         return Path(home).resolve()
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "mlflow.db").exists() or (folder / "notebooks").is_dir():
+        ours = (folder / DATABASE).exists() and (folder / f"{DATABASE}.lock").exists()
+        if ours or (folder / "notebooks").is_dir():
             return folder
     return here
 
 
+DATABASE = "mlflow.db"
 OUTPUT = "LAYERLAB_OUTPUT"
 RECORD = "study.json"
 RESULTS = "claims.json"

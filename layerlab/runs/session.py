@@ -281,6 +281,8 @@ class Study(Session):
             self.paper.notebook_file,
         )
         self._known.append(self.paper.folder / "paper.toml")
+        # As `finish` does it, so that what cannot be tracked is found before anything is trained.
+        self._log_claims(self.results)
 
     @classmethod
     def of_notebook(cls, strategy: str, variables: Mapping[str, Any]) -> Study:
@@ -350,19 +352,23 @@ class Study(Session):
         return identity_of(self.paper.strategy, self.profile, self._values, self._usage.data,
                            {"plugin": package_digests(self.paper.folder)})
 
+    def _log_claims(self, results: Sequence[ClaimResult]) -> None:
+        """Log what was measured of each claim, or that it was not run."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
+        tracking.log_metrics(self.run_id, metrics)
+        # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
+        tracking.log_tags(self.run_id, tracking.claim_tags(result.model_dump_json() for result in results))
+
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""
-        from mlflow.entities import Metric, RunTag
-
         from layerlab.contract.rows import scoreboard
 
         identity = self.identity().id
         results = [result.model_copy(update={"result": identity}) for result in self.results]
-        now = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
-        # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
-        tags = [RunTag(*tag) for tag in tracking.claim_tags(result.model_dump_json() for result in results).items()]
-        tracking.client().log_batch(self.run_id, metrics=metrics, tags=tags)
+        self._log_claims(results)
         content = [result.model_dump() for result in results]
         tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json",
                           self._artifacts)

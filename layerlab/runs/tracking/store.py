@@ -9,22 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, LayerlabWarning, first_line
 from layerlab.base.files import write_atomically
+from layerlab.base.names import file_name, marked
 from layerlab.base.provenance import provenance, versions, versions_text
-from layerlab.runs.record import workbook_folder
+from layerlab.runs.record import DATABASE, workbook_folder
+from layerlab.runs.tracking.database import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
 
 PREFIX = "layerlab."
 # Tags of a notebook's run, one a row of its scoreboard, numbered.
@@ -41,12 +45,36 @@ LONGEST_TAG = 8000  # MLflow's limit
 PROCESS = f"{PREFIX}process"
 # Tag of a run that came from another database: its id there.
 ORIGIN = f"{PREFIX}origin"
-METRICS_AT_ONCE = 1000  # MLflow's limit for one call
+# MLflow's limits: for one call, and in characters of a name.
+METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100
+LONGEST_KEY = 250
 
 
 def tracking_uri() -> str:
-    """`$MLFLOW_TRACKING_URI`, else a sqlite database in the workbook's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workbook_folder() / 'mlflow.db'}"
+    """`$MLFLOW_TRACKING_URI`, else a sqlite database in the workbook's folder.
+
+    A relative path of a sqlite database counts from the current folder, as MLflow has it.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return sqlite_uri(workbook_folder() / DATABASE)
+    file = sqlite_file(given)
+    return sqlite_uri(file) if file is not None and "?" not in given else given
+
+
+def key(name: str) -> str:
+    """A name that MLflow takes for a metric, a parameter or a tag: the name itself where it does.
+
+    It takes letters, digits and `_ - . : /` and spaces, 250 of them, and nothing that is a path to elsewhere. Another
+    name keeps what it can, with a mark of the whole, so that two names stay two.
+
+    Example:
+        >>> key("test/top1"), key("share (%)")
+        ('test/top1', 'share ___-0b1a0d6b')
+    """
+    parts = re.sub(r"[^/\w.\- :]", "_", name).split("/")
+    like = "/".join(part for part in parts if part not in ("", ".", ".."))
+    return name if like == name and 0 < len(name) <= LONGEST_KEY else marked(like, name, LONGEST_KEY)
 
 
 @contextlib.contextmanager
@@ -65,62 +93,141 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Say what goes wrong between here and a database or server in a sentence, and no password in it."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, RequestException, ImportError, OSError) as error:
+        remedy = "set MLFLOW_TRACKING_URI to a database or server that can be written"
+        if isinstance(error, ImportError):
+            remedy = "install the driver of this database with pip, or " + remedy
+        what = without_password(f"Runs cannot be tracked at {uri} ({first_line(error)})")
+        raise LayerlabError(f"{what}; {remedy}.") from None
+
+
+class _Client:
+    """MLflow's client, whose errors are sentences."""
+
+    def __init__(self, uri: str, shown: str = "") -> None:
+        from mlflow import MlflowClient
+
+        os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        self._uri = shown or uri
+        with quiet(), _told(self._uri):
+            self._client = MlflowClient(uri)
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            with _told(self._uri):
+                return call(*arguments, **options)
+
+        return told
+
+
 @cache
 def _client(uri: str) -> Any:
     """A client for a tracking URI, whose sqlite database exists and is migrated.
 
     Processes that meet an empty database at once crash in MLflow's migration, so the first one makes it under a lock.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet())
-            if uri.startswith("sqlite:///"):
-                database = Path(uri.removeprefix("sqlite:///"))
-                database.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(f"{database}.lock"))
-            client = MlflowClient(uri)
-            _close_dead_runs(client)
-    except (MlflowException, OSError) as error:
-        raise LayerlabError(
-            f"Runs cannot be tracked at {uri} ({first_line(error)}); set MLFLOW_TRACKING_URI to a database "
-            "or server that can be written."
-        ) from None
+    with contextlib.ExitStack() as stack:
+        file = sqlite_file(uri)
+        if file is not None:
+            with _told(uri):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(f"{file}.lock"))
+            _bring_up(file)
+        client = _Client(uri)
+        _close_dead_runs(client)
     return client
+
+
+def _bring_up(file: Path) -> None:
+    """Bring a database of an older MLflow up to date, which that one cannot read any more: a copy is kept."""
+    state, revision = schema(file)
+    if state == "older":
+        kept = file.with_name(f"{file.name}.{revision}")
+        copy_to(file, kept)
+        with quiet():
+            upgrade(file)
+        warnings.warn(f"{file} was written by an older MLflow and is brought up to the one that is installed; {kept} "
+                      "is the database as it was.", LayerlabWarning, stacklevel=2)
 
 
 def client() -> Any:
     """The MLflow client of `tracking_uri`.
 
     Raises:
-        LayerlabError: the database or server cannot be reached.
+        LayerlabError: the database or server cannot be reached; a sqlite database that is none of MLflow's, or of a
+            newer one.
     """
     return _client(tracking_uri())
 
 
-def experiment_id(name: str) -> str:
-    """The experiment of that name, made if need be, with its artifacts beside the database."""
-    from mlflow.exceptions import MlflowException
+# Copies of databases that are read, for as long as this process lives.
+_copies: list[tempfile.TemporaryDirectory[str]] = []
 
+
+@cache
+def _copied(file: Path, changed: int) -> Any:
+    _copies.append(tempfile.TemporaryDirectory(prefix="layerlab-"))
+    copy = Path(_copies[-1].name) / DATABASE
+    copy_to(file, copy)
+    with quiet():
+        upgrade(copy)
+    return _Client(sqlite_uri(copy), sqlite_uri(file))
+
+
+def reader() -> Any:
+    """The same client where nothing is to be written; None where there is no database yet.
+
+    A database of an older MLflow stays as it is: what is read is a copy of it.
+
+    Raises:
+        LayerlabError: as `client`.
+    """
+    file = sqlite_file(tracking_uri())
+    if file is None:
+        return client()
+    state, _ = schema(file)
+    if state == "none":
+        return None
+    return _copied(file, file.stat().st_mtime_ns) if state == "older" else _Client(tracking_uri())
+
+
+def experiment_id(name: str) -> str:
+    """The experiment of that name, made if need be, with its artifacts beside the database.
+
+    Raises:
+        LayerlabError: it was deleted in MLflow; MLflow does not take the name.
+    """
     found = client().get_experiment_by_name(name)
     if found is None:
-        uri = tracking_uri()
-        location = None
-        if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        file = sqlite_file(tracking_uri())
+        location = (file.parent / "mlartifacts" / file_name(name)).as_uri() if file is not None else None
         try:
             # Otherwise MLflow's UI opens on its pages for language models.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             return client().create_experiment(name, artifact_location=location, tags=tags)
-        except MlflowException:
+        except LayerlabError:
             # Another process was faster.
             found = client().get_experiment_by_name(name)
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":
+        uri = without_password(tracking_uri())
+        raise LayerlabError(
+            f"The experiment {name!r} was deleted in MLflow; bring it back with `MLFLOW_TRACKING_URI={uri} mlflow "
+            f"experiments restore --experiment-id {found.experiment_id}`, or remove it for good with `mlflow gc`."
+        )
     return found.experiment_id
 
 
@@ -177,10 +284,10 @@ def claim_rows(run: Any) -> list[str]:
 
 def notebook_runs(paper: str) -> list[Any]:
     """The finished runs of a paper's notebook, the newest first."""
-    found = client().get_experiment_by_name(paper)
+    found = found_experiment(paper)
     if found is None:
         return []
-    return list(client().search_runs(
+    return list(reader().search_runs(
         [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"], max_results=1000,
     ))
@@ -188,21 +295,34 @@ def notebook_runs(paper: str) -> list[Any]:
 
 def find_notebook_run(name: str) -> Any | None:
     """The newest run of a notebook that has this id, or whose result has it; None if there is none."""
-    if not name.isalnum():
+    there = reader()
+    if there is None or not name.isalnum():
         return None
-    every = [experiment.experiment_id for experiment in client().search_experiments()]
+    every = [experiment.experiment_id for experiment in there.search_experiments()]
     for wanted in (f"tags.`{RESULT}` = '{name}' AND tags.kind = 'notebook'", f"attributes.run_id = '{name}'"):
-        found = client().search_runs(every, wanted, order_by=["attributes.start_time DESC"], max_results=1)
+        found = there.search_runs(every, wanted, order_by=["attributes.start_time DESC"], max_results=1)
         if found:
             return found[0]
     return None
 
 
+def download(run_id: str, folder: Path) -> None:
+    """Put a run's artifacts into a folder."""
+    reader().download_artifacts(run_id, "", str(folder))
+
+
 def run_url(experiment: str, run_id: str) -> str:
     """Where the UI shows a run: on the tracking server, or where `make ui` puts it."""
-    uri = tracking_uri()
+    # Without the user and the password that a server may ask for.
+    uri = re.sub("(?<=://)[^/]*@", "", tracking_uri())
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{server}/#/experiments/{experiment}/runs/{quote(run_id)}"
+
+
+def found_experiment(name: str) -> Any:
+    """The experiment of that name, to be read; None where there is none."""
+    there = reader()
+    return there.get_experiment_by_name(name) if there is not None else None
 
 
 @cache
@@ -249,14 +369,36 @@ def start_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str])
         client().update_run(run_id, status="RUNNING")
         return run_id
     own = {f"{PREFIX}attempt": attempt, PROCESS: _process(os.getpid())}
-    run = client().create_run(number, run_name=name, tags={**tags, **own})
+    given = {key(tag): value for tag, value in tags.items()}
+    run = client().create_run(number, run_name=name, tags=given | own)
     return run.info.run_id
 
 
 def log_metrics(run_id: str, metrics: Sequence[Any]) -> None:
-    """Log any number of MLflow's `Metric`s, in as few calls as it takes them."""
-    for start in range(0, len(metrics), METRICS_AT_ONCE):
-        client().log_batch(run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
+    """Log any number of MLflow's `Metric`s, in as few calls as it takes them, under names that it takes."""
+    from mlflow.entities import Metric
+
+    valid = [Metric(key(metric.key), metric.value, metric.timestamp, metric.step) for metric in metrics]
+    for start in range(0, len(valid), METRICS_AT_ONCE):
+        client().log_batch(run_id, metrics=valid[start : start + METRICS_AT_ONCE])
+
+
+def log_tags(run_id: str, tags: Mapping[str, str]) -> None:
+    """Log any number of tags, in as few calls as MLflow takes them, under names that it takes."""
+    from mlflow.entities import RunTag
+
+    valid = [RunTag(key(name), value) for name, value in tags.items()]
+    for start in range(0, len(valid), PARAMS_AT_ONCE):
+        client().log_batch(run_id, tags=valid[start : start + PARAMS_AT_ONCE])
+
+
+def log_params(run_id: str, params: Mapping[str, Any]) -> None:
+    """Log any number of parameters, in as few calls as MLflow takes them, under names that it takes."""
+    from mlflow.entities import Param
+
+    valid = [Param(key(name), str(value)) for name, value in params.items()]
+    for start in range(0, len(valid), PARAMS_AT_ONCE):
+        client().log_batch(run_id, params=valid[start : start + PARAMS_AT_ONCE])
 
 
 def artifact_folder(run_id: str) -> str:

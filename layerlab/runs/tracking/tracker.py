@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 import uuid
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerlab.runs.tracking.store import NOTEBOOK, client, common_tags, log_metrics, start_run
+from layerlab.runs.tracking.store import NOTEBOOK, client, common_tags, log_metrics, log_params, start_run
 
 if TYPE_CHECKING:
     from layerlab.training.loop import Fit
@@ -39,7 +40,7 @@ class Tracker:
 
     def on_fit_start(self, fit: Fit) -> None:
         """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""
-        from mlflow.entities import Dataset, DatasetInput, Param
+        from mlflow.entities import Dataset, DatasetInput
 
         from layerlab.training.settings import describe
 
@@ -65,8 +66,8 @@ class Tracker:
         }
         for strategy in fit.strategies:
             params |= {f"{strategy.name}/{key}": value for key, value in describe(strategy).items()}
-        client().log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
-        source = Dataset(fit.data.name, fit.data.fingerprint, "local", f'{{"uri": "{fit.data.source}"}}')
+        log_params(run_id, params)
+        source = Dataset(fit.data.name, fit.data.fingerprint, "local", json.dumps({"uri": fit.data.source}))
         client().log_inputs(run_id, [DatasetInput(source)])
         self._write(fit)
 
@@ -81,10 +82,14 @@ class Tracker:
         client().set_terminated(self._runs[fit], "FINISHED")
 
     def on_exception(self, fit: Fit, error: BaseException) -> None:
-        """Close the run as failed, or as killed when a person stopped it."""
-        with contextlib.suppress(Exception):  # what cannot be written must not hide why the fit ends
+        """Close the run as failed, or as killed when a person stopped it; none is open where that is what failed."""
+        if fit not in self._runs:
+            return
+        # What cannot be written must not hide why the fit ends.
+        with contextlib.suppress(Exception):
             self._write(fit)
-        client().set_terminated(self._runs[fit], "FAILED" if isinstance(error, Exception) else "KILLED")
+        with contextlib.suppress(Exception):
+            client().set_terminated(self._runs[fit], "FAILED" if isinstance(error, Exception) else "KILLED")
 
     def _write(self, fit: Fit) -> None:
         from mlflow.entities import Metric
