@@ -288,12 +288,22 @@ def diff(first: str, second: str) -> None:
 @main.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
 def import_(files: tuple[Path, ...]) -> None:
-    """Bring runs made elsewhere into this workbook's MLflow: a copied mlflow.db, or a claims.json."""
+    """Bring runs made elsewhere into this workbook's MLflow: a copied mlflow.db, or a claims.json.
+
+    What is left behind is listed, with the reason; the exit status is 1 if any of it belongs to the runs.
+    """
     from layerlab.runs.tracking.import_runs import import_file
 
+    lost = False
     for file in files:
-        new, known = import_file(file)
-        click.echo(f"{file}: {new} run{'s' * (new != 1)} brought in, {known} here already")
+        found = import_file(file)
+        click.echo(f"{printable(str(file))}: {found.new} run{'s' * (found.new != 1)} brought in, with {found.files} "
+                   f"artifact{'s' * (found.files != 1)} and {found.nested} nested; {found.known} here already")
+        for text, count in (+found.lost + found.ignored).items():
+            click.echo(f"  left behind: {count} × {visible(text)}", err=text in found.lost)
+        lost = lost or bool(+found.lost)
+    if lost:
+        raise SystemExit(1)
 
 
 @main.command()

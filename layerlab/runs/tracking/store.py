@@ -132,6 +132,11 @@ class _Client:
         return told
 
 
+def open_client(uri: str) -> Any:
+    """MLflow's client of a database that is up to date, whose errors are sentences."""
+    return _Client(uri)
+
+
 @cache
 def _client(uri: str) -> Any:
     """A client for a tracking URI, whose sqlite database exists and is migrated.
