@@ -70,7 +70,7 @@ def key(name: str) -> str:
 
     Example:
         >>> key("test/top1"), key("share (%)")
-        ('test/top1', 'share ___-0b1a0d6b')
+        ('test/top1', 'share ___-2275106f')
     """
     parts = re.sub(r"[^/\w.\- :]", "_", name).split("/")
     like = "/".join(part for part in parts if part not in ("", ".", ".."))
