@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from layerlab import LayerlabError
 from layerlab.cli.main import main
 from layerlab.runs import tracking
-from layerlab.runs.tracking.database import sqlite_uri
 from layerlab.runs.tracking.import_database import artifact_place
 from layerlab.runs.tracking.import_runs import import_file
+from layerlab.runs.tracking.schema import sqlite_uri
 
 
 @pytest.fixture

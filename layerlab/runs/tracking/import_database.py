@@ -18,8 +18,8 @@ from urllib.request import url2pathname
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import is_plain
 from layerlab.runs.tracking import store
-from layerlab.runs.tracking.database import copy_to, schema, upgrade
 from layerlab.runs.tracking.import_runs import CLAIMS_ALONE, Imported, all_runs, origins
+from layerlab.runs.tracking.schema import copy_to, schema, upgrade
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
 # Tags by which a run names another: ours, and MLflow's own.

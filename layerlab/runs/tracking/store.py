@@ -28,7 +28,7 @@ from layerlab.base.files import write_atomically
 from layerlab.base.names import file_name, marked
 from layerlab.base.provenance import provenance, versions, versions_text
 from layerlab.runs.record import DATABASE, workbook_folder
-from layerlab.runs.tracking.database import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
+from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
 
 PREFIX = "layerlab."
 # Tags of a notebook's run, one a row of its scoreboard, numbered.
