@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -162,6 +163,20 @@ wrokers: 2
 
 @pytest.mark.parametrize(("text", "message"), [
     ("jobs: [", "is no YAML"), ("3", "has no jobs"), (None, "cannot be read"), ("jobs: []", "at least 1 item"),
+    ("jobs: [{paper: a}]\ntime_limit: .inf", "'time_limit' should be a finite number"),
+    ("jobs: [{paper: a}]\ntime_limit: .nan", "'time_limit' should be"),
+    ("jobs: [{paper: a}]\nretries: 1\njobs: [{paper: b}]", r"plan.yaml gives 'jobs' twice \(line 3\); keep one"),
+    ("- {paper: a, grid: {x: [1], 'x': [2]}}", "gives 'x' twice"),
+    ("- {paper: a, parameters: &p {x: *p}}", r"contains itself: \*p \(line 1\); write out"),
+    ("- &all [*all]", "contains itself"),
+    (f"- {{paper: a, parameters: {{x: {'[' * 60}{']' * 60}}}}}", "nests more than 50 lists"),
+    (f"- {{paper: a, parameters: {{x: [{'0,' * 100_001}]}}}}", "stands for more than 100,000 values"),
+    ("- &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"- &{b} [{','.join([f'*{a}'] * 10)}]\n"
+                                              for a, b in itertools.pairwise("abcdefgh")), "more than 100,000 values"),
+    (f"# {'x' * 4_000_000}", "is longer than 4,000,000 characters"),
+    ("- {paper: a, parameters: {x: !!python/name:os.system }}", r"has the tag !!python/name:os.system \(line 1\)"),
+    ("- {paper: a, parameters: {x: !!set {1}}}", "has the tag !!set"),
+    ("- {paper: a, parameters: {[1, 2]: 3}}", "a list or a mapping as a key"),
 ])
 def test_what_is_no_plan(tmp_path, text, message):
     file = tmp_path / "plan.yaml"
@@ -169,6 +184,37 @@ def test_what_is_no_plan(tmp_path, text, message):
         file.write_text(text)
     with pytest.raises(LayerlabError, match=message):
         read_plan(file)
+
+
+def test_a_plan_of_too_many_jobs_is_refused_before_they_are_written_out(tmp_path):
+    entry = {"paper": ["lars-skip"], "grid": {name: list(range(1000)) for name in ("alpha", "epochs", "lr")}}
+    with pytest.raises(LayerlabError, match="stands for 1,000,000,000 jobs, more than 10,000; split it"):
+        jobs_of(Plan(jobs=[entry]), tmp_path)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (("--time-limit", "inf"), "inf is no time"), (("--time-limit", "nan"), "nan is no time"),
+    (("-p", "a=1", "-p", "a=2"), "'a' is given twice"), (("-p", "a={x: 1, x: 2}"), "Parameter 'a' gives 'x' twice"),
+    (("-p", "a=&a [*a]"), "Parameter 'a' contains itself"),
+])
+def test_what_no_option_takes(options, said):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["reproduce", "lars-skip", "--dry-run", *options])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_notebook_gets_its_parameters_as_they_were_written(notebook, tmp_path):
+    kept = tmp_path / "kept"
+    job = notebook("keeps", f"open({str(kept)!r}, 'w').write(repr((size, seed)))")
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("- notebook: home/notebooks/keeps.ipynb\n"
+                    "  parameters: {size: {1: a, null: 2024-01-01, '1': .inf}, seed: [12:30, 010, 1_000]}\n")
+    (written,) = jobs_of(read_plan(plan), tmp_path)
+    other = notebook_job(job.notebook, {"size": {"1": "a"}})
+    assert len({written.folder, other.folder, notebook_job(job.notebook, {"size": {1: "a"}}).folder}) == 3
+    assert _statuses([written]) == ["finished"]
+    assert kept.read_text() == repr(({1: "a", None: "2024-01-01", "1": float("inf")}, ["12:30", 10, "1_000"]))
+    assert _statuses([written]) == ["done before"]
 
 
 # ------------------------------------------------------------------------------------------- outcomes

@@ -227,7 +227,7 @@ def test_a_folder_that_is_no_image_folder_is_refused_with_what_was_expected(mine
     (tmp_path / "empty").mkdir()
     with pytest.raises(LayerlabError, match=r"empty has no folders with images; expected a folder a class"):
         load_dataset(str(tmp_path / "empty"))
-    with pytest.raises(LayerlabError, match=r"The class folder .*mine/cat has one image, which cannot be split"):
+    with pytest.raises(LayerlabError, match=r"The class .cat. of .*mine has one image, which cannot be split"):
         load_dataset(str(mine("cat", 50, count=1)))
     mine("cat", 50)
     (tmp_path / "mine" / "dog").mkdir()
@@ -295,13 +295,14 @@ def test_a_truncated_file_is_named(root):
         load_dataset("cifar10", root=root)
 
 
-def test_an_image_that_does_not_decode_is_named_and_nothing_is_cached(root, pixels, tmp_path):
+def test_an_image_that_does_not_decode_is_named_and_its_half_is_not_cached(root, pixels, tmp_path):
     images = [_png(image) for image in pixels[:20]]
     images[13] = images[13][:40]
     file = _parquet(root / "cifar10", "train", images, [i % 10 for i in range(20)])
     with pytest.raises(LayerlabError, match=f"The image in row 13 of {file} does not decode"):
         load_dataset("cifar10", root=root, image_size=8)
-    assert not list((tmp_path / "cache").glob("*"))
+    # The test half is whole.
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("wrong", [10, -1])

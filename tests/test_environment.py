@@ -7,7 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
-import yaml
+from layerlab.base.text import from_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +27,7 @@ def _pins() -> dict[str, str]:
 
 
 def test_environment_yml_lists_what_the_core_needs():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = from_yaml((ROOT / "environment.yml").read_text())
     core = _projects()[0]
     pip = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
     assert {r for r in pip if not r.startswith("-")} == {*core["dependencies"], *core["optional-dependencies"]["dev"]}

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
+import torch
 
-from layerlab import Diverged, LayerlabError, Strategy, fit, load_dataset
-from layerlab.base.errors import first_line, reason
+from layerlab import (
+    Diverged,
+    LayerlabError,
+    Refused,
+    Strategy,
+    build_model,
+    compare,
+    fit,
+    load_dataset,
+    noise,
+    pass_order,
+)
+from layerlab.base.errors import first_line, nearest, reason
 from layerlab.testing.networks import mlp, plain_cnn
+from layerlab.training.settings import ARGUMENTS, checked_settings
 
 
 @pytest.mark.parametrize(
@@ -48,3 +63,87 @@ def test_a_training_that_diverges_keeps_its_history_and_its_traceback(build):
     assert not math.isfinite(last["train/loss"])
     assert any("loop.py" in line for line in caught.value._render_traceback_())
     assert pickle.loads(pickle.dumps(caught.value)).history[0] == first
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("num_epochs", "epochs"), ("Batch-Size", "batch_size"), ("lrate", ""), ("weightdecay", "weight_decay"),
+     ("wd", "weight_decay"), ("learning_rate", "lr"), ("batch", "batch_size"), ("device_name", "device"), ("cb", "")],
+)
+def test_the_name_that_is_meant_is_named(name, near):
+    known = ("epochs", "max_steps", "batch_size", "lr", "weight_decay", "device", "momentum")
+    assert nearest(name, known) == near
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_epochs": 3}, r"^fit has no setting 'n_epochs' \(did you mean 'epochs'\?\)\.$"),
+        ({"metric": "f1"}, r"^fit has no setting 'metric' \(it has batch_size, .*weight_decay\)\.$"),
+        ({"strategy": "mine"}, r"did you mean 'strategies'"),
+        # One value that no alternative takes is one problem.
+        ({"optimizer": "SGD"}, r"^fit: setting 'optimizer' should be 'sgd', .* or be a function, got 'SGD' \(did you "
+                               r"mean 'sgd'\?\)\.$"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(900)])}, r"^.{0,200}…\.$"),
+        ({"schedule": 3}, r"^fit: setting 'schedule' should be 'constant', .* or be a function, got 3\.$"),
+    ],
+)
+def test_settings_that_do_not_exist_or_fit_are_told_in_one_short_sentence(settings, message):
+    with pytest.raises(Refused, match=message):
+        checked_settings(settings)
+
+
+def test_the_arguments_of_fit_that_are_no_settings_are_known_by_name():
+    own = set(inspect.signature(fit).parameters) - {"model", "data", "settings"}
+    assert set(ARGUMENTS) == own
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda data: data.augmented("crop_flip"), r"Unknown augmentation 'crop_flip'. Did you mean 'crop-flip'\?"),
+        (lambda data: data.augmented("Flip"), r"Did you mean 'crop-flip'\?"),
+        (lambda data: data.augmented(None), r"Unknown augmentation None. Did you mean 'none'\?"),
+        (lambda data: data.augmented(lambda x: x), r"Unknown augmentation <function .*Known: crop, crop-flip"),
+        (lambda data: replace(data.train, augment="cutout"), r"Unknown augmentation 'cutout'"),
+        (lambda data: data.augmented("crop", -1), r"padding must be a whole number of pixels, at least 0, got -1"),
+        (lambda data: replace(data.train, share=(2, 2)), r"share must be \(index, count\)"),
+        (lambda data: data.held_out(1), r"held_out: setting 'every' should be greater than or equal to 2, got 1"),
+        (lambda data: data.with_validation(evry=3), r"has no setting 'evry' \(did you mean 'every'\?\)"),
+        (lambda data: noise(0, (1, 8, 8)), r"noise: setting 'images' should be greater"),
+        (lambda data: pass_order(4, 0, None), r"pass_order: setting 'batch_size' should be greater"),
+        (lambda data: load_dataset("digits", size=8), r"no setting 'size' \(did you mean 'image_size'\?\)"),
+        (lambda data: load_dataset("digits", channels=4), r"setting 'channels' should be 1 or 3, got 4"),
+        (lambda data: load_dataset("digits", on_bad="skp"), r"'raise' or 'skip', got 'skp' \(did you mean 'skip'\?\)"),
+        (lambda data: load_dataset(torch.zeros(3)), r"setting 'name' should be a valid string"),
+    ],
+)
+def test_public_functions_on_data_refuse_what_they_do_not_know(digits, call, message):
+    with pytest.raises(LayerlabError, match=message):
+        call(digits)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, data: fit(net, [(torch.zeros(4, 1, 8, 8), torch.zeros(4))]),
+         r"data must be a layerlab.Dataset, got list; load_dataset gives one"),
+        (lambda net, data: compare(net, data, ["lars-skip"]), r"arms must map the name of each arm .*, got list"),
+        (lambda net, data: fit(net, data, "lars-skp"), r"Unknown strategy 'lars-skp'. Did you mean 'lars-skip'\?"),
+        (lambda net, data: fit(net, data, loss=torch.nn.L1Loss(), batch_size=32),
+         r"The loss does not map logits of shape \(2, 10\) and labels of shape \(2,\) to one number \(.*\); give a"),
+        (lambda net, data: fit(net, data, loss=torch.nn.CrossEntropyLoss(reduction="none"), batch_size=32),
+         r"it gives \(2,\)"),
+        (lambda net, data: build_model("resnet18", num_classes=7, weights="DEFAULT"), r"Network 'resnet18' cannot be"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_what_people_from_other_libraries_pass_is_told_in_one_sentence(digits, call, message):
+    with pytest.raises(LayerlabError, match=message):
+        call(mlp, digits)
+
+
+def test_an_installed_strategy_can_be_given_by_its_name():
+    data = load_dataset("digits", limit=64, test_limit=32, device="cpu")
+    result = fit(plain_cnn, data, ["lars-skip"], epochs=1, batch_size=32, measure=False, progress=False)
+    assert [strategy.name for strategy in result.strategies] == ["lars-skip"]

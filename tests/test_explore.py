@@ -487,7 +487,7 @@ def test_a_file_that_is_no_saved_model_gets_one_sentence(digits, tmp_path):
         load_model(tmp_path / "nothing.pt")
     other = tmp_path / "other.pt"
     torch.save({"weights": 1}, other)
-    with pytest.raises(LayerlabError, match="is no model that layerlab saved"):
+    with pytest.raises(LayerlabError, match="was not written by this layerlab; write one with save_model"):
         load_model(other)
     other.write_bytes(other.read_bytes()[:100])
     with pytest.raises(LayerlabError, match="is damaged"):

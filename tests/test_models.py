@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerlab import LayerlabError, build_model, forward_order, prefixes
+from layerlab import LayerlabError, build_model, fit, forward_order, load_dataset, load_model, prefixes, save_model
 from layerlab.measure import layer_costs
 
 
@@ -117,3 +117,98 @@ def test_backward_ends_at_the_edge_of_a_frozen_prefix_of_any_network(name):
 def test_bad_input(name, options, message):
     with pytest.raises(LayerlabError, match=message):
         build_model(name, **options)
+
+
+class Versioned(nn.Linear):
+    """Weights of its first version were half as large."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *more):
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+
+class Remembers(nn.Linear):
+    """Keeps more than tensors."""
+
+    memory: object = None
+
+    def get_extra_state(self):
+        return self.memory
+
+    def set_extra_state(self, state):
+        self.memory = state
+
+
+class Forgets(nn.Linear):
+    """Loads other weights than it gives."""
+
+    def _load_from_state_dict(self, state, prefix, *more):
+        state[f"{prefix}bias"] = state[f"{prefix}bias"] + 1
+        super()._load_from_state_dict(state, prefix, *more)
+
+
+def _trained(kind, **settings):
+    data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+    build = lambda: nn.Sequential(nn.Flatten(), kind(64, 10))  # noqa: E731
+    return build, data, fit(build, data, epochs=1, progress=False, **settings)
+
+
+@pytest.mark.parametrize("memory", [None, {"seen": [1, 2.5]}, torch.ones(2)])
+@pytest.mark.parametrize("kind", [Versioned, Remembers])
+def test_a_saved_network_comes_back_with_its_versions_and_what_its_modules_keep(kind, memory, tmp_path):
+    build, data, result = _trained(kind)
+    result.model[1].memory = memory
+    again = load_model(save_model(tmp_path / "model.pt", result, data), build).model
+    assert torch.equal(again[1].weight, result.model[1].weight)
+    if kind is Remembers:
+        assert repr(again[1].memory) == repr(memory)
+
+
+def test_a_network_that_would_not_come_back_is_not_saved_and_the_file_before_stays(tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"before")
+    _, data, result = _trained(Forgets)
+    with pytest.raises(LayerlabError, match=r"model.pt was not written: '1.bias' comes back from it as another value"):
+        save_model(file, result, data)
+    _, data, result = _trained(Remembers)
+    result.model[1].memory = tmp_path
+    with pytest.raises(LayerlabError, match=r"The network has a pathlib.* at '1._extra_state'.* let get_extra_state"):
+        save_model(file, result, data)
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_one_flipped_bit_of_a_saved_network_is_noticed(tmp_path):
+    build, data, result = _trained(nn.Linear)
+    file = save_model(tmp_path / "model.pt", result, data)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(LayerlabError, match=r"model.pt is damaged .*its content is not what was written"):
+        load_model(file, build)
+
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        raise KeyError("gone")
+
+
+class Unique(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise OSError("only one of me")
+
+
+@pytest.mark.parametrize(("network", "said"), [
+    (lambda: nn.Sequential(nn.Flatten(), Fails(64, 10)), r"does not take images .*KeyError: 'gone', line \d+ of"),
+    (lambda: 1 / 0, r"cannot be built \(ZeroDivisionError: .*, line \d+ of test_models.py\)"),
+    (nn.Sequential(nn.Flatten(), Unique(64, 10)), r"cannot be copied \(OSError: only one of me"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), r"learn their size from the first image \(1.weight\)"),
+    (lambda: nn.Sequential(nn.LazyBatchNorm2d(affine=False), nn.Flatten(), nn.Linear(64, 10)), "learn their size"),
+])
+def test_a_network_s_own_error_ends_in_a_sentence(network, said):
+    data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+    with pytest.raises(LayerlabError, match=said):
+        fit(network, data, epochs=1, progress=False)

@@ -24,6 +24,7 @@ from helpers import same_weights, slow
 
 import layerlab
 from layerlab import LayerlabError, fit, load_paper
+from layerlab.base.processes import marked_processes
 from layerlab.cli.main import main
 from layerlab.contract.registry import Registry
 from layerlab.reporting.scoreboard import collect
@@ -175,13 +176,33 @@ def test_the_list_names_each_broken_plugin_with_its_reason_and_goes_on(site):
 
 
 @slow
-def test_an_import_that_does_not_end_is_given_up(site):
+@pytest.mark.parametrize(("source", "reason"), [
+    ("import os, time\nif os.fork() == 0: time.sleep(600)", ""),
+    ("import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(600)\nos._exit(3)", "status 3"),
+    ("import multiprocessing, time\nkept = multiprocessing.Manager()\ntime.sleep(600)", "did not import within 20 s"),
+])
+def test_an_import_that_starts_processes_ends_with_them_within_its_limit(site, source, reason):
     from layerlab.contract.plugin_probe import import_errors
+
+    _install(site, "starts", source=f"{source}\n{STRATEGY.format(name='starts')}")
+    # What is started sleeps for ten minutes.
+    (found,) = import_errors([Registry()["starts"]], limit=20)
+    assert reason in found
+    assert bool(found) == bool(reason)
+    home = os.environ["LAYERLAB_HOME"]
+    assert [each for each in marked_processes("LAYERLAB_HOME", home) if each.status() != "zombie"] == []
+
+
+@slow
+def test_an_import_that_does_not_end_is_given_up(site):
+    from layerlab.contract.plugin_probe import PluginProbe
 
     _install(site, "endless", source="import time; time.sleep(600)")
     _install(site, "fine")
     found = Registry()
-    assert import_errors([found["endless"], found["fine"]], limit=1.5) == ["it did not import within 1.5 s", ""]
+    with PluginProbe() as probe:
+        errors = probe.import_errors([found["endless"], found["fine"]], limit=1.5)
+    assert errors == ["it did not import within 1.5 s", ""]
 
 
 def test_of_all_papers_those_that_cannot_be_run_are_refused_by_name_and_the_others_run(site, tmp_path):

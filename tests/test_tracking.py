@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_paper import FINISH, OPEN, TESTS
 from helpers import Freezer, free_port, serving, slow
 
 from layerlab import LayerlabError, LayerlabWarning, Study, fit, track
 from layerlab.contract.claims import ClaimResult
-from layerlab.reporting.scoreboard import collect
 from layerlab.runs import tracking
-from layerlab.runs.record import workbook_folder
+from layerlab.runs.record import read_record
 from layerlab.runs.tracking.store import claim_metrics
+from layerlab.show.progress import say_not_first
 from layerlab.training.loop import Fit
 
 OPTIONS = dict(epochs=3, batch_size=256)
@@ -213,117 +215,169 @@ def test_a_run_s_artifacts_can_be_added_to_without_mlflow():
     assert Path(tracking.client().download_artifacts(run, item.path)).read_text() == "second"
 
 
-def test_a_relative_address_of_a_database_counts_from_the_current_folder(tmp_path, monkeypatch, digits, residual):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
-    monkeypatch.chdir(tmp_path)
-    fit(residual, digits, observers=[track("test")], progress=False, epochs=1, batch_size=512)
+def _locked(database: Path) -> sqlite3.Connection:
+    """Nobody else reads or writes a database until the connection is closed."""
+    connection = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+def _histories(run_id: str) -> dict[str, list[int]]:
+    """Steps of each metric of a run, in the order in which they were written."""
+    client = tracking.client()
+    names = client.get_run(run_id).data.metrics
+    return {name: [metric.step for metric in client.get_metric_history(run_id, name)] for name in names}
+
+
+def test_a_database_that_is_locked_in_the_middle_ends_no_training_and_gets_everything_later_once(
+    digits, residual, tmp_path
+):
+    held = []
+
+    class Locks(Freezer):
+        def on_epoch_start(self, run):
+            if run.epoch == 2:
+                held.append(_locked(tmp_path / "home" / "mlflow.db"))
+            super().on_epoch_start(run)
+
+    with pytest.warns(LayerlabWarning, match="does not take freezer .* is locked by process"):
+        result = fit(residual, digits, Locks(), observers=[track("test")], progress=False, **OPTIONS)
+    assert len(result.history) == 3
+    (file,) = tracking.unsent_files()
+    content = file.read_bytes()
+    held[0].close()
+    assert [run.info.status for run in _runs()] == ["RUNNING"]
+    assert tracking.send_unsent([file]) == 1
     (run,) = _runs()
-    assert (tmp_path / "mine.db").exists()
-    assert tracking.artifact_folder(run.info.run_id).startswith(str(tmp_path / "mlartifacts" / "test"))
+    assert run.info.status == "FINISHED"
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    # Sent, and killed before the file was removed.
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert tracking.send_unsent(tracking.unsent_files()) == 1
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    assert tracking.unsent_files() == []
 
 
-HARD_NAMES = ["top-1 (%)", "a@b", "a//b", "/home/me/images", "../x", "x" * 300, "x" * 301, "", "层", "a\nb", "a\\b",
-              ".", "claim/gain//data/my images/", "a b:c", "test/top1"]
+def test_a_lock_that_is_given_back_soon_leaves_nothing_to_send(digits, residual, tmp_path, monkeypatch):
+    monkeypatch.setattr("layerlab.runs.tracking.outbox.FIRST", 0.0)
+    monkeypatch.setattr("layerlab.runs.tracking.tracker.PAUSE", 0.0)
+    held = []
+
+    class Twice(Freezer):
+        def on_epoch_start(self, run):
+            if run.epoch == 2:
+                held.append(_locked(tmp_path / "home" / "mlflow.db"))
+            if run.epoch == 3:
+                assert tracking.unsent_files()
+                held[0].close()
+            super().on_epoch_start(run)
+
+    with pytest.warns(LayerlabWarning, match="MLflow is there again"):
+        fit(residual, digits, Twice(), observers=[track("test")], progress=False, **OPTIONS)
+    (run,) = _runs()
+    assert run.info.status == "FINISHED"
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    assert tracking.unsent_files() == []
 
 
-def test_any_name_of_a_metric_a_parameter_or_a_tag_is_made_one_that_mlflow_takes():
-    from mlflow.entities import Metric
-
-    run = tracking.start_run("a name/with ../path?", "n", "n", dict.fromkeys(HARD_NAMES, "tag"))
-    tracking.log_metrics(run, [Metric(name, index, 1, 0) for index, name in enumerate(HARD_NAMES)])
-    tracking.log_params(run, {name: index for index, name in enumerate(HARD_NAMES)})
-    found = tracking.client().get_run(run)
-    assert sorted(found.data.metrics.values()) == [*range(len(HARD_NAMES))]
-    assert sorted(map(int, found.data.params.values())) == [*range(len(HARD_NAMES))]
-    assert list(found.data.tags.values()).count("tag") == len(HARD_NAMES)
-    # What was right stays as it is.
-    assert {"a b:c", "test/top1", "层"} <= found.data.metrics.keys()
-    tracking.log_file(run, b"x", "a.txt")
-    assert Path(tracking.artifact_folder(run)).is_relative_to(Path(os.environ["LAYERLAB_HOME"]) / "mlartifacts")
-
-
-def test_what_a_study_s_claims_are_called_stops_nothing_in_the_end(fake):
-    fake()
-    study = Study("fake")
-    study.claim("gain", [1.0], seeds=[0], conditions={"dataset": "/home/me/my images (50%)//", "network": "a@b"})
-    study.finish()
-    assert tracking.client().get_run(study.run_id).info.status == "FINISHED"
-
-
-def test_what_cannot_be_tracked_is_found_before_anything_is_trained(fake, digits, residual, monkeypatch):
-    """The calls with which a study ends are made when it opens."""
-    fake()
-    logged = []
-    real = tracking.store.client()._client.log_batch
-    monkeypatch.setattr(tracking.store.client()._client, "log_batch",
-                        lambda run, **content: (logged.append(content), real(run, **content)))
-    study = Study("fake")
-    before = {tag.key for content in logged for tag in content.get("tags", ())}
-    study.claim("gain", [1.0], seeds=[0])
-    study.finish()
-    assert before == {tag.key for content in logged for tag in content.get("tags", ())} != set()
-
-
-def test_an_experiment_that_was_deleted_is_named_with_the_remedy_before_any_training(digits, residual):
-    number = tracking.experiment_id("test")
-    tracking.client().delete_experiment(number)
-    message = rf"'test' was deleted in MLflow; bring it back with `.* experiments restore --experiment-id {number}`"
-    with pytest.raises(LayerlabError, match=message):
-        fit(residual, digits, observers=[track("test")], progress=False, **OPTIONS)
-    with pytest.raises(LayerlabError, match="Runs cannot be tracked at"):
-        tracking.experiment_id("")
-
-
-@pytest.mark.parametrize("uri", ["postgresql+nodriver://me:hunter2@localhost/runs", "nosuch://me:hunter2@localhost/runs",
-                                 "mysql+mysqldb://me:hunter2@localhost/runs?password=hunter2"])
-def test_a_password_is_masked_and_a_missing_driver_is_a_sentence(monkeypatch, uri):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(LayerlabError, match=r"tracked at \w.*me:\*\*\*@localhost.*MLFLOW_TRACKING_URI") as caught:
-        tracking.client()
-    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
-
-
-def test_a_server_s_password_is_in_no_link(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@host:5000/mlflow/")
-    assert tracking.run_url("1", "x) <b>") == "https://host:5000/mlflow/#/experiments/1/runs/x%29%20%3Cb%3E"
-
-
-def _older(file: Path) -> None:
-    """A database of MLflow 2.9."""
-    import alembic.command
-    import mlflow
-    import sqlalchemy
-    from alembic.config import Config
-    from mlflow.store.tracking.dbmodels.initial_models import Base
-
-    Base.metadata.create_all(sqlalchemy.create_engine(f"sqlite:///{file}"))
-    config = Config()
-    config.set_main_option("script_location", str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
-    config.set_main_option("sqlalchemy.url", f"sqlite:///{file}")
-    alembic.command.upgrade(config, "acf3f17fdcc7")
-
-
-def test_reading_changes_no_database_and_writing_keeps_the_one_of_an_older_mlflow(tmp_path, fake):
-    fake()
+def test_what_a_dead_process_could_not_send_is_sent_by_the_next_study(digits, tmp_path, fake):
+    fake(OPEN, FINISH)
     home = tmp_path / "home"
-    assert [row.verdict for row in collect(["fake"])] == ["not run"]
-    assert not home.exists()
-    home.mkdir()
-    _older(home / "mlflow.db")
-    before = (home / "mlflow.db").read_bytes()
-    assert [row.verdict for row in collect(["fake"])] == ["not run"]
-    assert {file.name: file.read_bytes() for file in home.iterdir()} == {"mlflow.db": before}
-    with pytest.warns(LayerlabWarning, match=r"older MLflow.*mlflow.db.acf3f17fdcc7 is the database as it was"):
+    tracking.client()
+    script = f"""
+import sys; sys.path.insert(0, {TESTS!r})
+import sqlite3, os
+from fake_paper import FINISH, OPEN, TESTS
+from helpers import Freezer, Residual
+from layerlab import fit, load_dataset, track
+class Locks(Freezer):
+    def on_epoch_start(self, run):
+        if run.epoch == 2:
+            connection = sqlite3.connect({str(home / "mlflow.db")!r}, isolation_level=None)
+            connection.execute("BEGIN EXCLUSIVE")
+            globals()["kept"] = connection
+        super().on_epoch_start(run)
+fit(Residual, load_dataset("digits", device="cpu"), Locks(), observers=[track("test")], progress=False, epochs=3,
+    batch_size=256)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(tracking.unsent_files()) == 1
+    Study("fake", output=tmp_path / "out")
+    (run,) = _runs()
+    assert run.info.status == "FINISHED"
+    assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
+    assert tracking.unsent_files() == []
+
+
+def test_a_study_whose_database_goes_away_is_finished_and_sends_its_claims_later(fake, tmp_path):
+    fake(OPEN, FINISH)
+    out = tmp_path / "home" / "runs" / "fake" / "quick"
+    study = Study("fake", output=out)
+    held = _locked(tmp_path / "home" / "mlflow.db")
+    with pytest.warns(LayerlabWarning, match="does not take fake · quick"):
+        study.finish()
+    held.close()
+    assert read_record(out)["finished"]
+    assert tracking.client().get_run(study.run_id).info.status == "RUNNING"
+    assert tracking.send_unsent(tracking.unsent_files()) == 1
+    run = tracking.client().get_run(study.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(tracking.claim_rows(run)) == 1
+
+
+def test_a_lock_is_waited_for_with_a_word_before_a_run_begins(tmp_path, digits, residual):
+    tracking.client()
+    script = ("import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
+              "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(1.5)")
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "home" / "mlflow.db")], text=True,
+                          stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.warns(LayerlabWarning, match=f"is locked by process {holder.pid}; waiting for it"):
+            fit(residual, digits, observers=[track("test")], progress=False, **OPTIONS)
+    assert [run.info.status for run in _runs()] == ["FINISHED"]
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda file: file.mkdir(), "is a folder"),
+    (lambda file: file.write_bytes(os.urandom(40_000)), "is no database"),
+    (lambda file: file.write_bytes(b"SQLite format 3\0"), "is cut off|is damaged"),
+    (lambda file: shutil.copy(_whole_database(file.with_suffix(".whole"), 9000), file), "is cut off"),
+])
+def test_what_is_no_database_is_one_sentence_at_once(tmp_path, make, message):
+    file = tmp_path / "home" / "mlflow.db"
+    file.parent.mkdir()
+    make(file)
+    words = [sys.executable, "-c", "from layerlab.runs import tracking; tracking.client()"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(message, last)
+    assert "MLFLOW_TRACKING_URI" in last
+    assert "sqlalche" not in done.stderr
+
+
+def _whole_database(file: Path, size: int) -> Path:
+    """A database, cut off after so many bytes."""
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        connection.executemany("INSERT INTO t VALUES (?)", [("x" * 1000,)] * 50)
+        connection.commit()
+    file.write_bytes(file.read_bytes()[:size])
+    return file
+
+
+def test_a_server_that_is_away_is_named_at_once(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(LayerlabError, match=r"Nothing answers at 127.0.0.1:\d+.*MLFLOW_TRACKING_URI"):
         tracking.client()
-    assert (home / "mlflow.db.acf3f17fdcc7").stat().st_size == len(before)
 
 
-def test_a_parent_folder_s_database_is_layerlab_s_own_or_left_alone(tmp_path, monkeypatch):
-    monkeypatch.delenv("LAYERLAB_HOME")
-    below = tmp_path / "a" / "b"
-    below.mkdir(parents=True)
-    monkeypatch.chdir(below)
-    (tmp_path / "mlflow.db").touch()
-    assert workbook_folder() == below
-    (tmp_path / "mlflow.db.lock").touch()
-    assert workbook_folder() == tmp_path
+def test_a_process_that_writes_nothing_says_so(digits, residual, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    say_not_first.cache_clear()
+    with pytest.warns(LayerlabWarning, match="RANK=1 is set.*unset RANK"):
+        fit(residual, digits, observers=[track("test")], checkpoint=tmp_path / "c", progress=False, **OPTIONS)
+    assert not (tmp_path / "c").exists()

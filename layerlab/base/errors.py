@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -82,6 +84,27 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def located(error: BaseException) -> str:
+    """What somebody's code raised, with its type and the place: `KeyError: 'x', line 7 of network.py`."""
+    own = str(PurePath(__file__).parents[1])
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename and not frame.filename.startswith(own)]
+    kind, text = type(error).__name__, first_line(error)
+    said = text if text == kind else f"{kind}: {text}"
+    return f"{said}, line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else said
+
+
+def brief(value: Any) -> str:
+    """What a value looks like in code, in one line of at most 80 characters.
+
+    Example:
+        >>> brief("x" * 1000)[-3:]
+        'xx…'
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 class LayerlabWarning(UserWarning):
     """Something a user should know and the work goes on without; a sentence, as `LayerlabError` has.
 
@@ -92,29 +115,98 @@ class LayerlabWarning(UserWarning):
     """
 
 
-def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> LayerlabError:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is meant by one that is not: empty where none is near.
+
+    Case and separators do not matter; initials stand for words; among words in common, the most decide; then spelling.
+
+    Example:
+        >>> names = ("epochs", "max_steps", "lr", "batch_size", "crop-flip")
+        >>> [nearest(name, names) for name in ("max_epochs", "learning_rate", "bs", "CROP_FLIP", "epcohs", "callbacks")]
+        ['epochs', 'lr', 'batch_size', 'crop-flip', 'epochs', '']
+    """
+    names = sorted(known)
+    words = {each: _words(each) for each in names}
+    own = _words(name)
+    for each in names:
+        if words[each] == own:
+            return each
+    for each in names:
+        one, other = "".join(words[each]), "".join(own)
+        if (len(own) > 1 and _initials(own) == one) or (len(words[each]) > 1 and _initials(words[each]) == other):
+            return each
+    within = [each for each in names if set(words[each]) < set(own) or set(own) < set(words[each])]
+    if own and within:
+        return max(within, key=lambda each: len("".join(set(words[each]) & set(own))))
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), "")
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
+
+
+def _initials(words: Iterable[str]) -> str:
+    return "".join(word[0] for word in words)
+
+
+def unknown(kind: str, name: object, known: Iterable[str], remedy: str = "") -> LayerlabError:
     """The error for a name that does not exist: lists what does, and the nearest spelling.
 
     Returns the error (the caller raises it), so that type checkers see the control flow.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(str(name), names)
+    guess = f" Did you mean {near!r}?" if near else ""
     listing = ", ".join(names) if names else "none"
-    return LayerlabError(f"Unknown {kind} {name!r}.{guess} Known: {listing}.{' ' + remedy if remedy else ''}")
+    return LayerlabError(f"Unknown {kind} {brief(name)}.{guess} Known: {listing}.{' ' + remedy if remedy else ''}")
 
 
-def sentence(error: ValidationError, owner: str) -> str:
-    """A pydantic validation error as one sentence a setting: `owner: setting 'x' …, got …`."""
+def sentence(error: ValidationError, owner: str, known: Iterable[str] = ()) -> str:
+    """A pydantic validation error as one sentence a setting: `owner: setting 'x' …, got …`.
+
+    Args:
+        error: pydantic's.
+        owner: whose settings they are.
+        known: the settings that there are, of which the nearest is named in the place of an unknown one.
+    """
+    known = sorted(known)
     parts = []
-    for detail in error.errors():
+    for same in _by_setting(error):
+        detail = same[0]
         setting = ".".join(str(part) for part in detail["loc"]) or "settings"
-        if detail["type"] == "extra_forbidden":
-            parts.append(f"{owner} has no setting {setting!r}")
-        else:
-            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            parts.append(f"{owner}: setting {setting!r} {message}, got {detail['input']!r}")
+        if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            near = nearest(str(detail["loc"][-1]), known)
+            listing = f"it has {', '.join(known)}" if known else ""
+            hint = f"did you mean {near!r}?" if near else listing
+            parts.append(f"{owner} has no setting {setting!r}" + (f" ({hint})" if hint else ""))
+            continue
+        messages = [each["msg"].removeprefix("Value error, ").removeprefix("Input ").replace(
+            "be callable", "be a function") for each in same]
+        first, *others = dict.fromkeys(messages)
+        choices = re.findall(r"'([^']*)'", " ".join(str(each.get("ctx", {}).get("expected", "")) for each in same))
+        near = nearest(detail["input"], choices) if isinstance(detail["input"], str) else ""
+        hint = f" (did you mean {near!r}?)" if near else ""
+        message = " or ".join([first, *(other.removeprefix("should ") for other in others)])
+        parts.append(f"{owner}: setting {setting!r} {message}, got {brief(detail['input'])}{hint}")
     return "; ".join(parts) + "."
+
+
+def _by_setting(error: ValidationError) -> list[list[Any]]:
+    """The problems of an error, those together that are one: a value of which no alternative of a type takes."""
+    groups: list[list[Any]] = []
+    before: Any
+    for detail in error.errors():
+        before = groups[-1][-1] if groups else {"input": object(), "type": "", "loc": ()}
+        # Settings that are missing have one input, too: what they are missing in.
+        same = before["input"] is detail["input"] and before["type"] != "missing"
+        if same and len(detail["loc"]) > 1 and before["loc"][:-1] == detail["loc"][:-1]:
+            groups[-1].append(detail)
+        else:
+            groups.append([detail])
+    for group in groups:
+        if len(group) > 1:  # which alternative it was is no part of the setting's name
+            group[0]["loc"] = group[0]["loc"][:-1]
+    return groups
 
 
 def first_problem(error: ValidationError) -> str:
@@ -124,4 +216,4 @@ def first_problem(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if first["type"] == "json_invalid":
         return message
-    return f"{place} {message}, got {first['input']!r:.80}" + (f", and {len(others)} more" if others else "")
+    return f"{place} {message}, got {brief(first['input'])}" + (f", and {len(others)} more" if others else "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import glob
 import json
 import os
 import stat
@@ -13,9 +16,19 @@ from typing import IO, Any
 
 from layerlab.base.errors import LayerlabError
 
+# What a temporary file's name ends with, so that nothing else passes for one.
+_PARTIAL = ".partial"
 
-def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+
+def write_atomically(
+    file: Path, write: Callable[[IO[bytes]], object], check: Callable[[Path], object] | None = None
+) -> None:
     """Write a file so that a reader, after a crash too, finds the old content or the new, never a part.
+
+    Args:
+        file: its folder is made if there is none.
+        write: is given a stream, in which it may seek.
+        check: is given what was written, before that takes the file's name; what it raises leaves the old file.
 
     Raises:
         LayerlabError: the folder cannot be written (full disk, read-only); the old file is still there.
@@ -23,26 +36,62 @@ def write_atomically(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     stream = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+        sweep(file)
+        with _temporary(file) as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        # Like any file that open() makes, rather than readable by its owner alone as temporary ones are.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(stream.name, 0o666 & ~umask)
-        os.replace(stream.name, file)
+            if check is not None:
+                check(Path(stream.name))
+            # Like any file that open() makes, rather than readable by its owner alone as temporary ones are.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(stream.name, 0o666 & ~umask)
+            os.replace(stream.name, file)
         folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as RuntimeError.
-        raise LayerlabError(f"Cannot write {file} ({error}); make room or choose another folder.") from error
+        raise LayerlabError(f"Cannot write {file} ({_of_the_system(error)}); make room or choose another folder.") \
+            from error
     finally:
         if stream is not None:
             Path(stream.name).unlink(missing_ok=True)
+
+
+def _temporary(file: Path) -> Any:
+    """A new file beside another one, locked as long as it is open: by that it differs from those of killed writers."""
+    while True:
+        stream = tempfile.NamedTemporaryFile(  # noqa: SIM115, the caller's
+            dir=file.parent, prefix=f".{file.name}.", suffix=_PARTIAL, delete=False
+        )
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        # Another process may have swept it away before it was locked.
+        if os.fstat(stream.fileno()).st_nlink:
+            return stream
+        stream.close()
+
+
+def sweep(file: Path) -> None:
+    """Remove what killed processes left of their tries to write a file."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*{_PARTIAL}"):
+        # Locked by a process that is writing it, not ours, or on a file system without locks: it stays.
+        with contextlib.suppress(OSError), left.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _of_the_system(error: BaseException) -> BaseException:
+    """The system's own error, where torch has put one of its own in front of it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__context__
+    return error
 
 
 def write_json(file: Path, content: Any) -> None:

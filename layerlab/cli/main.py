@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -58,15 +59,17 @@ def main() -> None:
 def list_() -> None:
     """List the installed strategies and their papers."""
     from layerlab.contract.catalogue import BROKEN, NO_PAPER, plugin_row
-    from layerlab.contract.plugin_probe import import_errors
+    from layerlab.contract.plugin_probe import PluginProbe
     from layerlab.contract.registry import strategies
 
     plugins = strategies.every()
     if not plugins:
         click.echo(NOTHING_INSTALLED)
         return
+    with PluginProbe() as probe:
+        errors = probe.import_errors(plugins)
     rows: list[list[str | Cell]] = []
-    for plugin, broken in zip(plugins, import_errors(plugins), strict=True):
+    for plugin, broken in zip(plugins, errors, strict=True):
         name, owner, text = plugin_row(plugin, broken)
         tone: Tone = ""
         if text.startswith(BROKEN):
@@ -105,20 +108,27 @@ def describe(name: str) -> None:
 
 
 def _pairs(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
+    from layerlab.base.text import NoYaml, from_yaml
 
-    from layerlab.base.text import from_yaml
-
-    parameters = {}
+    parameters: dict[str, Any] = {}
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"{value!r} is not of the form key=value, such as -p epochs=3.")
+        if name in parameters:
+            raise click.BadParameter(f"{name!r} is given twice; keep one of them.")
         try:
-            parameters[name] = from_yaml(text)
-        except yaml.YAMLError:
+            parameters[name] = from_yaml(text, f"Parameter {name!r}")
+        except NoYaml:
             parameters[name] = text
     return parameters
+
+
+def _finite(_: Any, __: Any, value: float | None) -> float | None:
+    """Infinity and what is no number pass click's range."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no time; give minutes, or leave it out for no limit.")
+    return value
 
 
 def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +138,7 @@ def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rerun", is_flag=True, help="Run what is finished, too."),
         click.option("--workers", type=click.IntRange(1), metavar="N",
                      help="Notebooks at once; default: as many as cores, memory and GPUs carry."),
-        click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
+        click.option("--time-limit", type=click.FloatRange(0, min_open=True), metavar="MINUTES", callback=_finite,
                      help="For each notebook."),
         click.option("--retries", type=click.IntRange(0), metavar="N",
                      help="How often a notebook whose kernel died goes on (default: 2)."),
@@ -306,10 +316,13 @@ def import_(files: tuple[Path, ...]) -> None:
         raise SystemExit(1)
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @click.option("--root", type=click.Path(path_type=Path), help="Where datasets lie (default: $LAYERLAB_DATA).")
-def data(root: Path | None) -> None:
-    """List the known datasets and which of them are here."""
+@click.pass_context
+def data(context: click.Context, root: Path | None) -> None:
+    """List the known datasets and which of them are here, or check a folder of your own."""
+    if context.invoked_subcommand is not None:
+        return
     from layerlab.workload.loading import DATASETS, available
 
     rows: list[list[str | Cell]] = []
@@ -318,6 +331,33 @@ def data(root: Path | None) -> None:
         mark = Cell("here", "good") if place else Cell("missing", "warning")
         rows.append([name, mark, str(place or "set LAYERLAB_DATA to the folder that holds it")])
     _print(Table(("dataset", "", "where"), rows))
+
+
+@data.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+def check_data(folder: Path) -> None:
+    """Look at every image of a FOLDER once: layout, class counts, and what is broken, doubled, turned or leaking.
+
+    Ends with exit status 1 where an image cannot be used, is in two halves, or has two labels.
+    """
+    from layerlab.workload.inspection import inspect_images
+
+    found = inspect_images(folder)
+    for table in (found.layout, found.classes, found.table):
+        _print(table)
+        click.echo()
+    if not found.sound:
+        click.echo("Before you train, mend what cannot be used, is in two halves or has two labels.")
+        raise SystemExit(1)
+    click.echo("The data are sound.")
+
+
+@main.command()
+def doctor() -> None:
+    """Show signs of health on one page, to paste into a report: versions, room, locks, leftovers, tracking, ports."""
+    from layerlab.reporting.doctor import health
+
+    _print(health())
 
 
 @main.command()
@@ -330,7 +370,10 @@ def check(name: str, settings: dict[str, Any]) -> None:
     from layerlab.show.progress import Bar, Bars
     from layerlab.testing.checks import CHECKS
     from layerlab.testing.kit import check_strategy
+    from layerlab.training.watch import VARIABLE
 
+    # A hook that never comes back fails its check, and the checks are small.
+    os.environ.setdefault(VARIABLE, "120")
     strategy = strategies(name, **settings)
     results: list[dict[str, Any]] = []
     bars = Bars()

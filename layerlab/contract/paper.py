@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import tomllib
 import warnings
@@ -15,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.base.names import NAME, FileName
+from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult, Data
 from layerlab.contract.parameters import Parameters, differing, merged_parameters
 from layerlab.contract.registry import Plugin
@@ -206,7 +206,7 @@ class Paper(Data):
             parameters: in force when it ran. One that the profile has and the run did not know is None.
         """
         usual = self.profiles[profile].parameters if profile in self.profiles else {}
-        return differing(json.loads(json.dumps(usual, default=str)), parameters)
+        return differing(as_json(usual), parameters)
 
     def profile(self, name: str) -> Profile:
         """The run profile of that name.
@@ -260,7 +260,7 @@ def read_paper(file: Path, strategy: str) -> Paper:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise LayerlabError(f"{file} cannot be read: {error}.") from None
     except ValidationError as error:
-        raise LayerlabError(sentence(error, str(file))) from None
+        raise LayerlabError(sentence(error, str(file), Paper.model_fields)) from None
 
 
 def load_paper(strategy: str | Plugin) -> Paper:

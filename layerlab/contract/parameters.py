@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerlab.base.errors import LayerlabError, unknown
+from layerlab.base.errors import LayerlabError, brief, unknown
+from layerlab.base.text import as_json
 
 if TYPE_CHECKING:
     from layerlab.contract.registry import Plugin
@@ -49,11 +49,11 @@ def merged_parameters(owner: str, profile: Mapping[str, Any], given: Mapping[str
             raise unknown(f"parameter of {owner}", name, profile)
         if not _alike(profile[name], value):
             raise LayerlabError(
-                f"Parameter {name!r} of {owner} is {_kind(profile[name])} in the profile, got {value!r}; give it "
+                f"Parameter {name!r} of {owner} is {_kind(profile[name])} in the profile, got {brief(value)}; give it "
                 f"{_kind(profile[name])}."
             )
     chosen = {name: value for name, value in given.items() if value is not None}
-    usual, in_force = (json.loads(json.dumps(values, default=str)) for values in (dict(profile), {**profile, **chosen}))
+    usual, in_force = (as_json(values) for values in (profile, {**profile, **chosen}))
     changed = differing(usual, in_force)
     return Parameters(in_force, {name: value for name, value in chosen.items() if name in changed})
 
@@ -71,7 +71,9 @@ def differing(usual: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 
 def check_settings(plugin: Plugin, profile: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Hold what was changed against the strategy's settings of the same names, before a kernel starts.
+    """Hold what was changed against the strategy's settings of the same names.
+
+    This imports the plugin; `layerlab.contract.plugin_probe` does it in a process of its own.
 
     A parameter whose value in the profile is none that the setting takes (a list to choose from, say) is left to the
     notebook.
@@ -79,8 +81,6 @@ def check_settings(plugin: Plugin, profile: Mapping[str, Any], changed: Mapping[
     Raises:
         LayerlabError: a value that the setting does not take.
     """
-    if not changed:
-        return
     strategy = plugin.load()
     for name in changed.keys() & strategy.model_fields.keys():
         try:

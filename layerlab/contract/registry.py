@@ -72,11 +72,17 @@ class Plugin:
         """
         strategy, broken = self._loaded
         if strategy is None:
-            raise LayerlabError(
-                f"Plugin {self.name!r} of distribution {self.distribution!r} is broken ({broken}); "
-                f"mend or uninstall {self.distribution}."
-            )
+            raise self.refusal(broken)
         return strategy
+
+    def refusal(self, broken: str) -> LayerlabError:
+        """The error for a plugin that cannot be used, for the caller to raise.
+
+        Args:
+            broken: why.
+        """
+        return LayerlabError(f"Plugin {self.name!r} of distribution {self.distribution!r} is broken ({broken}); "
+                             f"mend or uninstall {self.distribution}.")
 
 
 class Registry:

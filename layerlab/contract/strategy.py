@@ -58,7 +58,7 @@ class Strategy(BaseModel):
         0.25
         >>> Half(shar=0.25)
         Traceback (most recent call last):
-        layerlab.base.errors.Refused: half has no setting 'shar'.
+        layerlab.base.errors.Refused: half has no setting 'shar' (did you mean 'share'?).
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
@@ -72,7 +72,7 @@ class Strategy(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise Refused(sentence(error, type(self).name or type(self).__name__)) from None
+            raise Refused(sentence(error, type(self).name or type(self).__name__, type(self).model_fields)) from None
 
     def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
         """Say what this strategy can do with a network, before any training; `fit` asks each of its strategies.

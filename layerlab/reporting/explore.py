@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -36,8 +36,9 @@ ALL = "all"
 
 
 def load_images(
-    data: str, network: str, *, image_size: int | None = None, channels: int | None = None, limit: int | None = None,
-    augment: Augment = "none", padding: int = 2, validation: int | None = None, **options: Any,
+    data: str, network: str, *, image_size: int | None = None, channels: Literal[1, 3] | None = None,
+    limit: int | None = None, augment: Augment = "none", padding: int = 2, validation: int | None = None,
+    **options: Any,
 ) -> Dataset:
     """`load_dataset` with the channels that a network takes, where that is known: 3 for torchvision's.
 
@@ -45,12 +46,13 @@ def load_images(
         data, image_size, channels, limit, options: as `load_dataset`.
         network: as `build_network` takes it.
         augment, padding: as `Dataset.augmented`.
-        validation: each so-many-th training image is set apart to choose by, as `Dataset.with_validation`.
+        validation: each so-many-th training image is set apart to choose by, as `Dataset.with_validation`, unless the
+            data have a validation half of their own.
     """
     if channels is None and ":" not in network and network not in MODELS:
         channels = 3
     loaded = load_dataset(data, image_size=image_size, channels=channels, limit=limit, **options)
-    if validation is not None:
+    if validation is not None and loaded.validation is None:
         loaded = loaded.with_validation(validation)
     return loaded.augmented(augment, padding)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from layerlab.base import usage
 from layerlab.base.digests import package_digests
 from layerlab.base.provenance import versions
+from layerlab.base.text import as_json
 from layerlab.runs.record import notebook_cells
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def notebook_basis(notebook: Path, parameters: Mapping[str, Any], cwd: str = "")
         # Plugins count by the files that the notebook imports.
         "versions": versions(plugins=False),
     }
-    return dict(json.loads(json.dumps(basis, default=str)))
+    return dict(as_json(basis))
 
 
 def paper_basis(paper: Paper, parameters: Mapping[str, Any]) -> dict[str, Any]:

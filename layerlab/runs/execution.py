@@ -15,6 +15,7 @@ from layerlab.base.errors import LayerlabError, Refused, first_line
 from layerlab.base.files import write_json
 from layerlab.base.folder_lock import HELD, AtWork, folder_lock
 from layerlab.base.names import ATTEMPT
+from layerlab.base.text import as_json
 from layerlab.base.usage import USED
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
@@ -54,7 +55,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
     """
     folder = Path(job.folder)
     _check_writable(folder)
-    with folder_lock(folder, -1 if wait else 0), quiet_papermill():
+    with folder_lock(folder, -1 if wait else 0, say), quiet_papermill():
         OwnFolder(folder).take(job.file.name)
         if since is not None:
             if job.is_done(since):
@@ -70,7 +71,8 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
         _run(job)
         if not job.strategy:
             write_json(folder / RECORD, {
-                "finished": True, "basis": job.basis, "used": _read_used(folder), "parameters": job.changed,
+                "finished": True, "basis": job.basis, "used": _read_used(folder),
+                "parameters": as_json(job.changed),
                 "seconds": round(time.monotonic() - begin, 1), "ended": time.time(),
             })
         record = read_record(folder)
@@ -78,7 +80,10 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
             raise fail(job, "ended before its claims were written")
         os.replace(job.partial, job.file)
         if job.strategy:
-            tracking.log_file(record["mlflow_run"], job.file.read_bytes(), job.file.name, record.get("artifacts", ""))
+            box = tracking.Outbox(folder, job.strategy, f"the notebook of {job.label}", f"{record['attempt']}-notebook",
+                                  {}, record["mlflow_run"], record.get("artifacts"))
+            box.add(file=job.file.name)
+            box.send(last=True)
 
 
 def _run(job: Job) -> None:
@@ -86,6 +91,9 @@ def _run(job: Job) -> None:
     papermill = import_papermill()
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    from layerlab.runs.papermill_engine import keep_keys
+
+    keep_keys()
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
                    HELD: str(folder.resolve()), USED: str(folder / _USED_FILE)}
@@ -208,7 +216,11 @@ def close_runs(job: Job, status: Literal["FAILED", "KILLED"] = "FAILED") -> None
     with contextlib.suppress(*_NOT_OURS), folder_lock(folder):
         record = read_record(folder)
         if job.strategy and record.get("mlflow_run") and not record.get("finished"):
-            tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
+            try:
+                tracking.end_open_runs(job.strategy, record["mlflow_run"], status)
+            except Exception as error:  # whatever MLflow raises where its database is away
+                say(f"The runs of {job.name} stay open in MLflow ({first_line(error)}); the next process that tracks "
+                    "anything closes them.")
 
 
 def _check_writable(folder: Path) -> None:

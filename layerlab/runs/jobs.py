@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from layerlab.base.errors import LayerlabError, reason
-from layerlab.base.text import reproduce_command
-from layerlab.contract.paper import load_paper
-from layerlab.contract.parameters import check_settings
+from layerlab.base.text import as_json, reproduce_command
+from layerlab.contract.paper import Paper, load_paper
+from layerlab.contract.plugin_probe import Changes, PluginProbe
 from layerlab.contract.registry import strategies
 from layerlab.runs.basis import State, notebook_basis, paper_basis, standing
 from layerlab.runs.notebook_file import check_parameters, kernel_for, read_notebook
@@ -122,29 +123,45 @@ class Job:
 
 
 def paper_job(
-    strategy: str, profile: str = "quick", changed: Mapping[str, Any] | None = None,
+    strategy: str | Paper, profile: str = "quick", changed: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
 ) -> Job:
     """The notebook of an installed strategy's paper.
 
     Args:
-        strategy: name of an installed strategy.
+        strategy: name of an installed strategy, or its paper, where that is read already.
         profile: one of its paper's.
         changed: notebook parameters that differ from the profile's.
         output: the folder for notebook, tables, figures and claims. Default: `runs/<strategy>/<profile>`.
 
+    The strategy is not imported, so a value that its setting does not take is found by `setting_errors` alone.
+
     Raises:
-        LayerlabError: no such strategy, profile or parameter; a value that the strategy's setting does not take.
+        LayerlabError: no such strategy, profile or parameter, or a value of another kind than the profile's.
     """
-    paper = load_paper(strategy)
+    paper = load_paper(strategy) if isinstance(strategy, str) else strategy
     chosen = paper.profile(profile)
     merged = paper.parameters(profile, changed or {})
-    check_settings(strategies[strategy], chosen.parameters, merged.changed)
-    folder = Path(output) if output else default_folder(strategy, profile, merged.changed)
+    folder = Path(output) if output else default_folder(paper.strategy, profile, merged.changed)
     return Job(
-        str(paper.notebook_file), str(folder.resolve()), strategy, profile, merged.changed,
+        str(paper.notebook_file), str(folder.resolve()), paper.strategy, profile, merged.changed,
         paper_basis(paper, merged.in_force), chosen.cores, chosen.memory_gb,
     )
+
+
+def setting_errors(jobs: Sequence[Job], probe: PluginProbe) -> list[str]:
+    """Why the settings of each job's strategy do not take its parameters, or an empty string, in their order.
+
+    Args:
+        jobs: any; those without changed parameters are not looked at.
+        probe: imports the plugins, in a process of its own.
+    """
+    changed = [job for job in jobs if job.strategy and job.changed and not job.problem]
+    paper = functools.cache(load_paper)
+    asked = [Changes(strategies[job.strategy], paper(job.strategy).profile(job.profile).parameters, job.changed)
+             for job in changed]
+    found = iter(probe.refused_changes(asked))
+    return [next(found) if job.strategy and job.changed and not job.problem else "" for job in jobs]
 
 
 def notebook_job(
@@ -178,7 +195,7 @@ def notebook_job(
     folder = Path(output) if output else default_folder("notebooks", name, given)
     # A dash is in no parameter's name.
     how = {option: value for option, value in (("--cwd", place), ("--kernel", kernel)) if value}
-    return Job(str(file), str(folder.resolve()), changed=given, basis=notebook_basis(file, given | how, place),
+    return Job(str(file), str(folder.resolve()), changed=given, basis=notebook_basis(file, as_json(given) | how, place),
                cwd=place, kernel=kernel)
 
 

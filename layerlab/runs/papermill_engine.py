@@ -9,9 +9,25 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager
 from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger
+from papermill.translators import PythonTranslator, papermill_translators
 
+from layerlab.base.text import as_json
 from layerlab.base.usage import USED
 from layerlab.show.progress import VARIABLE, drawn, report
+
+
+class Translator(PythonTranslator):
+    """Keys of mappings as they are, where papermill makes texts of numbers and None."""
+
+    @classmethod
+    def translate_dict(cls, val: dict[Any, Any]) -> str:
+        pairs = [f"{cls.translate(key)}: {cls.translate(value)}" for key, value in val.items()]
+        return f"{{{', '.join(pairs)}}}"
+
+
+def keep_keys() -> None:
+    """Let papermill write Python parameters with `Translator` from now on."""
+    papermill_translators.register("python", Translator)
 
 
 class Manager(NotebookExecutionManager):
@@ -94,6 +110,9 @@ class Engine(NBClientEngine):
         Raises:
             PapermillExecutionError: `sys.exit()` in a cell, which papermill calls a success.
         """
+        # Papermill notes them there, and a notebook's file sorts keys, which have to be texts for that.
+        noted = nb.metadata.get("papermill", {})
+        noted["parameters"] = as_json(noted.get("parameters", {}))
         manager = Manager(nb, output_path, log_output, False, autosave_cell_every)
         name = os.path.basename(str(output_path or options.get("input_path") or "notebook"))
         if source := nb.metadata.pop("layerlab", {}).get("source"):

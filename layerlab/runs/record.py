@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from layerlab.base.errors import LayerlabError, first_problem
+from layerlab.base.text import as_json
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
 
@@ -49,7 +50,7 @@ def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) ->
     """`runs/<strategy>/<profile>` in the workbook's folder, or one of their own for other parameters."""
     name = profile
     if overrides:
-        text = json.dumps(dict(overrides), sort_keys=True, default=str)
+        text = json.dumps(as_json(overrides), sort_keys=True)
         name += "-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     return workbook_folder() / "runs" / strategy / name
 

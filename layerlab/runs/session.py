@@ -23,6 +23,7 @@ from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.names import file_name
 from layerlab.base.provenance import provenance
+from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
@@ -132,7 +133,7 @@ class Session:
     ) -> None:
         self.experiment = experiment
         self.folder = folder.resolve()
-        self._values = values = json.loads(json.dumps(dict(parameters), default=str))
+        self._values = values = as_json(parameters)
         self._usage = usage.recorder()
         # What is known by other means, see `layerlab.runs.basis`, or is made here.
         self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
@@ -159,10 +160,12 @@ class Session:
         }
         write_json(self.folder / RECORD, self._record)
         self._tags = {**(tags or {}), "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
-        self.run_id = tracking.start_run(
-            experiment, title, self.attempt,
+        self._outbox = tracking.Outbox(
+            self.folder, experiment, title, self.attempt,
             self._tags | tracking.common_tags() | {"kind": "notebook"} | tracking.parameter_tag(values),
         )
+        self.run_id = self._outbox.open(tracking.PATIENCE)
+        tracking.send_unsent(tracking.unsent_files())
         self._artifacts = tracking.artifact_folder(self.run_id)
         self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
         write_json(self.folder / RECORD, self._record)
@@ -178,7 +181,8 @@ class Session:
         """
         from layerlab.training.fit import compare
 
-        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id)
+        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id,
+                                   self.folder)
         checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
         return compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
 
@@ -218,8 +222,9 @@ class Session:
         for shown in self._manifest.shown("figure"):
             content = (self.folder / shown.file).read_bytes()
             self._keep(shown.file, stamped(content, f"layerlab · {self.experiment} · {identity.id}"))
-        tracking.tag_results(self.experiment, self.run_id, identity.id)
-        tracking.client().set_terminated(self.run_id, "FINISHED")
+        self._outbox.add(result=identity.id)
+        self._outbox.add(**tracking.ended("FINISHED"))
+        self._outbox.send(last=True)
         seconds = round(time.monotonic() - self._opened, 1)
         self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds,
                          "used": self._usage.content(self._known)}
@@ -237,7 +242,8 @@ class Session:
 
     def _keep(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, lambda stream: stream.write(content))
-        tracking.log_file(self.run_id, content, name, self._artifacts)
+        self._outbox.add(file=name)
+        self._outbox.send()
 
 
 class Study(Session):
@@ -275,14 +281,15 @@ class Study(Session):
         self._results: list[ClaimResult] = []
         super().__init__(
             strategy, f"{strategy} · {profile} · notebook",
-            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)), values,
+            Path(output or os.environ.get(OUTPUT) or default_folder(strategy, profile, merged.changed)),
+            vars(self.parameters),
             {"paper": strategy, "profile": profile},
             {"profile": profile, "basis": paper_basis(self.paper, values)},
             self.paper.notebook_file,
         )
         self._known.append(self.paper.folder / "paper.toml")
         # As `finish` does it, so that what cannot be tracked is found before anything is trained.
-        self._log_claims(self.results)
+        tracking.log_tags(self.run_id, tracking.claim_tags(result.model_dump_json() for result in self.results))
 
     @classmethod
     def of_notebook(cls, strategy: str, variables: Mapping[str, Any]) -> Study:
@@ -352,26 +359,16 @@ class Study(Session):
         return identity_of(self.paper.strategy, self.profile, self._values, self._usage.data,
                            {"plugin": package_digests(self.paper.folder)})
 
-    def _log_claims(self, results: Sequence[ClaimResult]) -> None:
-        """Log what was measured of each claim, or that it was not run."""
-        from mlflow.entities import Metric
-
-        now = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()]
-        tracking.log_metrics(self.run_id, metrics)
-        # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
-        tracking.log_tags(self.run_id, tracking.claim_tags(result.model_dump_json() for result in results))
-
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""
         from layerlab.contract.rows import scoreboard
 
         identity = self.identity().id
         results = [result.model_copy(update={"result": identity}) for result in self.results]
-        self._log_claims(results)
-        content = [result.model_dump() for result in results]
-        tracking.log_file(self.run_id, json.dumps(content, indent=2, ensure_ascii=False).encode(), "claims.json",
-                          self._artifacts)
-        write_json(self.folder / RESULTS, content)
+        now = time.time_ns() // 1_000_000
+        self._outbox.add(metrics=[(name, value, now, 0) for name, value in tracking.claim_metrics(results).items()])
+        # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
+        self._outbox.add(tags=tracking.claim_tags(result.model_dump_json() for result in results))
+        self._keep_json(RESULTS, [result.model_dump() for result in results])
         self.close()
         return scoreboard(results)

@@ -88,7 +88,7 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
         if panel == "epoch":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if y.startswith("test/top"):
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
             low, high = frame[y].min(), frame[y].max()
             margin = 0.06 * (high - low + 1e-9)
             axis.set_ylim(max(0.0, low - margin), min(1.0, high + margin))
@@ -352,12 +352,12 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
         errors = part[error] if error else None
         bars = axis.bar(places, part[y], width, label=name, yerr=errors,
                         error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.3"})
-        axis.bar_label(bars, fmt=(lambda v: f"{v:.0%}") if percent else "{:.3g}", fontsize=8, padding=2)
+        axis.bar_label(bars, fmt=(lambda v: f"{100 * v:.3g}%") if percent else "{:.3g}", fontsize=8, padding=2)
     axis.set_xticks(np.arange(len(groups)), [str(group) for group in groups])
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.margins(y=0.12)
     if percent:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -387,7 +387,7 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
                           fontsize=8)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=name)
         if percent:
-            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.margins(x=0.18, y=0.15)
     for axis in flat[len(panels):]:

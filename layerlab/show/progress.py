@@ -7,6 +7,7 @@ appended, one a cell and one an epoch; the starter draws them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -31,6 +32,13 @@ _HTML = '<pre style="line-height: normal">{code}</pre>'
 def first_process() -> bool:
     """Whether this is the first process of those that torchrun started, or the only one: it alone writes and logs."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def say_not_first() -> None:
+    """Tell, once, that this process writes nothing."""
+    say(f"RANK={os.environ.get('RANK')} is set, so this process trains with others, of which the first alone writes "
+        "checkpoints and logs to MLflow; unset RANK if it trains alone.")
 
 
 def report(event: dict[str, Any]) -> bool:

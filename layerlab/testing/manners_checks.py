@@ -6,11 +6,10 @@ import copy
 import io
 import os
 from collections.abc import Iterable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PrivateAttr
-from torch import nn
 
 from layerlab.base.errors import Refused, reason
 from layerlab.contract.registry import strategies
@@ -18,6 +17,7 @@ from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 from layerlab.testing.networks import CLASSES, SHAPE
 from layerlab.testing.trial import BATCH, EPOCHS, digits, logits_of, own_network, train, trained
+from layerlab.training.untouched import torch_switches
 
 
 def leaves_users_model(strategy: Strategy) -> None:
@@ -94,27 +94,7 @@ def global_switches(strategy: Strategy) -> None:
 
 def _switches() -> dict[str, Any]:
     """Name of a global setting → its value."""
-    hooks = [len(hooks) for name, hooks in vars(nn.modules.module).items()
-             if name.startswith("_global_") and isinstance(hooks, dict)]
-    backends, filling = torch.backends, cast(Any, torch.utils.deterministic)
-    return {
-        "torch.is_grad_enabled": torch.is_grad_enabled(),
-        "torch.is_inference_mode_enabled": torch.is_inference_mode_enabled(),
-        "torch.get_default_dtype": torch.get_default_dtype(),
-        "torch.get_num_threads": torch.get_num_threads(),
-        "torch.are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled(),
-        "torch.utils.deterministic.fill_uninitialized_memory": filling.fill_uninitialized_memory,
-        "torch.is_autocast_enabled": torch.is_autocast_enabled("cpu"),
-        "torch.is_anomaly_enabled": torch.is_anomaly_enabled(),
-        "torch.get_float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "torch.backends.cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic,
-                                 backends.cudnn.allow_tf32),
-        "torch.backends.cuda.matmul.allow_tf32": backends.cuda.matmul.allow_tf32,
-        "torch.backends.mkldnn.enabled": backends.mkldnn.enabled,
-        "the default device": torch.get_default_device(),
-        "hooks of all modules": hooks,
-        "the environment's variables": dict(os.environ),
-    }
+    return torch_switches() | {"the environment's variables": dict(os.environ)}
 
 
 def data_untouched(strategy: Strategy) -> None:

@@ -7,10 +7,9 @@ import pickle
 import subprocess
 import sys
 
-import yaml
-
 from layerlab.base.errors import Refused, reason
 from layerlab.base.names import NAME
+from layerlab.base.text import from_yaml, to_yaml
 from layerlab.contract.strategy import Strategy
 
 
@@ -24,8 +23,8 @@ def settings_round_trip(strategy: Strategy) -> None:
     for name, field in kind.model_fields.items():
         assert field.description, f"setting {name!r} has no description; write a docstring under the field"
     try:
-        text = yaml.safe_dump(strategy.model_dump(mode="json"))
-        again = kind(**yaml.safe_load(text))
+        text = to_yaml(strategy.model_dump(mode="json"))
+        again = kind(**from_yaml(text))
     except Exception as error:
         raise AssertionError(
             f"settings {strategy!r} do not come back through YAML ({reason(error)}); let fields be "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 
 import torch
 
-from layerlab.base.errors import LayerlabError, first_line
-from layerlab.base.files import write_atomically, write_json
+from layerlab.base.errors import LayerlabError, Refused, brief, first_line
+from layerlab.base.files import sweep, write_json
 from layerlab.base.names import ATTEMPT
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
+from layerlab.training.state_file import check_storable, read_state, write_state
 
 
 class Checkpoint:
@@ -35,43 +38,87 @@ class Checkpoint:
         return self.folder / "state.pt"
 
     def attempt(self) -> str:
-        """An id for this fit that survives interruptions, by which its MLflow run is found again."""
+        """An id for this fit that survives interruptions, by which its MLflow run is found again.
+
+        Raises:
+            LayerlabError: the file that keeps it holds something else, or cannot be read or written.
+        """
         file = self.folder / ATTEMPT
-        if file.exists():
-            return json.loads(file.read_text())["attempt"]
-        attempt = uuid.uuid4().hex
-        write_json(file, {"attempt": attempt})
-        return attempt
+        if not file.exists():
+            attempt = uuid.uuid4().hex
+            write_json(file, {"attempt": attempt})
+            return attempt
+        try:
+            attempt = json.loads(file.read_text(encoding="utf-8"))["attempt"]
+            if re.fullmatch("[0-9a-f]{32}", attempt):
+                return attempt
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        raise LayerlabError(f"{file} does not say which MLflow run this fit has; delete it, and the fit goes on in a "
+                            "new run.")
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the stored state.
 
         Raises:
-            LayerlabError: no room, or not writable; the previous state is still there.
+            LayerlabError: something in it would not come back; no room, or not writable. The previous state is still
+                there.
         """
-        write_atomically(self.file, lambda stream: torch.save({**state, "fingerprint": self.fingerprint}, stream))
+        for name, each in state["strategies"].items():
+            check_storable(f"The state of strategy {name!r}", each, "let its state_dict give")
+        for owner, part in (("network", "model"), ("optimizer", "optimizer"), ("schedule", "schedule"),
+                            ("history", "history")):
+            check_storable(f"The state of the {owner}", state[part], "let it be made of")
+        try:
+            write_state(self.file, {**state, "fingerprint": self.fingerprint})
+        except LayerlabError as error:
+            if not self.file.exists():
+                raise
+            raise LayerlabError(f"{error} The last state that was written is still there, and the fit goes on from it "
+                                "when it is started again.") from error
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The stored state with tensors on `device`, or None if there is none yet.
 
         Raises:
-            LayerlabError: it is damaged, or belongs to a fit with other arguments.
+            LayerlabError: it is damaged, is none of layerlab's, or belongs to a fit with other arguments.
         """
+        sweep(self.file)
         if not self.file.exists():
             return None
-        try:
-            state = torch.load(self.file, map_location=device, weights_only=True)
-        except Exception as error:  # zip, pickle and runtime errors, depending on the damage
-            raise LayerlabError(
-                f"The checkpoint {self.file} is damaged ({first_line(error)}); delete the folder "
-                f"{self.folder} to start anew."
-            ) from None
+        foreign = "move it, or give another folder"
+        anew = f"delete the folder {self.folder} to start anew"
+        state = read_state(self.file, "The checkpoint", anew, foreign, device)
+        if not isinstance(state, dict) or "fingerprint" not in state:
+            raise LayerlabError(f"{self.file} is no checkpoint of a fit; {foreign}.")
         if state["fingerprint"] != self.fingerprint:
             raise LayerlabError(
                 f"The checkpoint in {self.folder} belongs to a fit with other arguments (settings, strategies, seed, "
                 "data, network, loss or versions); give another folder, or delete this one to start anew."
             )
         return state
+
+
+def checkpoint_folder(given: str | Path | None) -> Path | None:
+    """The folder that a user names for checkpoints.
+
+    Raises:
+        Refused: an empty text, a file, or what no folder can be called.
+    """
+    if given is None:
+        return None
+    if not str(given):
+        raise Refused("checkpoint is an empty text; name a folder, or leave it out.")
+    folder = Path(given)
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except FileNotFoundError:
+        return folder
+    except (OSError, ValueError) as error:  # a name that is too long, or has a character that none may have
+        raise Refused(f"checkpoint cannot be {brief(str(given))} ({first_line(error)}); name another folder.") from None
+    if not is_folder:
+        raise Refused(f"checkpoint is {folder}, which is a file; name a folder.")
+    return folder
 
 
 def run_state(run: Run, strategies: Sequence[Strategy]) -> dict[str, Any]:

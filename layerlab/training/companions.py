@@ -128,6 +128,7 @@ class Companions:
         return Comparison(
             rounds.results, rounds.failures, self.baseline.name if self.baseline else "",
             _kept(self.equals, trained), _kept(self.placebos, trained),
+            tuple(arm for arm in rounds.untouched if arm in trained),
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerlab.base.digests import file_digest
 from layerlab.base.sharing import shared_names
+from layerlab.base.text import as_json
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 from layerlab.training.settings import Settings, describe
@@ -44,7 +45,7 @@ def fingerprint(run: Run, data: Dataset, strategies: Sequence[Strategy], setting
         "seed": seed,
         "data": [data.name, data.fingerprint, data.train.augment, data.train.padding],
     }
-    return _digest(json.dumps(parts, sort_keys=True).encode(), 16)
+    return _digest(json.dumps(as_json(parts), sort_keys=True).encode(), 16)
 
 
 class Description:
@@ -90,7 +91,7 @@ class Description:
             return self._function(value)
         if isinstance(value, type):
             return self._class(value)
-        return [self.of(type(value)), self.of(getattr(value, "__dict__", {}))]
+        return [self.of(type(value)), self.of(_state(value))]
 
     def _network(self, network: nn.Module) -> list[Any]:
         """Modules with their attributes and code under all their names, ties, and the weights."""
@@ -133,6 +134,16 @@ class Description:
         """Instructions, names and constants, without places in files."""
         constants = [self._code(each) if isinstance(each, CodeType) else self.of(each) for each in code.co_consts]
         return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def _state(value: Any) -> Any:
+    """The attributes of an object; what pickle would keep of one without a `__dict__`, such as a path or a date."""
+    if hasattr(value, "__dict__"):
+        return value.__dict__
+    try:
+        return list(value.__reduce_ex__(2)[1:3])
+    except Exception:  # whatever an object raises that cannot be pickled
+        return {}
 
 
 def _of_library(function: FunctionType) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerlab.base.errors import Refused
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
+from layerlab.training.checkpoint import checkpoint_folder
 from layerlab.training.companions import Companions, Equal
 from layerlab.training.loop import Observer
 from layerlab.training.results import Comparison, FitResult
@@ -19,12 +20,14 @@ from layerlab.training.settings import FitSettings, checked_settings
 from layerlab.training.start import Network
 from layerlab.workload.dataset import Dataset
 
+Strategies = Strategy | str | Sequence[Strategy | str]
+
 
 @overload
 def fit(
     model: nn.Module | Callable[[], nn.Module],
     data: Dataset,
-    strategies: Strategy | Sequence[Strategy] = (),
+    strategies: Strategies = (),
     *,
     seed: int = 0,
     name: str = "",
@@ -40,7 +43,7 @@ def fit(
 def fit(
     model: nn.Module | Callable[[], nn.Module],
     data: Dataset,
-    strategies: Strategy | Sequence[Strategy] = (),
+    strategies: Strategies = (),
     *,
     seed: Sequence[int],
     name: str = "",
@@ -55,7 +58,7 @@ def fit(
 def fit(
     model: nn.Module | Callable[[], nn.Module],
     data: Dataset,
-    strategies: Strategy | Sequence[Strategy] = (),
+    strategies: Strategies = (),
     *,
     seed: int | Sequence[int] = 0,
     name: str = "",
@@ -72,7 +75,7 @@ def fit(
         model: any `nn.Module` that maps images to logits (it is copied, not changed), or a function without arguments
             that builds one; the function is called under the seed, so that each seed has its own initial weights.
         data: from `load_dataset`.
-        strategies: one or several, from `layerlab.strategies` or written by you.
+        strategies: one or several, from `layerlab.strategies` or written by you; or the names of installed ones.
         seed: one, or several to train one after the other.
         name: what to call this in logs and tables. Default: the strategies' names.
         loss: maps (logits, labels) to a scalar. Default: cross-entropy.
@@ -132,7 +135,7 @@ def fit(
 def compare(
     model: nn.Module | Callable[[], nn.Module] | Mapping[str, nn.Module | Callable[[], nn.Module]],
     data: Dataset,
-    arms: Mapping[str, Strategy | Sequence[Strategy]],
+    arms: Mapping[str, Strategies],
     *,
     seeds: Sequence[int] = (0,),
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -175,14 +178,13 @@ def compare(
         >>> compare(network, data, arms, seeds=[0, 1], epochs=1, progress=False).arms
         ['full', 'skip']
     """
-    if not seeds:
-        raise Refused("seeds is empty; give at least one.")
+    _check_kinds(data, arms, seeds)
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
     companions = Companions(every, equal, placebo, judged)
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
-    folders = Folders(Path(checkpoint) if checkpoint is not None else None, runs == 1)
+    folders = Folders(checkpoint_folder(checkpoint), runs == 1)
     bars = Progress(runs * checked.epochs, progress)
     with Rounds(data, loss, folders, observers, going, bars, checked.epochs) as rounds:
         for seed in seeds:
@@ -191,8 +193,24 @@ def compare(
     return companions.comparison(rounds)
 
 
-def _chosen(strategies: Strategy | Sequence[Strategy]) -> tuple[Strategy, ...]:
-    return (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
+def _check_kinds(data: object, arms: object, seeds: Sequence[int]) -> None:
+    """Raises Refused for data or arms as other libraries take them, and where there is no seed."""
+    if not seeds:
+        raise Refused("seeds is empty; give at least one.")
+    if not isinstance(data, Dataset):
+        raise Refused(f"data must be a layerlab.Dataset, got {type(data).__name__}; load_dataset gives one, of a known "
+                      "name or of a folder of images or parquet files.")
+    if not isinstance(arms, Mapping):
+        raise Refused("arms must map the name of each arm to its strategies, such as {'full': (), 'mine': strategy}, "
+                      f"got {type(arms).__name__}.")
+
+
+def _chosen(strategies: Strategies) -> tuple[Strategy, ...]:
+    """The strategies, those that are named with their default settings."""
+    from layerlab.contract.registry import strategies as installed
+
+    given = [strategies] if isinstance(strategies, Strategy | str) else strategies
+    return tuple(installed(each) if isinstance(each, str) else each for each in given)
 
 
 def _network(model: Network | Mapping[str, Network], arm: str) -> Network:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -16,9 +17,9 @@ from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged
 from layerlab.contract.run import Batches
 from layerlab.contract.strategy import Strategy, check_composition
-from layerlab.show.progress import first_process
+from layerlab.show.progress import first_process, say_not_first
 from layerlab.training.asked import Asked
-from layerlab.training.checkpoint import Checkpoint, restore_run, run_state
+from layerlab.training.checkpoint import Checkpoint, checkpoint_folder, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.costs import Costs, learning_key
 from layerlab.training.evaluation import evaluate
@@ -28,6 +29,8 @@ from layerlab.training.results import FitResult
 from layerlab.training.settings import FitSettings, checked_settings
 from layerlab.training.start import Loss, Network, memory_format, on_device, start
 from layerlab.training.turns import Turn
+from layerlab.training.untouched import check_data, check_switches, lent, torch_switches
+from layerlab.training.watch import watched
 from layerlab.workload.dataset import Dataset
 
 
@@ -102,17 +105,22 @@ class Fit:
         self.name = name or "+".join(strategy.name for strategy in self.strategies) or "baseline"
         self.writes = first_process()
         self.observers = tuple(observers) if self.writes else ()
+        if not self.writes and (observers or checkpoint is not None):
+            say_not_first()
         self.device = (
             data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )
-        self.data = on_device(data, self.device)
+        self._shared = on_device(data, self.device)
+        self.data = lent(self._shared) if self.strategies else self._shared
+        # What is at work, for whoever waits for it, and how much came back already.
+        self._at, self._back = "", 0
         self._turn = Turn(seed, self.device, self.settings)
         self._costs = Costs(every=self.settings.measure == "every")
         self._compiler = Compiler(self.settings.compile)
         self._announced = False
-        with self._turn.taken():
+        with self._turn.taken(), self._watched():
             self.run = start(model, self.data, self.strategies, self.settings, seed, loss)
-            state = self._prepare(Path(checkpoint) if checkpoint is not None else None, asked or Asked())
+            state = self._prepare(checkpoint_folder(checkpoint), asked or Asked())
         if state is not None:
             self._turn.random = [part.cpu() for part in state["rng"]]
 
@@ -138,7 +146,7 @@ class Fit:
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, write the checkpoint, tell the observers; returns the epoch's row."""
         self._announce()
-        with self._turn.taken():
+        with self._turn.taken(), self._watched():
             row = self._epoch()
         # First the checkpoint, then the log: what is logged can always be logged again, identically.
         if self.checkpoint is not None and self.writes:
@@ -158,7 +166,7 @@ class Fit:
         """Let the strategies leave the deployable network, thaw everything, tell the observers."""
         self._announce()
         run = self.run
-        with self._turn.taken():
+        with self._turn.taken(), self._watched():
             self._call("on_fit_end")
             for owner in list(run._frozen):
                 run.freeze(owner, ())
@@ -172,6 +180,22 @@ class Fit:
         for observer in self.observers:
             observer.on_fit_end(self, result)
         return result
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """A turn of strategies: they come back from it, and leave data and torch's settings as they were.
+
+        Raises:
+            NeverCameBack, Refused: they do not; it says which of them.
+        """
+        if not self.strategies:
+            yield
+            return
+        before = torch_switches()
+        with watched(lambda: (self._back, self.run.step if hasattr(self, "run") else 0), lambda: self._at):
+            yield
+        check_switches(repr(self.name), before)
+        check_data(repr(self.name), self._shared, self.data)
 
     def _announce(self) -> None:
         if not self._announced:
@@ -188,6 +212,7 @@ class Fit:
         gauge = Gauge(self.device)
         with gauge.hooks():
             key = self._begin()
+        self._at = f"A training step of {self.name!r}"
         total = self._steps(gauge, key)
         with gauge.hooks():
             self._call("on_epoch_end")
@@ -308,4 +333,6 @@ class Fit:
     def _call(self, hook: str) -> None:
         for strategy in self.strategies:
             if strategy.defines(hook):
+                self._at = f"{hook} of {strategy.name!r}"
                 getattr(strategy, hook)(self.run)
+                self._back += 1

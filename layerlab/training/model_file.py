@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabError, first_line
-from layerlab.base.files import write_atomically
+from layerlab.base.errors import LayerlabError, first_line, located
 from layerlab.base.provenance import versions
 from layerlab.base.sharing import shared_names
+from layerlab.contract.registry import strategies
+from layerlab.contract.strategy import Strategy
+from layerlab.training.fingerprint import tensor_digest
 from layerlab.training.results import FitResult
+from layerlab.training.state_file import check_storable, read_state, write_state
 from layerlab.workload.builders import network_builder
 from layerlab.workload.dataset import Dataset
 
-_FORMAT = "layerlab-model-2"
+_FORMAT = "layerlab-model-3"
+# What a file holds, and its types.
+_CONTENT: dict[str, type] = {
+    "network": str, "options": dict, "classes": int, "class_names": list, "shape": list, "mean": list, "std": list,
+    "top1": float, "versions": dict, "strategies": list, "shared": list, "weights": dict, "modules": dict,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +85,11 @@ def save_model(
     Returns:
         The file.
 
+    The file is read again, and the network built from it where that can be, before it takes its name.
+
     Raises:
-        LayerlabError: the file cannot be written.
+        LayerlabError: the file cannot be written, something in it would not come back, or the network that is built
+            from it has other weights; what was there before still is.
 
     Example:
         >>> import tempfile
@@ -90,20 +103,84 @@ def save_model(
         >>> load_model(file).model.training
         False
     """
+    state = _on_cpu(result.model.state_dict())
     content = {
         "format": _FORMAT, "network": network, "options": options, "classes": data.classes,
         "class_names": list(data.class_names), "shape": list(data.shape), "mean": list(data.train.mean),
         "std": list(data.train.std), "top1": result.final["test/top1"], "versions": versions(),
-        "strategies": [
-            {"name": strategy.name, "settings": strategy.model_dump(mode="json"),
-             "state": strategy.state_dict() if strategy.defines("rebuild") else None}
-            for strategy in result.strategies
-        ],
+        "strategies": [_described(strategy) for strategy in result.strategies],
         "shared": shared_names(result.model),
-        "weights": {name: tensor.cpu() for name, tensor in result.model.state_dict().items()},
+        "weights": dict(state),
+        # The version of each module, by which those that load weights of older versions tell.
+        "modules": {name: dict(each) for name, each in getattr(state, "_metadata", {}).items()},
     }
-    write_atomically(Path(file), lambda stream: torch.save(content, stream))
-    return Path(file)
+    remedy = "let get_extra_state and the state_dict of strategies give"
+    for owner, part in (("The network", "weights"), ("The network", "modules"), ("One of the options", "options"),
+                        ("One of the strategies", "strategies")):
+        check_storable(owner, content[part], remedy)
+    path = Path(file)
+    write_state(path, content, lambda written: _check_written(written, path, content, result))
+    return path
+
+
+def _described(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's name and settings, and its state where that changes how the network is built.
+
+    Raises:
+        LayerlabError: a setting that pydantic cannot write.
+    """
+    try:
+        settings = strategy.model_dump(mode="json")
+    except ValueError as error:
+        raise LayerlabError(f"The settings of {strategy.name!r} cannot be kept in a file ({first_line(error)}); give "
+                            "that field a serializer.") from None
+    return {"name": strategy.name, "settings": settings,
+            "state": strategy.state_dict() if strategy.defines("rebuild") else None}
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A network's state with its tensors on the CPU; what modules keep besides tensors stays as it is."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.cpu()
+    return state
+
+
+def _check_written(written: Path, file: Path, content: dict[str, Any], result: FitResult) -> None:
+    """Compare what a file gives back with what was to be kept.
+
+    Raises:
+        LayerlabError: they differ, or the network cannot be built from it.
+    """
+    again = _read(written)
+    changed = [each["name"] for each in content["strategies"] if each["state"] is not None]
+    build: Any = content["network"]
+    if not build and not changed:
+        # Another network of the same kind, where one can be had.
+        with contextlib.suppress(Exception):
+            build = copy.deepcopy(result.model)
+    # A strategy that changed the network and is not installed here may be where the file is read.
+    model = _built(again, build, file) if build and set(changed) <= set(strategies) else None
+    states = [again["weights"], *([_on_cpu(model.state_dict())] if model is not None else [])]
+    for state in states:
+        other = [name for name in {**content["weights"], **state}
+                 if not _same(content["weights"].get(name), state.get(name))]
+        if other:
+            raise LayerlabError(f"{file} was not written: {other[0]!r} comes back from it as another value; let the "
+                                "module that has it load what its state_dict gives.")
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Bit for bit, tensors; by `==`, what modules keep besides them."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and tensor_digest(first) == tensor_digest(second)
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return bool(first == second) or first != first
 
 
 def load_model(
@@ -134,46 +211,66 @@ def load_model(
         >>> load_model(file).model.training
         False
     """
-    # Long because its docstring names every argument and error, with an example.
-    from layerlab.contract.registry import strategies
-
     path = Path(file)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise LayerlabError(f"The model {path} cannot be read ({error.strerror}); check the path.") from None
-    except Exception as error:  # zip, pickle and runtime errors, depending on the damage
-        raise LayerlabError(f"The model {path} is damaged ({first_line(error)}).") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise LayerlabError(f"{path} is no model that layerlab saved; write one with save_model.")
-    shape = tuple(content["shape"])
+    content = _read(path)
     build: Any = network
     if network is None:
         build = content["network"]
         if not build or ":" in build:
             named = f"network={build!r}" if build else "the function that builds it as network"
             raise LayerlabError(f"{path} holds a network of your own; pass {named} to build it.")
-    if isinstance(build, str):
-        build = network_builder(build, content["classes"], shape, **content["options"])
-    model = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
-    for each in content["strategies"]:
-        if each["state"] is not None:
-            strategy = strategies(each["name"], **each["settings"])
-            strategy.load_state_dict(each["state"])
-            model = strategy.rebuild(model)
-    _fill(model, content, path)
+    model = _built(content, build, path)
     return SavedModel(
-        model.to(device).eval(), tuple(content["class_names"]), shape, tuple(content["mean"]), tuple(content["std"]),
-        content["network"], tuple((each["name"], each["settings"]) for each in content["strategies"]), content["top1"],
-        content["versions"],
+        model.to(device).eval(), tuple(content["class_names"]), tuple(content["shape"]), tuple(content["mean"]),
+        tuple(content["std"]), content["network"],
+        tuple((each["name"], each["settings"]) for each in content["strategies"]), content["top1"], content["versions"],
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a file.
+
+    Raises:
+        LayerlabError: it cannot be read, is damaged, or holds something else.
+    """
+    content = read_state(path, "The model", "take another copy, or train it again", "write one with save_model")
+    whole = isinstance(content, dict) and content.get("format") == _FORMAT
+    if not whole or not all(isinstance(content.get(name), kind) for name, kind in _CONTENT.items()):
+        raise LayerlabError(f"{path} is no model that layerlab saved; write one with save_model.")
+    return content
+
+
+def _built(content: dict[str, Any], build: str | nn.Module | Callable[[], nn.Module], path: Path) -> nn.Module:
+    """The network of a file, with its structure and weights.
+
+    Raises:
+        LayerlabError: it cannot be built, or the weights do not fit it.
+    """
+    if isinstance(build, str):
+        build = network_builder(build, content["classes"], tuple(content["shape"]), **content["options"])
+    try:
+        model = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
+        for each in content["strategies"]:
+            if each["state"] is not None:
+                strategy = strategies(each["name"], **each["settings"])
+                strategy.load_state_dict(each["state"])
+                model = strategy.rebuild(model)
+    except LayerlabError:
+        raise
+    except Exception as error:  # the network's own, or a strategy's on a network of another kind
+        raise LayerlabError(f"The network of {path} cannot be built ({located(error)}); give the network that was "
+                            "saved.") from error
+    _fill(model, content, path)
+    return model
 
 
 def _fill(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     """Load a file's weights into a network of the same kind, which shares them among its layers in the same way."""
+    state = OrderedDict(content["weights"])
+    state._metadata = content["modules"]  # type: ignore[attr-defined]  # where torch looks for versions
     try:
-        model.load_state_dict(content["weights"])
-    except RuntimeError as error:
+        model.load_state_dict(state)
+    except Exception as error:  # torch's, or that of a module that loads in its own way
         raise LayerlabError(f"The weights in {path} do not fit {content['network'] or type(model).__name__} "
                             f"({' '.join(str(error).split())[:200]}); give the network that was saved.") from None
     if shared_names(model) != content["shared"]:

@@ -64,6 +64,9 @@ def comparison_table(comparison: Comparison) -> Table:
     if "peak MB" in headings and any(_on_cpu(result.model) for result in comparison.results.values()):
         notes.append("Peak memory on a CPU: of live tensors, without what kernels take for themselves "
                      "(measure.peak_allocated).")
+    if comparison.untouched:
+        notes.append("Data, torch's settings and the first batch: bit-equal before and after "
+                     f"{', '.join(comparison.untouched)}.")
     return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
 
 
@@ -236,6 +239,8 @@ class Comparison:
         baseline: name of the arm without strategies; empty where there is none.
         equal: arm → name of the baseline that costs as much as the arm, where one was trained.
         placebos: arm → name of its placebo, where one was trained.
+        untouched: arms with strategies after whose turns data, torch's settings and the baseline's first batch were
+            bit-equal to what they were before; a comparison ends where they are not.
 
     Example:
         >>> from layerlab import build_model, compare, load_dataset
@@ -251,6 +256,7 @@ class Comparison:
     baseline: str = ""
     equal: Mapping[str, str] = field(default_factory=dict)
     placebos: Mapping[str, str] = field(default_factory=dict)
+    untouched: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -262,7 +268,8 @@ class Comparison:
         """The arms that were asked for, without those that were trained beside them to judge them."""
         beside = {*self.equal.values(), *self.placebos.values()}
         results = {key: result for key, result in self.results.items() if key[0] not in beside}
-        return Comparison(results, self.failures, self.baseline)
+        untouched = tuple(arm for arm in self.untouched if arm not in beside)
+        return Comparison(results, self.failures, self.baseline, untouched=untouched)
 
     @property
     def seeds(self) -> list[int]:

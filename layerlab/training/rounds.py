@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from layerlab.base.errors import reason
+from layerlab.base.errors import Refused, reason
 from layerlab.base.names import file_name
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
@@ -18,6 +18,7 @@ from layerlab.training.loop import Fit, Observer
 from layerlab.training.results import FitResult
 from layerlab.training.settings import Settings
 from layerlab.training.start import Loss, Network
+from layerlab.training.untouched import first_batch_digest
 from layerlab.workload.dataset import Dataset
 
 
@@ -43,6 +44,7 @@ class Rounds:
     Attributes:
         results: (arm, seed) → result.
         failures: arm that failed → why; it has no results.
+        untouched: arms beside which the first batch, and what torch makes of it, was bit-equal before and after.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Rounds:
         self.planned = planned
         self.results: dict[tuple[str, int], FitResult] = {}
         self.failures: dict[str, str] = {}
+        self.untouched: dict[str, None] = {}
+        self._digests: dict[tuple[int, int], str] = {}
         self._fits: list[Fit] = []
         self._asked = Asked()
 
@@ -76,6 +80,7 @@ class Rounds:
     def train(self, seed: int, arms: Sequence[Arm]) -> None:
         """Train the arms that have not failed to their end, epoch by epoch by turns."""
         self._fits = []
+        self._note_batches(seed, arms)
         for arm in arms:
             self.progress.total -= self.planned
             if arm.name not in self.failures:
@@ -90,9 +95,36 @@ class Rounds:
                     with self.attempted(each.name):
                         each.train_epoch()
                     self._tell(each)
+                    if each.strategies and each.run.epoch == first + 1 and each.name not in self.untouched:
+                        self._compare_batches(each)
         for each in list(self._fits):
             with self.attempted(each.name):
                 self.results[each.name, seed] = each.finish()
+            if each.strategies:
+                self._compare_batches(each)
+
+    def _note_batches(self, seed: int, arms: Sequence[Arm]) -> None:
+        """Look at the baseline's first batch before any strategy is at work."""
+        if not any(arm.strategies for arm in arms):
+            return
+        size = min(arms[0].settings.batch_size, len(self.data.train))
+        if size not in [known for known, _ in self._digests]:
+            self._digests[size, seed] = first_batch_digest(self.data, size, seed)
+
+    def _compare_batches(self, fit: Fit) -> None:
+        """Look at the baseline's first batch again, after a turn of an arm with strategies.
+
+        Raises:
+            Refused: it, or what torch makes of it, is another one: nothing that trains beside the arm can be compared.
+        """
+        for (size, seed), digest in self._digests.items():
+            if first_batch_digest(self.data, size, seed) != digest:
+                raise Refused(
+                    f"Since {fit.name!r} trained, the baseline's first batch is no longer bit-equal to what it was "
+                    "before: the strategy changes data or torch itself, so nothing can be compared with it; patch "
+                    "modules of `run.model`, never torch's functions and classes."
+                )
+        self.untouched[fit.name] = None
 
     @contextmanager
     def attempted(self, arm: str) -> Iterator[None]:

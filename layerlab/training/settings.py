@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from datetime import date, time
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
 from typing import Any, Literal, TypedDict, cast
+from uuid import UUID
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -14,6 +20,10 @@ from layerlab.base.errors import LayerlabError, Refused, sentence
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+# What `fit` takes besides its settings, for the nearest name of one that it does not have: a test compares the two.
+ARGUMENTS = ("strategies", "seed", "name", "loss", "checkpoint", "observers", "progress")
 
 
 class FitSettings(TypedDict, total=False):
@@ -97,15 +107,42 @@ class Settings(BaseModel):
 
 
 def describe(settings: BaseModel) -> dict[str, Any]:
-    """Settings as JSON values; functions by their qualified names."""
-    def plain(value: Any) -> Any:
-        if callable(value):
-            return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        return list(value) if isinstance(value, tuple) else value
+    """Settings as values that JSON takes, the same in every process; functions by their qualified names."""
+    return {name: _plain(getattr(settings, name)) for name in type(settings).model_fields}
 
-    return {name: plain(getattr(settings, name)) for name in type(settings).model_fields}
+
+def _plain(value: Any) -> Any:
+    """Whatever pydantic takes for a setting: enums, paths, dates, sets and nested models among them."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, BaseModel):
+        return describe(value)
+    if isinstance(value, Mapping):
+        return {_key(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value), key=repr)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', _unplaced(value))}"
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return _unplaced(value)
+
+
+def _key(key: Any) -> Any:
+    plain = _plain(key)
+    return plain if plain is None or isinstance(plain, str | int | float) else str(plain)
+
+
+def _unplaced(value: Any) -> str:
+    """What an object looks like, without its place in this process's memory."""
+    text = str(value) if isinstance(value, PurePath | date | time | Decimal | UUID) else repr(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def checked_settings(settings: Mapping[str, Any]) -> Settings:
@@ -117,7 +154,7 @@ def checked_settings(settings: Mapping[str, Any]) -> Settings:
     try:
         return Settings(**settings)
     except ValidationError as error:
-        raise Refused(sentence(error, "fit")) from None
+        raise Refused(sentence(error, "fit", (*Settings.model_fields, *ARGUMENTS))) from None
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

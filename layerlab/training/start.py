@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from layerlab.base.errors import Refused, first_line
+from layerlab.base.errors import LayerlabError, Refused, first_line, located
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
@@ -86,14 +88,41 @@ def start(
         strategy.on_after_backward for strategy in strategies if strategy.defines("on_after_backward")
     ]
     _check_forward(run, data)
+    _check_loss(run, data)
     return run
+
+
+def _check_loss(run: Run, data: Dataset) -> None:
+    """The loss of two images: one number from logits (2, classes) and labels (2,), int64."""
+    logits, labels = torch.zeros(2, data.classes, device=run.device), data.train.labels[:2]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            value = run.loss(logits, labels)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"it gives {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise Refused(
+            f"The loss does not map logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} to "
+            f"one number ({first_line(error)}); give a function that does, such as torch.nn.CrossEntropyLoss()."
+        ) from None
 
 
 def _placed(model: Network, device: torch.device, settings: Settings) -> nn.Module:
     """A network of this run's own, on the device."""
-    network = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    try:
+        network = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    except LayerlabError:
+        raise
+    except Exception as error:  # the user's own, whatever it is
+        what = "cannot be copied" if isinstance(model, nn.Module) else "cannot be built"
+        raise Refused(f"The network {what} ({located(error)}); give a function that builds it without arguments.") \
+            from error
     if not isinstance(network, nn.Module):
         raise Refused(f"model must be an nn.Module or a function that builds one, got {type(network)!r}.")
+    if lazy := [name for name, tensor in chain(network.named_parameters(), network.named_buffers())
+               if is_lazy(tensor)]:
+        raise Refused(f"The network has layers that learn their size from the first image ({lazy[0]}); call it once on "
+                      "one, or give the sizes.")
     # Both at once is not in torch's stubs.
     network = network.to(device, memory_format=memory_format(settings))  # type: ignore[call-overload]
     parameters = list(network.parameters())
@@ -114,11 +143,13 @@ def _check_forward(run: Run, data: Dataset) -> None:
             network.eval()
             logits = network(run.example)  # (batch, classes)
             network.train(was)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except LayerlabError:
+        raise
+    except Exception as error:  # torch's, or the network's own
         raise Refused(
             f"The network does not take images of shape {tuple(run.example.shape[1:])} as {data.name!r} gives "
-            f"them ({first_line(error)}); load the data with another image_size or channels."
-        ) from None
+            f"them ({located(error)}); load the data with another image_size or channels, or mend the network."
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.classes:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise Refused(

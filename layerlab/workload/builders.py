@@ -50,14 +50,14 @@ def build_model(name: str, **options: Any) -> nn.Module:
             # Their auxiliary heads return a tuple in training, which no plain loss takes.
             options.setdefault("aux_logits", False)
             options.setdefault("init_weights", True)
-        return _call(torchvision_models.get_model, name, name, weights=None, **options)
+        return _call(torchvision_models.get_model, name, name, **{"weights": None, **options})
     return _call(build, name, **options)
 
 
 def _call(build: Callable[..., nn.Module], label: str, *arguments: Any, **options: Any) -> nn.Module:
     try:
         return build(*arguments, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:  # weights that are named are fetched
         takes = "" if arguments else f"; it takes {', '.join(inspect.signature(build).parameters)}"
         raise LayerlabError(f"Network {label!r} cannot be built: {error}{takes}.") from None
 

@@ -6,12 +6,15 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
+from layerlab.base.arguments import validated
+from layerlab.base.errors import LayerlabError, unknown
 from layerlab.show.table import Table
 from layerlab.workload.sources import Streamed
 
@@ -20,8 +23,9 @@ def dataset_table(data: Dataset) -> Table:
     """What a dataset is, a row a property."""
     channels, height, width = data.shape
     names = f" ({', '.join(data.class_names[:10])}{', …' if len(data.class_names) > 10 else ''})"
+    apart = {"validation images": f"{len(data.validation):,}"} if data.validation is not None else {}
     what: Mapping[str, Any] = {
-        "training images": f"{len(data.train):,}", "test images": f"{len(data.test):,}",
+        "training images": f"{len(data.train):,}", **apart, "test images": f"{len(data.test):,}",
         "size": f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}",
         "classes": f"{data.classes}{names if data.class_names else ''}", "from": data.source,
     } | ({"note": data.note} if data.note else {})
@@ -53,6 +57,9 @@ class Split:
         share: (index, count) of several processes that train together: `batches` gives this one's part of each
             shuffled batch, drawn as if it were alone, and reads no more than that part.
 
+    Raises:
+        LayerlabError: an augmentation that does not exist, with the nearest name; a padding or share out of range.
+
     Example:
         >>> from layerlab import load_dataset
         >>> split = load_dataset("digits", limit=100, device="cpu").test
@@ -68,6 +75,15 @@ class Split:
     augment: Augment = "none"
     padding: int = 4
     share: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.augment not in get_args(Augment):
+            raise unknown("augmentation", self.augment, get_args(Augment))
+        if not isinstance(self.padding, int) or self.padding < 0:
+            raise LayerlabError(f"padding must be a whole number of pixels, at least 0, got {self.padding!r}.")
+        index, count = self.share
+        if not 0 <= index < count:
+            raise LayerlabError(f"share must be (index, count) with an index from 0 to count − 1, got {self.share!r}.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -188,10 +204,21 @@ class Dataset:
         return self.train.shape
 
     def augmented(self, augment: Augment, padding: int = 4) -> Dataset:
-        """The same data with another augmentation of the training half; `padding` in pixels."""
+        """The same data with another augmentation of the training half; `padding` in pixels.
+
+        Raises:
+            LayerlabError: an augmentation that does not exist, with the nearest name.
+
+        Example:
+            >>> from layerlab import load_dataset
+            >>> load_dataset("digits", limit=100, device="cpu").augmented("crop_flip")
+            Traceback (most recent call last):
+            layerlab.base.errors.LayerlabError: Unknown augmentation 'crop_flip'. Did you mean 'crop-flip'? Known: ...
+        """
         return replace(self, train=replace(self.train, augment=augment, padding=padding))
 
-    def held_out(self, every: int = 5) -> Dataset:
+    @validated
+    def held_out(self, every: Annotated[int, Field(ge=2)] = 5) -> Dataset:
         """The training images alone, in two, so that settings can be chosen without a look at the test images.
 
         Args:
@@ -209,7 +236,8 @@ class Dataset:
         train, chosen = self._apart(every)
         return replace(self, train=train, test=chosen, fingerprint=f"{self.fingerprint}-held-out-{every}")
 
-    def with_validation(self, every: int = 5) -> Dataset:
+    @validated
+    def with_validation(self, every: Annotated[int, Field(ge=2)] = 5) -> Dataset:
         """The same data with a part of the training images set apart, to choose by; the test images stay.
 
         Args:
@@ -231,8 +259,9 @@ class Dataset:
 
     def __repr__(self) -> str:
         channels, height, width = self.shape
+        sizes = [f"{len(half):,}" for half in (self.train, self.validation, self.test) if half is not None]
         return (
-            f"{self.name}: {len(self.train):,} + {len(self.test):,} images, {channels}×{height}×{width}, "
+            f"{self.name}: {' + '.join(sizes)} images, {channels}×{height}×{width}, "
             f"{self.classes} classes, from {self.source}" + (f"; {self.note}" if self.note else "")
         )
 
@@ -255,7 +284,10 @@ class Dataset:
         return dataset_table(self)._repr_html_() + picture(stream.getvalue())
 
 
-def pass_order(examples: int, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+@validated
+def pass_order(
+    examples: Annotated[int, Field(ge=0)], batch_size: Annotated[int, Field(ge=1)], generator: torch.Generator | None
+) -> tuple[Tensor, int]:
     """What one pass over `examples` reads: their numbers in its order, (examples,), and how many batches it gives.
 
     From a generator: shuffled, and the uneven rest at the end belongs to no batch. Without one: in order, the rest in a
@@ -273,8 +305,10 @@ def pass_order(examples: int, batch_size: int, generator: torch.Generator | None
     return torch.randperm(examples, generator=generator), examples // batch_size
 
 
+@validated
 def noise(
-    images: int, shape: tuple[int, int, int], device: str | torch.device = "cpu", classes: int = 10
+    images: Annotated[int, Field(ge=1)], shape: tuple[int, int, int], device: str | torch.device = "cpu",
+    classes: Annotated[int, Field(ge=1)] = 10,
 ) -> Dataset:
     """A resident dataset of random numbers, for measuring what does not depend on what the images show.
 

@@ -17,6 +17,7 @@ import threading
 
 from layerlab.base.errors import LayerlabError, reason
 from layerlab.base.processes import end_marked
+from layerlab.base.text import from_json
 from layerlab.runs.execution import DeadKernel, NotebookFailed, close_runs, execute, fail
 from layerlab.runs.jobs import Job
 from layerlab.show.progress import VARIABLE
@@ -32,7 +33,7 @@ def main() -> None:
     # Whoever starts a batch in the background has it ignore the interrupt, and this process waits for its own.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = json.loads(sys.stdin.readline())
-    job = Job(**spec["job"])
+    job = Job(**from_json(spec["job"]))
     reasons: list[str] = []
     threading.Thread(target=_watch, args=(reasons,), daemon=True).start()
     status, message = "finished", ""

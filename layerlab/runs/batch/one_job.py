@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from layerlab.base.errors import LayerlabError
 from layerlab.base.processes import end_marked
+from layerlab.base.text import as_json
 from layerlab.runs.batch.notebook_process import STOP, TIME
 from layerlab.runs.execution import fail
 from layerlab.runs.jobs import Job
@@ -102,7 +103,7 @@ def _once(
         events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
         events.touch()
         process, channel = _started({**environment, VARIABLE: str(events)}, log)
-        told = _tell_process(process, json.dumps({"job": asdict(job), "since": since}, default=str))
+        told = _tell_process(process, json.dumps({"job": as_json(asdict(job)), "since": since}))
         deadline = time.monotonic() + time_limit if time_limit else float("inf")
         end = float("inf")
         with followed(events, tell):

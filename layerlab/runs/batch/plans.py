@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerlab.base.errors import LayerlabError, sentence
-from layerlab.base.text import from_yaml
-from layerlab.runs.jobs import Job, notebook_job, paper_job
+from layerlab.base.text import LONGEST, from_yaml
+from layerlab.contract.paper import Paper, load_paper
+from layerlab.contract.plugin_probe import PluginProbe
+from layerlab.contract.registry import strategies
+from layerlab.runs.jobs import Job, notebook_job, paper_job, setting_errors
 from layerlab.runs.notebook_file import parameter_names, read_notebook
 
 ALL = "all"
+MOST_JOBS = 10_000
+# Name of a paper, or empty for a notebook; profile; parameters.
+Combination = tuple[str, str, dict[str, Any]]
 
 
 class Entry(BaseModel):
@@ -80,7 +90,7 @@ class Plan(BaseModel):
 
     jobs: list[Entry] = Field(min_length=1)
     workers: int | None = Field(None, ge=1)
-    time_limit: PositiveFloat | None = None
+    time_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
     retries: int = Field(2, ge=0)
 
 
@@ -90,14 +100,14 @@ def read_plan(file: Path) -> Plan:
     Raises:
         LayerlabError: no such file, no YAML, or settings that a plan does not have, all of them.
     """
-    import yaml
-
     try:
-        content = from_yaml(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(LONGEST + 1)
     except OSError as error:
         raise LayerlabError(f"The plan {file} cannot be read ({error.strerror}); check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayerlabError(f"The plan {file} is no YAML: {' '.join(str(error).split())}.") from None
+    except UnicodeDecodeError as error:
+        raise LayerlabError(f"The plan {file} is no YAML ({error}); save it as UTF-8.") from None
+    content = from_yaml(text, f"The plan {file}")
     if isinstance(content, list):
         content = {"jobs": content}
     if not isinstance(content, dict):
@@ -105,7 +115,8 @@ def read_plan(file: Path) -> Plan:
     try:
         return Plan(**content)
     except (ValidationError, TypeError) as error:
-        text = sentence(error, str(file)) if isinstance(error, ValidationError) else f"{file}: {error}."
+        known = {*Plan.model_fields, *Entry.model_fields}
+        text = sentence(error, str(file), known) if isinstance(error, ValidationError) else f"{file}: {error}."
         raise LayerlabError(text) from None
 
 
@@ -121,31 +132,21 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
 
     Raises:
         LayerlabError: every mistake of the plan at once: unknown papers, notebooks, profiles and parameters; or there
-            is nothing that can be run.
+            is nothing that can be run, or more than 10,000 jobs.
     """
+    if (size := sum(map(_size, plan.jobs))) > MOST_JOBS:
+        raise LayerlabError(f"The plan stands for {size:,} jobs, more than {MOST_JOBS:,}; split it.")
     jobs: dict[str, Job] = {}
     mistakes: list[str] = []
-    for number, entry in enumerate(plan.jobs, 1):
-        for source, profile, parameters in _combinations(entry):
-            try:
-                if entry.notebook:
-                    file = beside / entry.notebook
-                    given = _seeded(entry, parameters, parameter_names(read_notebook(file)))
-                    cwd = beside / entry.cwd if entry.cwd else ""
-                    job = notebook_job(file, given, output, cwd, entry.kernel)
-                else:
-                    job = paper_job(source, profile, parameters, output)
-            except LayerlabError as error:
-                if entry.paper == [ALL]:
-                    job = Job("", "", source, profile, parameters, problem=f"{source}: {error}")
-                    jobs[f"{number} {job.label}"] = job
-                else:
-                    mistakes.append(f"job {number}: {error}")
-            else:
-                other = jobs.setdefault(job.folder, job)
-                if other.basis != job.basis:
-                    mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
-                                    f"{other.label}; give one of them another name")
+    for number, job, refused in _found(plan, beside, output):
+        problem = job.problem or refused
+        if problem and plan.jobs[number - 1].paper == [ALL]:
+            jobs[f"{number} {job.label}"] = replace(job, problem=f"{job.strategy}: {problem}")
+        elif problem:
+            mistakes.append(f"job {number}: {problem}")
+        elif (other := jobs.setdefault(job.folder, job)).basis != job.basis:
+            mistakes.append(f"job {number}: {job.label} would write into the same folder {job.folder} as "
+                            f"{other.label}; give one of them another name")
     if jobs and all(job.problem for job in jobs.values()):
         mistakes += [job.problem for job in jobs.values()]
     if mistakes:
@@ -154,9 +155,42 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
     return list(jobs.values())
 
 
-def _combinations(entry: Entry) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    from layerlab.contract.registry import strategies
+def _found(plan: Plan, beside: Path, output: Path | None) -> list[tuple[int, Job, str]]:
+    """(number of the entry, job, why its settings are refused or an empty string) of everything in a plan."""
+    paper = functools.cache(load_paper)  # of this plan, whose jobs are many
+    changes = any(entry.paper and (entry.parameters or entry.grid or entry.seeds) for entry in plan.jobs)
+    with PluginProbe() if changes else contextlib.nullcontext() as probe:
+        found = [(number, _job(entry, each, paper, beside, output))
+                 for number, entry in enumerate(plan.jobs, 1) for each in _combinations(entry)]
+        jobs = [job for _, job in found]
+        refused = setting_errors(jobs, probe) if probe else [""] * len(jobs)
+    return [(number, job, why) for (number, job), why in zip(found, refused, strict=True)]
 
+
+def _job(
+    entry: Entry, combination: Combination, paper: Callable[[str], Paper], beside: Path, output: Path | None
+) -> Job:
+    """One job of an entry; with its problem, where it cannot be run."""
+    source, profile, parameters = combination
+    try:
+        if not entry.notebook:
+            return paper_job(paper(source), profile, parameters, output)
+        file = beside / entry.notebook
+        given = _seeded(entry, parameters, parameter_names(read_notebook(file)))
+        return notebook_job(file, given, output, beside / entry.cwd if entry.cwd else "", entry.kernel)
+    except LayerlabError as error:
+        return Job("", "", source, profile, parameters, problem=str(error))
+
+
+def _size(entry: Entry) -> int:
+    """How many jobs an entry stands for."""
+    lists = [*entry.grid.values(), entry.seeds or [0]]
+    if entry.paper:
+        lists += [list(strategies) if entry.paper == [ALL] else entry.paper, entry.profile]
+    return math.prod(map(len, lists))
+
+
+def _combinations(entry: Entry) -> Iterator[Combination]:
     sources = list(strategies) if entry.paper == [ALL] else entry.paper or [""]
     grid = dict(entry.grid)
     if entry.seeds is not None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from layerlab.runs.tracking.database import PATIENCE as PATIENCE
+from layerlab.runs.tracking.outbox import Outbox as Outbox
+from layerlab.runs.tracking.outbox import ended as ended
+from layerlab.runs.tracking.outbox import send_unsent as send_unsent
+from layerlab.runs.tracking.outbox import unsent_files as unsent_files
 from layerlab.runs.tracking.store import CLAIM as CLAIM
 from layerlab.runs.tracking.store import NOTEBOOK as NOTEBOOK
 from layerlab.runs.tracking.store import ORIGIN as ORIGIN
@@ -25,7 +30,6 @@ from layerlab.runs.tracking.store import parameter_tag as parameter_tag
 from layerlab.runs.tracking.store import run_parameters as run_parameters
 from layerlab.runs.tracking.store import run_url as run_url
 from layerlab.runs.tracking.store import start_run as start_run
-from layerlab.runs.tracking.store import tag_results as tag_results
 from layerlab.runs.tracking.store import tracking_uri as tracking_uri
 from layerlab.runs.tracking.tracker import Tracker as Tracker
 from layerlab.runs.tracking.tracker import track as track

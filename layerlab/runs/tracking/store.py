@@ -25,10 +25,13 @@ from filelock import FileLock
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, first_line
 from layerlab.base.files import write_atomically
+from layerlab.base.folder_lock import acquire_lock
 from layerlab.base.names import file_name, marked
 from layerlab.base.provenance import provenance, versions, versions_text
 from layerlab.runs.record import DATABASE, workbook_folder
+from layerlab.runs.tracking.database import PATIENCE, check_file, wait_for_database
 from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
+from layerlab.show.progress import say
 
 PREFIX = "layerlab."
 # Tags of a notebook's run, one a row of its scoreboard, numbered.
@@ -78,14 +81,14 @@ def key(name: str) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep alembic's and MLflow's start-up lines out of notebooks."""
+def quiet(silent: bool = False) -> Iterator[None]:
+    """Keep alembic's and MLflow's start-up lines out of notebooks, or all that they print."""
     import logging
 
     loggers = [logging.getLogger(name) for name in ("alembic", "mlflow")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.CRITICAL if silent else logging.WARNING)
     try:
         yield
     finally:
@@ -93,9 +96,25 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+class NotTracked(LayerlabError):
+    """What MLflow, its database or its server does not do.
+
+    Attributes:
+        code: MLflow's for it, if it is its own.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @contextlib.contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Say what goes wrong between here and a database or server in a sentence, and no password in it."""
+def as_sentence(uri: str = "") -> Iterator[None]:
+    """What MLflow and its database raise in the block, as one sentence without a password.
+
+    Raises:
+        NotTracked: they raise.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -106,27 +125,27 @@ def _told(uri: str) -> Iterator[None]:
         remedy = "set MLFLOW_TRACKING_URI to a database or server that can be written"
         if isinstance(error, ImportError):
             remedy = "install the driver of this database with pip, or " + remedy
-        what = without_password(f"Runs cannot be tracked at {uri} ({first_line(error)})")
-        raise LayerlabError(f"{what}; {remedy}.") from None
+        what = without_password(f"Runs cannot be tracked at {uri or tracking_uri()} ({first_line(error)})")
+        raise NotTracked(f"{what}; {remedy}.", getattr(error, "error_code", "")) from None
 
 
 class _Client:
     """MLflow's client, whose errors are sentences."""
 
     def __init__(self, uri: str, shown: str = "") -> None:
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self._uri = shown or uri
-        with quiet(), _told(self._uri):
+        with quiet(silent=True), as_sentence(self._uri):
             self._client = MlflowClient(uri)
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)
 
         def told(*arguments: Any, **options: Any) -> Any:
-            with _told(self._uri):
+            with as_sentence(self._uri):
                 return call(*arguments, **options)
 
         return told
@@ -144,12 +163,18 @@ def _client(uri: str) -> Any:
     Processes that meet an empty database at once crash in MLflow's migration, so the first one makes it under a lock.
     """
     with contextlib.ExitStack() as stack:
-        file = sqlite_file(uri)
-        if file is not None:
-            with _told(uri):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(f"{file}.lock"))
-            _bring_up(file)
+        stack.enter_context(as_sentence(uri))
+        stack.enter_context(quiet(silent=True))
+        database = sqlite_file(uri)
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{database}.lock")
+            acquire_lock(lock, -1, f"Another process prepares the tracking database {database}", say)
+            stack.callback(lock.release)
+            check_file(database)
+        wait_for_database(uri, PATIENCE)
+        if database is not None:
+            _bring_up(database)
         client = _Client(uri)
         _close_dead_runs(client)
     return client
@@ -165,6 +190,13 @@ def _bring_up(file: Path) -> None:
             upgrade(file)
         warnings.warn(f"{file} was written by an older MLflow and is brought up to the one that is installed; {kept} "
                       "is the database as it was.", LayerlabWarning, stacklevel=2)
+
+
+# MLflow's settings, where the environment has none: a server that is down is not waited for for minutes.
+_DEFAULTS = {
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 
 
 def client() -> Any:
@@ -261,9 +293,10 @@ def run_parameters(run: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def tag_results(experiment: str, run_id: str, result: str) -> None:
+def tag_results(run_id: str, result: str) -> None:
     """Put a result's id on a notebook's run and on the fits that belong to it."""
-    fits = client().search_runs([experiment_id(experiment)], f"tags.`{NOTEBOOK}` = '{run_id}'", max_results=5000)
+    experiment = client().get_run(run_id).info.experiment_id
+    fits = client().search_runs([experiment], f"tags.`{NOTEBOOK}` = '{run_id}'", max_results=5000)
     for each in [run_id, *(fit.info.run_id for fit in fits)]:
         client().set_tag(each, RESULT, result)
 
@@ -351,6 +384,17 @@ def _process(number: int) -> str:
     return f"{_here()}:{number}:{started}"
 
 
+def this_process() -> str:
+    """This process as the writer of runs."""
+    return _process(os.getpid())
+
+
+def is_alive(writer: str) -> bool:
+    """Whether a writer of runs, as `this_process` names it, is a process of this machine that has not ended."""
+    number = writer.split(":")[-2:-1]
+    return bool(number) and _process(int(number[0])) == writer
+
+
 def _close_dead_runs(client: Any) -> None:
     """Mark runs as killed that processes of this machine were writing and that are gone.
 
@@ -359,24 +403,35 @@ def _close_dead_runs(client: Any) -> None:
     numbers = [experiment.experiment_id for experiment in client.search_experiments()]
     wanted = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{_here()}:%'"
     for run in client.search_runs(numbers, wanted, max_results=5000):
-        writer = run.data.tags[PROCESS]
-        if _process(int(writer.split(":")[-2])) != writer:
+        if not is_alive(run.data.tags[PROCESS]):
             client.set_terminated(run.info.run_id, "KILLED")
 
 
 def start_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str]) -> str:
     """The run of this attempt: the one that an interrupted process had begun, or a new one. Returns its id."""
-    number = experiment_id(experiment)
-    found = client().search_runs([number], f"tags.`{PREFIX}attempt` = '{attempt}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
-        client().set_tag(run_id, PROCESS, _process(os.getpid()))
+    run_id = find_run(experiment, attempt)
+    if run_id:
+        client().set_tag(run_id, PROCESS, this_process())
         client().update_run(run_id, status="RUNNING")
         return run_id
-    own = {f"{PREFIX}attempt": attempt, PROCESS: _process(os.getpid())}
+    return create_run(experiment, name, attempt, tags, this_process())
+
+
+def find_run(experiment: str, attempt: str) -> str:
+    """The id of an attempt's run; empty where there is none."""
+    found = client().search_runs([experiment_id(experiment)], f"tags.`{PREFIX}attempt` = '{attempt}'", max_results=1)
+    return found[0].info.run_id if found else ""
+
+
+def create_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str], writer: str) -> str:
+    """A new run of an attempt; gives its id.
+
+    Args:
+        writer: the process that it is of, see `this_process`.
+    """
+    own = {f"{PREFIX}attempt": attempt, PROCESS: writer}
     given = {key(tag): value for tag, value in tags.items()}
-    run = client().create_run(number, run_name=name, tags=given | own)
-    return run.info.run_id
+    return client().create_run(experiment_id(experiment), run_name=name, tags=given | own).info.run_id
 
 
 def log_metrics(run_id: str, metrics: Sequence[Any]) -> None:

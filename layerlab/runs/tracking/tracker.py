@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 import uuid
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerlab.runs.tracking.store import NOTEBOOK, client, common_tags, log_metrics, log_params, start_run
+from layerlab.runs.tracking.database import PATIENCE
+from layerlab.runs.tracking.outbox import Outbox, ended
+from layerlab.runs.tracking.store import NOTEBOOK, common_tags
 
 if TYPE_CHECKING:
     from layerlab.training.loop import Fit
@@ -23,25 +25,36 @@ PAUSE = 1.0
 class Tracker:
     """Logs every fit that it observes as an MLflow run of its own.
 
+    What MLflow does not take while a fit trains is kept and sent later: it ends no training.
+
     Args:
         experiment: MLflow's experiment.
         tags: for every run, such as paper, table and profile.
         parent: id of the notebook's run that they belong to, as a tag.
+        folder: of the notebook; keeps what cannot be sent. Default: that of all runs.
     """
 
-    def __init__(self, experiment: str, tags: Mapping[str, str] | None = None, parent: str | None = None) -> None:
+    def __init__(
+        self, experiment: str, tags: Mapping[str, str] | None = None, parent: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.experiment = experiment
         self.tags = dict(tags or {})
         self.parent = parent
+        self.folder = folder
+        # Whether MLflow took anything yet: what never did is misspelt rather than away.
+        self._reached = parent is not None
         # Weak, so that a long sweep does not keep every network that it has trained.
-        self._runs: weakref.WeakKeyDictionary[Fit, str] = weakref.WeakKeyDictionary()
+        self._boxes: weakref.WeakKeyDictionary[Fit, Outbox] = weakref.WeakKeyDictionary()
         # How many epochs are written, and when the last of them was.
         self._written: weakref.WeakKeyDictionary[Fit, tuple[int, float]] = weakref.WeakKeyDictionary()
 
     def on_fit_start(self, fit: Fit) -> None:
-        """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished."""
-        from mlflow.entities import Dataset, DatasetInput
+        """Open the fit's run, with settings, tags and dataset, and whatever an earlier process had finished.
 
+        Raises:
+            LayerlabError: MLflow takes nothing, and has taken nothing yet.
+        """
         from layerlab.training.settings import describe
 
         attempt = fit.checkpoint.attempt() if fit.checkpoint is not None else uuid.uuid4().hex
@@ -54,8 +67,12 @@ class Tracker:
         }
         if self.parent:
             tags[NOTEBOOK] = self.parent
-        run_id = start_run(self.experiment, f"{fit.name} · {fit.data.name} · seed {fit.seed}", attempt, tags)
-        self._runs[fit], self._written[fit] = run_id, (0, 0.0)
+        name = f"{fit.name} · {fit.data.name} · seed {fit.seed}"
+        box = Outbox(self.folder, self.experiment, name, attempt, tags)
+        if not self._reached:
+            box.open(PATIENCE)
+            self._reached = True
+        self._boxes[fit], self._written[fit] = box, (0, 0.0)
         params = describe(fit.settings) | {
             "seed": fit.seed,
             "network": type(fit.run.model).__name__,
@@ -66,9 +83,8 @@ class Tracker:
         }
         for strategy in fit.strategies:
             params |= {f"{strategy.name}/{key}": value for key, value in describe(strategy).items()}
-        log_params(run_id, params)
-        source = Dataset(fit.data.name, fit.data.fingerprint, "local", json.dumps({"uri": fit.data.source}))
-        client().log_inputs(run_id, [DatasetInput(source)])
+        box.add(params={key: str(value) for key, value in params.items()})
+        box.add(inputs=[(fit.data.name, fit.data.fingerprint, "local", json.dumps({"uri": fit.data.source}))])
         self._write(fit)
 
     def on_epoch_end(self, fit: Fit, row: dict[str, Any]) -> None:
@@ -78,32 +94,34 @@ class Tracker:
 
     def on_fit_end(self, fit: Fit, result: FitResult) -> None:
         """Close the run."""
-        self._write(fit)
-        client().set_terminated(self._runs[fit], "FINISHED")
+        self._close(fit, "FINISHED")
 
     def on_exception(self, fit: Fit, error: BaseException) -> None:
-        """Close the run as failed, or as killed when a person stopped it; none is open where that is what failed."""
-        if fit not in self._runs:
-            return
-        # What cannot be written must not hide why the fit ends.
-        with contextlib.suppress(Exception):
-            self._write(fit)
-        with contextlib.suppress(Exception):
-            client().set_terminated(self._runs[fit], "FAILED" if isinstance(error, Exception) else "KILLED")
+        """Close the run as failed, or as killed when a person stopped it."""
+        self._close(fit, "FAILED" if isinstance(error, Exception) else "KILLED")
+
+    def _close(self, fit: Fit, status: str) -> None:
+        # A fit whose run could not be opened has none.
+        if fit in self._boxes:
+            self._add(fit)
+            self._boxes[fit].add(**ended(status))
+            self._boxes[fit].send(last=True)
 
     def _write(self, fit: Fit) -> None:
-        from mlflow.entities import Metric
+        self._add(fit)
+        self._boxes[fit].send()
 
+    def _add(self, fit: Fit) -> None:
+        """Put the rows of finished epochs that are not written yet into the fit's outbox."""
         done, _ = self._written[fit]
         rows = fit.run.history[done:]
-        metrics = [
-            Metric(name, float(value), row["timestamp"], row["epoch"])
-            for row in rows
-            for name, value in row.items()
-            if name not in ("epoch", "timestamp")
-        ]
         if rows:
-            log_metrics(self._runs[fit], metrics)
+            self._boxes[fit].add(metrics=[
+                (name, float(value), row["timestamp"], row["epoch"])
+                for row in rows
+                for name, value in row.items()
+                if name not in ("epoch", "timestamp")
+            ])
             self._written[fit] = (done + len(rows), time.monotonic())
 
 

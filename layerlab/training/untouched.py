@@ -1,0 +1,137 @@
+"""What an arm with strategies must leave alone, since other arms train beside it: the data and torch's global state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from layerlab.base.errors import Refused
+from layerlab.workload.dataset import Dataset, Split
+
+
+def lent(data: Dataset) -> Dataset:
+    """The same data for an arm of its own: a tensor is copied when the arm first writes into it, and only then."""
+    validation = _lent(data.validation) if data.validation is not None else None
+    return replace(data, train=_lent(data.train), test=_lent(data.test), validation=validation)
+
+
+def _lent(split: Split) -> Split:
+    images = torch._lazy_clone(split.images) if isinstance(split.images, Tensor) else split.images
+    return replace(split, images=images, labels=torch._lazy_clone(split.labels))
+
+
+def changed_data(original: Dataset, taken: Dataset) -> str:
+    """What an arm has changed of the data that it was lent, such as `training images`; empty where nothing is."""
+    halves = {"training": (original.train, taken.train), "test": (original.test, taken.test),
+              "validation": (original.validation, taken.validation)}
+    for half, (mine, theirs) in halves.items():
+        for what in ("images", "labels"):
+            before, after = getattr(mine, what, None), getattr(theirs, what, None)
+            if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+                continue
+            # What is still shared was not written; comparing costs a pass over the data.
+            shared = torch._C._is_cow_tensor(after)  # type: ignore[attr-defined]
+            if not shared and not torch.equal(before, after):
+                return f"{half} {what}"
+    return ""
+
+
+def check_data(who: str, original: Dataset, taken: Dataset) -> None:
+    """Refuse an arm that has written into the data.
+
+    Raises:
+        Refused: it has; the data of the others are as they were.
+    """
+    if changed := changed_data(original, taken):
+        raise Refused(f"{who} changes the {changed} in place, which every arm is trained with; let it put other data "
+                      "into `run.data`, or change a copy.")
+
+
+def torch_switches() -> dict[str, Any]:
+    """Torch's global settings: name → value."""
+    backends, filling = torch.backends, cast(Any, torch.utils.deterministic)
+    return {
+        "torch.is_grad_enabled": torch.is_grad_enabled(),
+        "torch.is_inference_mode_enabled": torch.is_inference_mode_enabled(),
+        "torch.get_default_dtype": torch.get_default_dtype(),
+        "torch.get_num_threads": torch.get_num_threads(),
+        "torch.are_deterministic_algorithms_enabled": torch.are_deterministic_algorithms_enabled(),
+        "torch.utils.deterministic.fill_uninitialized_memory": filling.fill_uninitialized_memory,
+        "torch.is_autocast_enabled": torch.is_autocast_enabled("cpu"),
+        "torch.is_anomaly_enabled": torch.is_anomaly_enabled(),
+        "torch.get_float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "torch.backends.cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic,
+                                 backends.cudnn.allow_tf32),
+        "torch.backends.cuda.matmul.allow_tf32": backends.cuda.matmul.allow_tf32,
+        "torch.backends.mkldnn.enabled": backends.mkldnn.enabled,
+        "the default device": torch.get_default_device(),
+        "hooks of all modules": {name: list(hooks.values()) for name, hooks in _module_hooks().items()},
+    }
+
+
+def _module_hooks() -> dict[str, dict[int, Any]]:
+    """Torch's registries of hooks that every module calls."""
+    return {name: hooks for name, hooks in vars(nn.modules.module).items()
+            if name.startswith("_global_") and isinstance(hooks, dict)}
+
+
+# Name of a switch → what sets it to a value that `torch_switches` gave.
+_SETTERS: dict[str, Callable[[Any], Any]] = {
+    "torch.is_grad_enabled": torch.set_grad_enabled,
+    "torch.get_default_dtype": torch.set_default_dtype,
+    "torch.get_num_threads": torch.set_num_threads,
+    "torch.are_deterministic_algorithms_enabled": torch.use_deterministic_algorithms,
+    "torch.is_autocast_enabled": lambda value: torch.set_autocast_enabled("cpu", value),
+    "torch.is_anomaly_enabled": torch.autograd.set_detect_anomaly,
+    "torch.get_float32_matmul_precision": torch.set_float32_matmul_precision,
+    "torch.backends.mkldnn.enabled": lambda value: torch.backends.mkldnn.set_flags(value),
+}
+
+
+def check_switches(who: str, before: dict[str, Any]) -> None:
+    """Refuse an arm that leaves torch's global settings changed at the end of its turn, and put them back.
+
+    Raises:
+        Refused: it does.
+    """
+    after = torch_switches()
+    changed = [name for name in before if before[name] != after[name]]
+    for name in changed:
+        if name in _SETTERS:
+            _SETTERS[name](before[name])
+    if "hooks of all modules" in changed:
+        for name, hooks in _module_hooks().items():
+            for key in [key for key, hook in hooks.items() if hook not in before["hooks of all modules"].get(name, ())]:
+                del hooks[key]
+    if changed:
+        raise Refused(f"{who} leaves {', '.join(changed)} changed while other arms train; let it put back what it sets "
+                      "before its hook returns.")
+
+
+def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
+    """Changes when the first batch of a seed does, or what torch makes of it.
+
+    The digest of the images and labels, and of the weights of a small network after a step of SGD with them. Data,
+    their order, their augmentation, torch's layers, loss, gradients and optimizer have a part in it.
+    """
+    images, labels = next(data.train.batches(batch_size, torch.Generator().manual_seed(seed)))
+    # A fork keeps the random states of whoever is at work.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        channels = images.shape[1]
+        network = nn.Sequential(
+            nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(16, data.classes),
+        ).to(images.device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        nn.functional.cross_entropy(network(images[:32]), labels[:32]).backward()
+        optimizer.step()
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (images, labels, *network.state_dict().values()):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
