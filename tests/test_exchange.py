@@ -18,7 +18,8 @@ from layerlab.base.provenance import machine_name
 from layerlab.cli.main import main
 from layerlab.reporting.scoreboard import collect
 from layerlab.runs import tracking
-from layerlab.runs.tracking.import_runs import Imported, import_file
+from layerlab.runs.tracking.import_runs import import_file
+from layerlab.runs.tracking.imported import Imported
 from layerlab.training.loop import Fit
 
 

@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import is_plain
 from layerlab.runs.tracking import store
-from layerlab.runs.tracking.import_runs import CLAIMS_ALONE, Imported, all_runs, origins
+from layerlab.runs.tracking.imported import CLAIMS_ALONE, Imported, all_runs, origins
 from layerlab.runs.tracking.schema import copy_to, schema, upgrade
 
 ENDED = ("FINISHED", "FAILED", "KILLED")

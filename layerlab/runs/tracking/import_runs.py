@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,30 +13,8 @@ from layerlab.base.provenance import versions_text
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.record import parse_results
 from layerlab.runs.tracking import store
-
-# Tag of a run that came as a claims.json: whatever its times, it lacks what its database holds.
-CLAIMS_ALONE = f"{store.PREFIX}claims-alone"
-
-
-@dataclass
-class Imported:
-    """What an import met.
-
-    Attributes:
-        new: runs that are new or have got further.
-        known: runs that were here already.
-        files: artifacts of new runs.
-        nested: new runs that belong to another one that is here, too.
-        lost: what was left behind although it belongs to the runs, in words with the reason → how often.
-        ignored: the same of what is not brought in by design.
-    """
-
-    new: int = 0
-    known: int = 0
-    files: int = 0
-    nested: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
+from layerlab.runs.tracking.import_database import import_database
+from layerlab.runs.tracking.imported import CLAIMS_ALONE, Imported, origins
 
 
 def import_file(file: Path) -> Imported:
@@ -59,8 +34,6 @@ def import_file(file: Path) -> Imported:
         database = stream.read(16) == b"SQLite format 3\0"
     if not database:
         return _import_claims(file)
-    from layerlab.runs.tracking.import_database import import_database
-
     return import_database(file)
 
 
@@ -104,22 +77,3 @@ def _make_run(file: Path, experiment: str, results: list[ClaimResult]) -> None:
     metrics = [Metric(name, value, stamp, 0) for name, value in store.claim_metrics(results).items()]
     store.log_metrics(made.info.run_id, metrics)
     store.client().set_terminated(made.info.run_id, "FINISHED", stamp)
-
-
-def origins(experiment: str) -> dict[str, Any]:
-    """The runs of an experiment by their ids, and by the ids that they had elsewhere."""
-    found = {}
-    for run in all_runs(store.client(), experiment):
-        found[run.info.run_id] = found[run.data.tags.get(store.ORIGIN, run.info.run_id)] = run
-    return found
-
-
-def all_runs(client: Any, experiment: str, **options: Any) -> Iterator[Any]:
-    """The runs of an experiment, page by page."""
-    token = None
-    while True:
-        page = client.search_runs([experiment], max_results=1000, page_token=token, **options)
-        yield from page
-        token = page.token
-        if not token:
-            return
