@@ -23,6 +23,9 @@ from layerlab import LayerlabError, Study, load_paper, strategies
 from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
 from layerlab.reporting.publish import DIGESTS, digests, publish
 from layerlab.runs.batch.plans import jobs_of, read_plan
+from layerlab.runs.execution import execute
+from layerlab.runs.jobs import notebook_job
+from layerlab.runs.own_folder import MARK
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("results/*/*/claims.json"))
@@ -188,8 +191,47 @@ def test_a_run_leaves_alone_what_somebody_else_has_in_its_folder(fake, tmp_path)
     mine = tmp_path / "mine" / "figures" / "photo.png"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    Study("fake", "cpu", tmp_path / "mine")
-    assert mine.exists()
+    for epochs in (4, 5):
+        # The second one does not go on with the first, and deletes what that one showed.
+        study = Study("fake", "cpu", tmp_path / "mine", epochs=epochs)
+        study.figure(f"fig-{epochs}", Figure())
+        assert {file.name for file in mine.parent.iterdir()} == {"photo.png", f"fig-{epochs}.png"}
+    with pytest.raises(LayerlabError, match=r"photo.png would be replaced, and layerlab did not write it"):
+        study.figure("photo", Figure())
+    assert mine.read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", ["parameters.json", "claims.json", "manifest.json", "study.json"])
+def test_a_run_refuses_a_folder_whose_files_it_would_replace(fake, tmp_path, name):
+    fake()
+    mine = tmp_path / "mine"
+    (mine / "figures").mkdir(parents=True)
+    (mine / "figures" / "photo.png").touch()
+    (mine / name).write_text('{"years": "of work"}')
+    with pytest.raises(LayerlabError, match=rf"{name} would be replaced.*choose another folder with --output"):
+        Study("fake", "cpu", mine)
+    assert (mine / name).read_text() == '{"years": "of work"}'
+    assert (mine / "figures" / "photo.png").exists()
+
+
+def test_a_notebook_is_not_executed_onto_itself_or_another(fake, tmp_path):
+    file = fake("1") / "fake_plugin" / "notebook.ipynb"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("mine.ipynb", "other.ipynb"):
+        (mine / name).write_text(file.read_text())
+    before = (mine / "mine.ipynb").read_bytes()
+    with pytest.raises(LayerlabError, match=r"mine.ipynb would be replaced, and layerlab did not write it"):
+        execute(notebook_job(mine / "mine.ipynb", output=mine))
+    assert (mine / "mine.ipynb").read_bytes() == before
+
+
+def test_a_folder_of_an_older_version_is_known_by_its_record(fake, tmp_path):
+    fake()
+    folder = finished([2.0, 4.0]).folder
+    (folder / MARK).unlink()
+    assert Study("fake", "cpu", epochs=5, output=folder).folder == folder
+    assert not list((folder / "tables").iterdir())
 
 
 def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
-from layerlab.base.names import NAME
+from layerlab.base.names import NAME, FileName
 from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult, Data
 from layerlab.contract.parameters import Parameters, differing, merged_parameters
@@ -98,7 +98,7 @@ class Paper(Data):
     tables: list[PublishedTable] = Field(default_factory=list)
     claims: list[Claim]
     targets: list[Claim] = Field(default_factory=list)
-    profiles: dict[str, Profile]
+    profiles: dict[FileName, Profile]
     strategy: str = ""
     folder: Path = Path()
 

@@ -5,33 +5,42 @@ of them the scoreboard.
     results/<paper>/README.md              a page that reads by itself; claims.json: its rows
     results/<paper>/<profile>/             claims.json, parameters.json, manifest.json, tables/, figures/,
                                            and digests.json: what all of these were when they were published together
+
+A run's folder may come from anybody: no link in it is followed. Nothing is replaced or deleted that was not written
+here: a page is known by its first line, a profile's folder by the files that its digests.json lists.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from layerlab.base.errors import LayerlabError, LayerlabWarning
-from layerlab.base.files import write_atomically, write_json
+from pydantic import TypeAdapter, ValidationError
+
+from layerlab.base.errors import LayerlabError, LayerlabWarning, first_problem
+from layerlab.base.files import is_plain, plain_file, swap, write_atomically, write_json
+from layerlab.base.folder_lock import folder_lock
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
-from layerlab.reporting.pages import kept_profiles, paper_page, scoreboard_page, with_papers
+from layerlab.reporting.pages import MARK, kept_profiles, paper_page, profile_part, scoreboard_page, with_papers
 from layerlab.runs import tracking
 from layerlab.runs.manifest import read_manifest
-from layerlab.runs.record import MANIFEST, PARAMETERS, PARTS, RESULTS, read_results
+from layerlab.runs.record import MANIFEST, PARAMETERS, RESULTS, read_results
 
 DIGESTS = "digests.json"
 # Of a run at this profile no more is said than that the notebook runs.
 UNPUBLISHED = "quick"
+# Where a profile's new folder is put together, beside its place.
+UNFINISHED = ".new-"
 
 
 def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
@@ -49,15 +58,16 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
         The pages written.
 
     Raises:
-        LayerlabError: a folder without a finished run, an unknown strategy, one without such runs in MLflow (nothing is
-            written then).
+        LayerlabError: a folder without a finished run, or with links in the place of files; an unknown strategy, one
+            without such runs in MLflow; something in `target` that would be replaced and was not written here. Nothing
+            is written then.
     """
     from layerlab.contract.registry import strategies
 
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(each) for each in what if Path(each).is_dir() or str(each) not in strategies]
         names = [str(each) for each in what if Path(each) not in folders]
-        loaded = [(folder, read_results(folder)) for folder in folders]
+        loaded = [(folder, _read(folder)) for folder in folders]
         for name in names or ([] if what else [paper.strategy for paper in readable_papers()]):
             found = list(_from_mlflow(name, Path(temporary) / name))
             if not found and names:
@@ -67,14 +77,27 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
                 )
             loaded += found
         for folder, results in loaded:
-            if not results:
-                raise LayerlabError(f"{folder} holds a run without any claim; list some in its plugin's paper.toml.")
-            if not (folder / PARAMETERS).exists():
-                raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
-            read_manifest(folder)
+            _check_run(folder, results)
+        papers = {results[0].paper for _, results in loaded}
+        for place in _places(target, papers):
+            _check_place(place, target)
+        for _, results in loaded:
+            _check_profile(target / results[0].paper / results[0].profile, target)
         for folder, results in loaded:
             _keep(folder, results, target / results[0].paper / results[0].profile)
     return _write_pages(target)
+
+
+def _read(folder: Path) -> list[ClaimResult]:
+    """The rows of a run's folder, which may come from anybody.
+
+    Raises:
+        LayerlabError: there are none; a link or a pipe, say, in the place of a file that is read.
+    """
+    for name in (RESULTS, PARAMETERS, MANIFEST):
+        if (folder / name).is_symlink() or (folder / name).exists():
+            plain_file(folder, name)
+    return read_results(folder)
 
 
 def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResult]]]:
@@ -88,9 +111,9 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResu
             seen.add(profile)
             place = folder / profile
             place.mkdir(parents=True)
-            tracking.client().download_artifacts(run.info.run_id, "", str(place))
+            tracking.download(run.info.run_id, place)
             try:
-                results = read_results(place)
+                results = _read(place)
             except LayerlabError as error:
                 warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
                 continue
@@ -98,23 +121,125 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResu
                 yield place, results
 
 
+def _check_run(folder: Path, results: Sequence[ClaimResult]) -> None:
+    """Raises: LayerlabError: a folder that cannot be published, with what it lacks."""
+    if not results:
+        raise LayerlabError(f"{folder} holds a run without any claim; list some in its plugin's paper.toml.")
+    first = results[0]
+    if any((row.paper, row.profile) != (first.paper, first.profile) for row in results):
+        raise LayerlabError(f"{folder / RESULTS} holds rows of several papers or profiles, which no run writes; "
+                            "publish each run's own folder.")
+    load_paper(first.paper).profile(first.profile)
+    if not (folder / PARAMETERS).exists():
+        raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
+    _parameters(folder)
+    for section in read_manifest(folder):
+        for shown in section.shows:
+            plain_file(folder, shown.file)
+
+
+def _parameters(folder: Path) -> dict[str, Any]:
+    file = plain_file(folder, PARAMETERS)
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise LayerlabError(f"{file} does not hold the parameters of a run ({first_problem(error)}); run `layerlab "
+                            "reproduce` again, with --rerun.") from None
+
+
+def _places(target: Path, papers: set[str]) -> Iterator[Path]:
+    """Folders whose README.md and claims.json are written: of all results, and of each paper that is kept."""
+    yield target
+    for paper in readable_papers():
+        folder = target / paper.strategy
+        if paper.strategy in papers or next(folder.glob(f"[!.]*/{RESULTS}"), None):
+            yield folder
+
+
+def _check_place(folder: Path, target: Path) -> None:
+    """Raises: LayerlabError: a page, or the rows beside it, that were not written here."""
+    _check_below(folder, target)
+    page = folder / "README.md"
+    ours = is_plain(page) and page.read_bytes().startswith(MARK.encode())
+    for name in ("README.md", RESULTS):
+        place = folder / name
+        if (place.exists() or place.is_symlink()) and not ours:
+            raise LayerlabError(f"{place} would be replaced, and {page} does not begin with the line by which layerlab "
+                                f"knows its pages ({MARK}); move it away, or choose another folder with --to.")
+
+
+def _check_profile(folder: Path, target: Path) -> None:
+    """Raises: LayerlabError: a file in a profile's folder that was not published there."""
+    _check_below(folder, target)
+    if not folder.exists():
+        return
+    listed: set[str] = set()
+    if is_plain(folder / DIGESTS):
+        # What is no list of digests is not ours.
+        with contextlib.suppress(ValidationError):
+            listed = {DIGESTS, *TypeAdapter(dict[str, str]).validate_json((folder / DIGESTS).read_bytes())}
+    for root, folders, files in os.walk(folder):
+        for name in [*files, *(each for each in folders if (Path(root) / each).is_symlink())]:
+            other = (Path(root) / name).relative_to(folder).as_posix()
+            if other not in listed:
+                raise LayerlabError(f"{folder} holds {other}, which `layerlab publish` did not write there and would "
+                                    "delete; move it away, or choose another folder with --to.")
+
+
+def _check_below(folder: Path, target: Path) -> None:
+    """Raises: LayerlabError: a link that leads out of the folder of results, or something that is no folder."""
+    # As os sees it: pathlib's own gives up on a loop.
+    real = Path(os.path.realpath(folder))
+    if not real.is_relative_to(os.path.realpath(target)) or (real.exists() and not real.is_dir()):
+        raise LayerlabError(f"{folder} leads to {real}, which is no folder below {target}; move it away, or choose "
+                            "another folder with --to.")
+
+
 def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
-    """Put what is kept of a run into its place, all of it or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-        new = Path(temporary) / folder.name
-        new.mkdir()
-        for part in PARTS:
-            if (run / part).is_dir():
-                shutil.copytree(run / part, new / part)
-        for name in (PARAMETERS, MANIFEST):
-            write_json(new / name, json.loads((run / name).read_text()))
+    """Put what is kept of a run into its place: a process killed at any moment leaves the old content or the new."""
+    with _workplace(folder) as place:
+        new = place / "new"
+        sections = read_manifest(run)
+        for shown in chain.from_iterable(section.shows for section in sections):
+            (new / shown.file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plain_file(run, shown.file), new / shown.file, follow_symlinks=False)
+        write_json(new / PARAMETERS, _parameters(run))
+        write_json(new / MANIFEST, [section.model_dump() for section in sections])
         paper = load_paper(results[0].paper)
         write_json(new / RESULTS, [paper.judged(result).model_dump() for result in results])
         write_json(new / DIGESTS, digests(new))
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
+        # What cannot be shown is found before anything is replaced.
+        profile_part(new, paper, folder.name, results)
+        try:
+            swap(new, folder)
+        except OSError:
+            # There is none yet, or the system cannot exchange two folders; `_recover` sets right what a kill between
+            # the two leaves.
+            if folder.exists():
+                folder.rename(place / "old")
+            new.rename(folder)
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """An empty folder beside another one, for one process at a time; it is deleted in the end."""
+    place = folder.with_name(f"{UNFINISHED}{folder.name}")
+    place.mkdir(parents=True, exist_ok=True)
+    with folder_lock(place):
+        _recover(place, folder)
+        try:
+            yield place
+        finally:
+            _recover(place, folder)
+            shutil.rmtree(place)
+
+
+def _recover(place: Path, folder: Path) -> None:
+    """Bring back what was on its way out, and clear away what was never finished."""
+    if (place / "old").exists() and not folder.exists():
+        (place / "old").rename(folder)
+    for name in ("old", "new"):
+        shutil.rmtree(place / name, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -138,8 +263,9 @@ def _write_pages(target: Path) -> list[Path]:
     for paper in readable_papers():
         folder = target / paper.strategy
         if profiles := kept_profiles(folder, paper):
-            write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
+            # The page first: it says whose the rows beside it are.
             write(folder / "README.md", paper_page(folder, paper))
+            write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
     write(target / "README.md", scoreboard_page(target))
     readme = target.resolve().parent / "README.md"
     if readme.exists() and (new := with_papers(readme.read_text(encoding="utf-8"), target)) is not None:
