@@ -170,14 +170,19 @@ class ClaimResult(BaseModel):
         return f"{self.published_share:.2g}"
 
     @property
+    def changed_texts(self) -> list[str]:
+        """What was not as the profile has it: `alpha = 3`, `without equal`."""
+        return [f"without {name}" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+                for name, value in self.changed.items()]
+
+    @property
     def setting_text(self) -> str:
         """Where it was measured: profile and what was not as it has it, dataset, network, seeds or rounds, id."""
         if self.verdict == "not run":
             return self.profile
-        changed = [f"without {name}" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
-                   for name, value in self.changed.items()]
         named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "no seeds"
         if not self.seeds and len(self.values) > 1:
             seeds = f"{len(self.values)} rounds"
-        return ", ".join([self.profile, *changed, *named, seeds]) + (f" · {self.result}" if self.result else "")
+        text = ", ".join([self.profile, *self.changed_texts, *named, seeds])
+        return f"{text} · {self.result}" if self.result else text

@@ -20,7 +20,7 @@ from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
 from layerlab.reporting.scoreboard import scoreboard_table
 from layerlab.runs.manifest import read_manifest
-from layerlab.runs.record import PARAMETERS, RESULTS, read_results
+from layerlab.runs.record import PARAMETERS, RESULTS, read_parameters, read_results
 from layerlab.show.table import Cell, Table, markdown_text
 
 # First line of every page, by which `layerlab publish` knows what it may replace.
@@ -33,11 +33,22 @@ LONG = 20
 
 
 def kept_profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
-    """What is kept of a paper, by the folder of each profile, with the verdicts that the values have today."""
-    return {
-        file.parent: [paper.judged(row) for row in read_results(file.parent)]
-        for file in sorted(folder.glob(f"[!.]*/{RESULTS}"))
-    }
+    """What is kept of a paper, by the folder of each run, with the verdicts that the values have today."""
+    return {file.parent: run_rows(file.parent, paper) for file in sorted(folder.glob(f"[!.]*/{RESULTS}"))}
+
+
+def run_rows(folder: Path, paper: Paper) -> list[ClaimResult]:
+    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters.
+
+    Raises:
+        LayerlabError: what the folder holds cannot be read.
+    """
+    rows = read_results(folder)
+    if not (folder / PARAMETERS).exists():
+        return [paper.judged(row) for row in rows]
+    parameters = read_parameters(folder)
+    return [paper.judged(row.model_copy(update={"changed": paper.differing(row.profile, parameters)}))
+            for row in rows]
 
 
 def kept(target: Path, paper: Paper) -> list[ClaimResult]:
@@ -103,29 +114,35 @@ def paper_page(folder: Path, paper: Paper) -> str:
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
     text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
     for profile, rows in profiles.items():
-        text += profile_part(profile, paper, profile.name, rows)
+        text += run_part(profile, paper, profile.name, rows)
     return "\n\n".join(text) + "\n"
 
 
-def profile_part(folder: Path, paper: Paper, profile: str, rows: Sequence[ClaimResult]) -> list[str]:
-    """The paragraphs of a paper's page about one of its profiles.
+def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult]) -> list[str]:
+    """The paragraphs of a paper's page about one of the runs that are kept.
 
     Args:
         folder: where the run's tables, figures and parameters lie.
+        name: of the folder where they are kept, beside the page.
+        rows: the run's.
 
     Raises:
         LayerlabError: the paper has no such profile; a table that cannot be read.
     """
     some = next((row for row in rows if row.machine), None)
-    parameters = json.loads((folder / PARAMETERS).read_text())
+    parameters = read_parameters(folder)
+    profile = rows[0].profile if rows else name
     about = paper.profile(profile).description
     text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
+    if rows and rows[0].changed:
+        text.append(f"Not as the profile has it today: {_code(', '.join(rows[0].changed_texts))}.")
     if some:
-        text.append(f"Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. Commit: "
-                    f"{_code(some.commit)}. Versions: {_plain(versions_text(some.versions))}.")
+        result = f"Result: {_code(some.result)}. " if some.result else ""
+        text.append(f"{result}Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. "
+                    f"Commit: {_code(some.commit)}. Versions: {_plain(versions_text(some.versions))}.")
     shown = visible(json.dumps(parameters, indent=1, ensure_ascii=False))
     text.append(f"<details><summary>Parameters</summary>\n\n```json\n{shown}\n```\n</details>")
-    return text + list(_shown(folder, profile))
+    return text + list(_shown(folder, name))
 
 
 def _plain(text: str) -> str:
@@ -139,19 +156,20 @@ def _code(text: str) -> str:
 
 
 def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
-    usual = json.loads(json.dumps(paper.profile(profile).parameters))
-    changed = {name: value for name, value in parameters.items() if name in usual and value != usual[name]}
+    usual = paper.profile(profile).parameters
+    changed = {name: value for name, value in paper.differing(profile, parameters).items()
+               if name in usual and value is not None}
     return reproduce_command(paper.strategy, profile, changed)
 
 
-def _shown(folder: Path, profile: str) -> Iterator[str]:
+def _shown(folder: Path, name: str) -> Iterator[str]:
     """The tables and figures of a profile's folder, under the texts that its notebook had when it ran."""
     last = ""
     for section in read_manifest(folder):
         if section.heading not in ("", last):
             yield f"#{section.heading}"
         last = section.heading
-        entries = [_entry(folder / shown.file, quote(f"{profile}/{shown.file}")) for shown in section.shows]
+        entries = [_entry(folder / shown.file, quote(f"{name}/{shown.file}")) for shown in section.shows]
         yield from filter(None, [section.text, *entries, section.after])
 
 

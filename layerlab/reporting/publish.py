@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,20 +22,27 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from layerlab.base.errors import LayerlabError, LayerlabWarning, first_problem
+from layerlab.base.errors import LayerlabError, LayerlabWarning
 from layerlab.base.files import is_plain, plain_file, swap, write_atomically, write_json
 from layerlab.base.folder_lock import folder_lock
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
-from layerlab.reporting.pages import MARK, kept_profiles, paper_page, profile_part, scoreboard_page, with_papers
+from layerlab.reporting.pages import MARK, kept_profiles, paper_page, run_part, run_rows, scoreboard_page, with_papers
 from layerlab.runs import tracking
 from layerlab.runs.manifest import read_manifest
-from layerlab.runs.record import MANIFEST, PARAMETERS, RESULTS, read_results
+from layerlab.runs.record import (
+    IDENTITY,
+    MANIFEST,
+    PARAMETERS,
+    RESULTS,
+    read_object,
+    read_parameters,
+    read_results,
+)
 
 DIGESTS = "digests.json"
 # Of a run at this profile no more is said than that the notebook runs.
@@ -49,9 +57,10 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
     A README.md beside `target` that holds the two marks of `SUMMARY` gets the table of papers between them.
 
     Args:
-        what: output folders of `layerlab reproduce`, or names of strategies, whose newest finished runs are taken from
-            MLflow, all profiles but `quick`; none: every installed strategy of which there are such runs. A profile
-            that is kept already is replaced.
+        what: names of strategies, whose newest finished runs are taken from MLflow, all profiles but `quick`; none:
+            every installed strategy of which there are such runs. A profile that is kept already is replaced. Or output
+            folders of `layerlab reproduce`, and ids of results or of MLflow's runs: what is asked for so is kept with
+            whatever parameters, in a folder of its own where they are not the profile's.
         target: the folder of all results.
 
     Returns:
@@ -67,6 +76,7 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(each) for each in what if Path(each).is_dir() or str(each) not in strategies]
         names = [str(each) for each in what if Path(each) not in folders]
+        folders = [each if each.is_dir() else _asked_for(str(each), Path(temporary)) for each in folders]
         loaded = [(folder, _read(folder)) for folder in folders]
         for name in names or ([] if what else [paper.strategy for paper in readable_papers()]):
             found = list(_from_mlflow(name, Path(temporary) / name))
@@ -82,9 +92,9 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
         for place in _places(target, papers):
             _check_place(place, target)
         for _, results in loaded:
-            _check_profile(target / results[0].paper / results[0].profile, target)
+            _check_profile(_place(results, target), target)
         for folder, results in loaded:
-            _keep(folder, results, target / results[0].paper / results[0].profile)
+            _keep(folder, results, _place(results, target))
     return _write_pages(target)
 
 
@@ -94,22 +104,34 @@ def _read(folder: Path) -> list[ClaimResult]:
     Raises:
         LayerlabError: there are none; a link or a pipe, say, in the place of a file that is read.
     """
-    for name in (RESULTS, PARAMETERS, MANIFEST):
+    for name in (RESULTS, PARAMETERS, MANIFEST, IDENTITY):
         if (folder / name).is_symlink() or (folder / name).exists():
             plain_file(folder, name)
-    return read_results(folder)
+    rows = read_results(folder)
+    return run_rows(folder, load_paper(rows[0].paper)) if rows else []
+
+
+def _place(results: Sequence[ClaimResult], target: Path) -> Path:
+    """Where a run is kept: its profile's folder, or one of its own where its parameters are not the profile's."""
+    first = results[0]
+    name = first.profile
+    if first.changed:
+        text = json.dumps(first.changed, sort_keys=True, default=str)
+        name += f"-{first.result or hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return target / first.paper / name
 
 
 def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResult]]]:
-    """The newest finished runs of a paper, each profile's in a folder like the one that the run itself wrote, with its
-    claims."""
+    """The newest finished run of each profile of a paper with exactly the profile's parameters, in a folder like the
+    one that the run itself wrote, with its claims."""
     paper = load_paper(name)
     seen = {UNPUBLISHED}
     for run in tracking.notebook_runs(name):
         profile = run.data.tags.get("profile", "")
-        if profile in paper.profiles and profile not in seen:
-            seen.add(profile)
-            place = folder / profile
+        parameters = tracking.run_parameters(run)
+        own = parameters is None or not paper.differing(profile, parameters)
+        if profile in paper.profiles and profile not in seen and own:
+            place = folder / run.info.run_id
             place.mkdir(parents=True)
             tracking.download(run.info.run_id, place)
             try:
@@ -117,8 +139,26 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResu
             except LayerlabError as error:
                 warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
                 continue
-            if results:
+            # One of an older version notes its parameters in its folder alone.
+            if results and not results[0].changed:
+                seen.add(profile)
                 yield place, results
+
+
+def _asked_for(name: str, folder: Path) -> Path:
+    """The artifacts of a run in MLflow that is asked for by its id or by its result's, whatever its parameters.
+
+    Raises:
+        LayerlabError: there is none.
+    """
+    run = tracking.find_notebook_run(name)
+    if run is None:
+        raise LayerlabError(f"{name} is no folder of a finished run, no strategy, and no id of a result or a run in "
+                            "MLflow; `layerlab scoreboard` lists them.")
+    place = folder / run.info.run_id
+    place.mkdir(exist_ok=True)
+    tracking.download(run.info.run_id, place)
+    return place
 
 
 def _check_run(folder: Path, results: Sequence[ClaimResult]) -> None:
@@ -132,19 +172,10 @@ def _check_run(folder: Path, results: Sequence[ClaimResult]) -> None:
     load_paper(first.paper).profile(first.profile)
     if not (folder / PARAMETERS).exists():
         raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
-    _parameters(folder)
+    read_parameters(folder)
     for section in read_manifest(folder):
         for shown in section.shows:
             plain_file(folder, shown.file)
-
-
-def _parameters(folder: Path) -> dict[str, Any]:
-    file = plain_file(folder, PARAMETERS)
-    try:
-        return TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise LayerlabError(f"{file} does not hold the parameters of a run ({first_problem(error)}); run `layerlab "
-                            "reproduce` again, with --rerun.") from None
 
 
 def _places(target: Path, papers: set[str]) -> Iterator[Path]:
@@ -203,13 +234,14 @@ def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
         for shown in chain.from_iterable(section.shows for section in sections):
             (new / shown.file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plain_file(run, shown.file), new / shown.file, follow_symlinks=False)
-        write_json(new / PARAMETERS, _parameters(run))
+        write_json(new / PARAMETERS, read_parameters(run))
+        if is_plain(run / IDENTITY):
+            write_json(new / IDENTITY, read_object(run, IDENTITY))
         write_json(new / MANIFEST, [section.model_dump() for section in sections])
-        paper = load_paper(results[0].paper)
-        write_json(new / RESULTS, [paper.judged(result).model_dump() for result in results])
+        write_json(new / RESULTS, [result.model_dump() for result in results])
         write_json(new / DIGESTS, digests(new))
         # What cannot be shown is found before anything is replaced.
-        profile_part(new, paper, folder.name, results)
+        run_part(new, load_paper(results[0].paper), folder.name, results)
         try:
             swap(new, folder)
         except OSError:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from layerlab.base.errors import LayerlabError, first_problem
+from layerlab.base.files import plain_file
 from layerlab.base.text import as_json
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
@@ -92,6 +93,29 @@ def read_results(folder: Path) -> list[ClaimResult]:
     except ValidationError as error:
         raise LayerlabError(f"{file} does not hold the claims of a run ({first_problem(error)}); delete its "
                             "folder and run it again.") from None
+
+
+def read_parameters(folder: Path) -> dict[str, Any]:
+    """The parameters that a study noted in its folder.
+
+    Raises:
+        LayerlabError: there are none, or the file holds something else, or is a link.
+    """
+    return read_object(folder, PARAMETERS)
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a study's folder, which may come from anybody.
+
+    Raises:
+        LayerlabError: the file is not there, is a link, or holds something else.
+    """
+    file = plain_file(folder, name)
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise LayerlabError(f"{file} does not say what a run began with ({first_problem(error)}); run `layerlab "
+                            "reproduce` again, with --rerun.") from None
 
 
 def parse_results(content: bytes) -> list[ClaimResult]:
