@@ -79,13 +79,13 @@ def test_only_what_the_run_s_pages_show_is_published(sent, tmp_path):
     (sent / "tables" / "other.csv").write_text("a\n1\n")
     publish([sent], tmp_path / "results")
     assert {file.name for file in (tmp_path / "results" / "fake" / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
+        "claims.json", "identity.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
 
 
 def test_a_damaged_run_is_refused_before_anything_is_replaced(sent, tmp_path):
     publish([sent], tmp_path / "results")
     before = everything(tmp_path / "results")
-    parameters, table = "does not hold the parameters", "is no table that can be read"
+    parameters, table = "does not say what a run began with", "is no table that can be read"
     for file, content, message in (("parameters.json", "[1]", parameters), ("parameters.json", "{", parameters),
                                    ("tables/I.csv", "", table), ("tables/I.csv", "a\n\xff,1,2", table)):
         whole = (sent / file).read_bytes()

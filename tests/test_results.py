@@ -77,7 +77,7 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
         "results/fake/README.md", "results/README.md", "README.md"]
     there = tmp_path / "results" / "fake"
     assert {file.name for file in (there / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
+        "claims.json", "identity.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
     assert "a gain | Table I | 3 points | 3 ± 13 points | 1 | cpu, digits, 2 seeds" in (there / "README.md").read_text()
     assert "## fake\n\nA paper (Author, 2020). [Tables and figures](fake/README.md).\n" in pages[1].read_text()
     readme = pages[2].read_text()
@@ -183,7 +183,7 @@ def test_what_a_newer_run_makes_no_more_is_not_published_as_its_own(study, tmp_p
     again.finish()
     publish([again.folder], tmp_path)
     assert {file.name for file in (tmp_path / "fake" / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "manifest.json", "digests.json"}
+        "claims.json", "identity.json", "parameters.json", "manifest.json", "digests.json"}
 
 
 def test_a_run_leaves_alone_what_somebody_else_has_in_its_folder(fake, tmp_path):
@@ -237,7 +237,7 @@ def test_a_folder_of_an_older_version_is_known_by_its_record(fake, tmp_path):
 def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
     fake()
     Study("fake", "quick").finish()
-    for what, message in (("fake", "no finished run of 'fake' beyond `quick`"), ("nothing", "holds no finished run")):
+    for what, message in (("fake", "no finished run of 'fake' beyond `quick`"), ("nothing", "no id of a result")):
         with pytest.raises(LayerlabError, match=message):
             publish([what], tmp_path / "results")
     (tmp_path / "claims.json").write_text("[]")

@@ -21,7 +21,7 @@ from layerlab import LayerlabError, Strategy, Table, compare, fit, load_dataset,
 from layerlab.cli.main import main
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.registry import Plugin, Registry
-from layerlab.reporting.pages import profile_part
+from layerlab.reporting.pages import run_part
 from layerlab.show.interval import scale, spread
 from layerlab.show.table import Cell
 from layerlab.training.results import EPOCHS
@@ -185,7 +185,7 @@ def test_a_scoreboard_obeys_no_text_of_a_run(fake, tmp_path):
     folder.mkdir()
     (folder / "parameters.json").write_text(json.dumps({HOSTILE: HOSTILE}))
     (folder / "manifest.json").write_text("[]")
-    page = "\n\n".join(profile_part(folder, load_paper("fake"), "cpu", [row]))
+    page = "\n\n".join(run_part(folder, load_paper("fake"), "cpu", [row]))
     read = mistune.create_markdown(plugins=["table", "strikethrough"])
     pages = [scoreboard.page([row]), read(page.replace("<details>", "")),
              *(read(table([row]).markdown()) for table in (scoreboard.scoreboard_table, scoreboard.run_table))]

@@ -208,6 +208,18 @@ class Paper(Data):
         usual = self.profiles[profile].parameters if profile in self.profiles else {}
         return differing(as_json(usual), parameters)
 
+    def placed(self, result: ClaimResult, parameters: Mapping[str, Any]) -> ClaimResult:
+        """A row judged anew that says which parameters of its run are not as its profile has them today.
+
+        A claim that follows from shapes alone is the same whatever they are.
+
+        Args:
+            parameters: in force when it ran.
+        """
+        analytic = any(claim.analytic for claim in self.everything if claim.id == result.claim)
+        changed = {} if analytic else self.differing(result.profile, parameters)
+        return self.judged(result.model_copy(update={"changed": changed}))
+
     def profile(self, name: str) -> Profile:
         """The run profile of that name.
 

@@ -47,8 +47,7 @@ def run_rows(folder: Path, paper: Paper) -> list[ClaimResult]:
     if not (folder / PARAMETERS).exists():
         return [paper.judged(row) for row in rows]
     parameters = read_parameters(folder)
-    return [paper.judged(row.model_copy(update={"changed": paper.differing(row.profile, parameters)}))
-            for row in rows]
+    return [paper.placed(row, parameters) for row in rows]
 
 
 def kept(target: Path, paper: Paper) -> list[ClaimResult]:
@@ -134,8 +133,8 @@ def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult])
     profile = rows[0].profile if rows else name
     about = paper.profile(profile).description
     text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
-    if rows and rows[0].changed:
-        text.append(f"Not as the profile has it today: {_code(', '.join(rows[0].changed_texts))}.")
+    if other := next((row for row in rows if row.changed), None):
+        text.append(f"Not as the profile has it today: {_code(', '.join(other.changed_texts))}.")
     if some:
         result = f"Result: {_code(some.result)}. " if some.result else ""
         text.append(f"{result}Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. "

@@ -115,9 +115,9 @@ def _place(results: Sequence[ClaimResult], target: Path) -> Path:
     """Where a run is kept: its profile's folder, or one of its own where its parameters are not the profile's."""
     first = results[0]
     name = first.profile
-    if first.changed:
-        text = json.dumps(first.changed, sort_keys=True, default=str)
-        name += f"-{first.result or hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    if other := next((row for row in results if row.changed), None):
+        text = json.dumps(other.changed, sort_keys=True, default=str)
+        name += f"-{other.result or hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
     return target / first.paper / name
 
 
@@ -140,7 +140,7 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResu
                 warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
                 continue
             # One of an older version notes its parameters in its folder alone.
-            if results and not results[0].changed:
+            if results and not any(row.changed for row in results):
                 seen.add(profile)
                 yield place, results
 

@@ -63,8 +63,8 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
                       f"({first_problem(error)}).", LayerlabWarning, stacklevel=3)
         return []
     parameters = tracking.run_parameters(run)
-    placed = {} if parameters is None else {"changed": paper.differing(run.data.tags.get("profile", ""), parameters)}
-    return [paper.judged(row.model_copy(update=placed)) for row in rows if row.paper == name]
+    return [paper.judged(row) if parameters is None else paper.placed(row, parameters)
+            for row in rows if row.paper == name]
 
 
 def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
@@ -86,7 +86,8 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
         for run in tracking.notebook_runs(paper.strategy):
             said = _rows(paper, run)
             # The same experiment is told by what was set, not by the code, which changes from day to day.
-            which = run.data.tags.get("profile", ""), json.dumps(said[0].changed, sort_keys=True) if said else ""
+            changed = next((row.changed for row in said if row.changed), {})
+            which = run.data.tags.get("profile", ""), json.dumps(changed, sort_keys=True)
             if which not in newest:
                 newest.add(which)
                 results += said

@@ -24,7 +24,7 @@ from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.names import file_name
 from layerlab.base.provenance import provenance
 from layerlab.base.text import as_json
-from layerlab.contract.claims import Claim, ClaimResult
+from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
@@ -331,12 +331,12 @@ class Study(Session):
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
         happened = numbers and all(map(math.isfinite, numbers))
         mean, half = mean_interval(numbers) if happened else (None, None)
-        result = self.paper.judged(self._not_run(claim).model_copy(update={
+        result = self.paper.placed(self.paper.not_run(claim, self.profile).model_copy(update={
             "measured": mean, "interval": half if half is not None and math.isfinite(half) else None,
             "values": [value if math.isfinite(value) else None for value in numbers], "seeds": list(seeds),
             "conditions": dict(conditions or {}), "observed": dict(observed or {}), "by_model": by_model,
             "mlflow_run": self.run_id, **provenance(),
-        }))
+        }), self._values)
         self._results.append(result)
         return result
 
@@ -347,12 +347,9 @@ class Study(Session):
         for claim in self.paper.everything:
             found = [result for result in self._results if result.claim == claim.id]
             # Where the run was made, in any case: it may consist of tables and figures alone.
-            rows += found or [self._not_run(claim).model_copy(update=provenance())]
+            rows += found or [self.paper.placed(self.paper.not_run(claim, self.profile), self._values).model_copy(
+                update=provenance())]
         return rows
-
-    def _not_run(self, claim: Claim) -> ClaimResult:
-        row = self.paper.not_run(claim, self.profile)
-        return row.model_copy(update={"changed": self.paper.differing(self.profile, self._values)})
 
     def identity(self) -> Identity:
         """What the results come from, as far as is known now."""
