@@ -100,3 +100,9 @@ def write_json(file: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
     write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def cache_folder() -> Path:
+    """Where layerlab keeps what it can make again, such as decoded datasets: `$LAYERLAB_CACHE`, else
+    `~/.cache/layerlab`."""
+    return Path(os.environ.get("LAYERLAB_CACHE") or Path.home() / ".cache" / "layerlab")
