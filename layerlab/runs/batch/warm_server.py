@@ -1,0 +1,148 @@
+"""A process that has imported what notebooks need and forks their runners: `python -m layerlab.runs.batch.warm_server`.
+
+Importing takes seconds, a fork milliseconds. The server runs nothing of any notebook, has a single thread and opens
+nothing, so each runner starts from the same clean state; a runner forks its kernel before it does anything itself. A
+request is one message on the socket that the first argument numbers, with the file descriptors of `STREAMS`. The
+server goes when the other end of the socket does; the runners that it forked go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import selectors
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+from layerlab.base.process_label import relabel
+from layerlab.show.progress import VARIABLE
+
+# File descriptors of a request: what the runner reads, what it and its cells print to, where its outcome goes, and
+# where the server tells its process number and, at its end, its exit status.
+STREAMS = ("stdin", "log", "channel", "status")
+MODULE = "layerlab.runs.batch.notebook_process"
+# In the order in which a notebook needs them: it may start before all of them are there.
+IMPORTS = (
+    "layerlab.runs.papermill_engine", MODULE, "layerlab.runs.warm_kernel", "ipykernel.kernelapp", "torch",
+    "layerlab.runs.session", "layerlab.training.fit", "pandas", "layerlab.show.figures", "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store", "torch.utils.flop_counter",
+)
+# Libraries that start threads when they are imported, and how they are kept from it. A fork has one thread, whichever
+# locks the others held.
+SINGLE = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+
+Work = Callable[[], None]
+
+
+def main() -> None:
+    """Serve; or, in a process that was forked, be a runner or its kernel."""
+    os.environ.update(SINGLE)
+    work = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if work is not None:
+        work()
+
+
+def _serve(requests: socket.socket) -> Work | None:
+    """Fork a runner at each request, and import meanwhile.
+
+    Returns:
+        In a forked process, what it is to do; None in the server, at its end.
+    """
+    # Where processes cannot be labelled or watched this ends here, and whoever waits sees the socket close.
+    relabel(sys.orig_argv, VARIABLE, os.environ[VARIABLE])
+    os.close(os.pidfd_open(os.getpid()))
+    steps = _steps()
+    waiting = True
+    with selectors.DefaultSelector() as selector:
+        selector.register(requests, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select(0 if waiting else None):
+                if key.fileobj is not requests:
+                    selector.unregister(key.fileobj)
+                    _tell_end(key.fd, *key.data)
+                    continue
+                message, streams, _, _ = socket.recv_fds(requests, 1 << 20, len(STREAMS))
+                if not message:
+                    return None
+                work = _forked(message, streams, selector)
+                if work is not None:
+                    return work
+            waiting = next(steps, False)
+
+
+def _steps() -> Iterator[bool]:
+    """Import what notebooks need, one module a step."""
+    from layerlab.runs.jobs import import_papermill
+
+    import_papermill()
+    yield True
+    for name in IMPORTS:
+        # Without it a notebook imports it itself, and tells what is wrong.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+        yield True
+    gc.collect()
+    # What is here stays; a collection in a fork would copy it.
+    gc.freeze()
+
+
+def _forked(message: bytes, streams: list[int], selector: selectors.BaseSelector) -> Work | None:
+    """Fork a runner; None here, and there what it is to do. Where it cannot be, its streams close without a word."""
+    *others, status = streams
+    child = -1
+    if len(os.listdir("/proc/self/task")) == 1:
+        with contextlib.suppress(OSError):
+            child = os.fork()
+    if child == 0:
+        for key in selector.get_map().values():
+            os.close(key.fd)
+            if key.data:
+                os.close(key.data[1])
+        return functools.partial(_be_runner, json.loads(message), dict(zip(STREAMS, streams, strict=True)))
+    for stream in others:
+        os.close(stream)
+    if child == -1:
+        os.close(status)
+        return None
+    os.write(status, f"{child}\n".encode())
+    selector.register(os.pidfd_open(child), selectors.EVENT_READ, (child, status))
+    return None
+
+
+def _tell_end(ended: int, child: int, status: int) -> None:
+    """Tell whoever asked for a runner how it ended."""
+    number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(ended)
+    with contextlib.suppress(OSError):
+        os.write(status, f"{number}\n".encode())
+    os.close(status)
+
+
+def _be_runner(environment: dict[str, str], streams: dict[str, int]) -> None:
+    """In the forked process: be what `python -m layerlab.runs.batch.notebook_process` is, and its kernel."""
+    from layerlab.runs import warm_kernel
+    from layerlab.runs.batch import notebook_process
+
+    os.setsid()
+    for stream, standard in (("stdin", 0), ("log", 1), ("log", 2)):
+        os.dup2(streams[stream], standard)
+    for stream in ("stdin", "log"):
+        os.close(streams[stream])
+    os.environ.clear()
+    os.environ.update(environment)
+    relabel(["python", "-m", MODULE], VARIABLE, environment[VARIABLE])
+    kernel = warm_kernel.fork_kernel([streams["channel"], streams["status"]])
+    if kernel is None:
+        return
+    warm_kernel.provide(kernel)
+    sys.argv = [MODULE, str(streams["channel"])]
+    notebook_process.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A kernel that is forked from a process which has imported what notebooks need, for the one that a runner starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
+from typing import Any, ClassVar, cast
+
+from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+
+from layerlab.base.process_label import relabel
+from layerlab.show.progress import VARIABLE
+
+MODULE = "ipykernel_launcher"
+NAME = "layerlab-warm"
+# What Python is told in the command of ipykernel's own kernel, for the sake of its debugger alone.
+_OPTIONS = {"-Xfrozen_modules=off"}
+# They find out at their import whether they are in a notebook.
+_ANEW = ("tqdm.auto", "tqdm.autonotebook", "tqdm.notebook")
+
+
+class ForkedKernel:
+    """A process that waits to be a kernel; with what jupyter_client asks of a `subprocess.Popen`.
+
+    Args:
+        pid: its number.
+        told: the pipe that it waits at.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, pid: int, told: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._told = told
+
+    def begin(self, arguments: Sequence[str], environment: Mapping[str, str], folder: str | None) -> None:
+        """Have it be a kernel from now on.
+
+        Args:
+            arguments: of `python -m ipykernel_launcher`.
+            environment: its variables, all of them.
+            folder: its working directory; None: this process's.
+        """
+        asked = {"arguments": list(arguments), "environment": dict(environment), "folder": folder}
+        # One that was killed while it waited is found dead by whoever asks next.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._told, "w") as stream:
+            stream.write(json.dumps(asked) + "\n")
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it lives."""
+        if self.returncode is None:
+            try:
+                child, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                # Another part of this process has waited for it.
+                child, status = self.pid, signal.SIGKILL
+            if child:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, when it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not, after so many seconds.
+        """
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(MODULE, timeout or 0.0)
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it lives."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_kernel(private: Sequence[int]) -> ForkedKernel | None:
+    """Fork a process that waits to be a kernel, while this one has no thread and has opened nothing.
+
+    Args:
+        private: file descriptors of this process alone.
+
+    Returns:
+        None in the forked process, when it was a kernel and has ended.
+    """
+    order, told = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(order)
+        return ForkedKernel(child, told)
+    for stream in (told, *private):
+        os.close(stream)
+    os.setsid()
+    relabel(["python", "-m", MODULE], VARIABLE, os.environ[VARIABLE])
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    with os.fdopen(order) as orders:
+        text = orders.readline()
+    if text:
+        _be_kernel(**json.loads(text))
+    return None
+
+
+def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | None) -> None:
+    """Be what `python -m ipykernel_launcher` is, but for what is imported already."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if folder:
+        os.chdir(folder)
+    for name in _ANEW:
+        sys.modules.pop(name, None)
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        # Python's own generator does so by itself.
+        np.random.seed()
+    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+    if threads != "1":
+        from threadpoolctl import threadpool_limits
+
+        # The server had one alone, so that it would fork none.
+        threadpool_limits(int(threads), user_api="blas")
+    sys.argv = [MODULE, *arguments]
+    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+
+
+class Provisioner(LocalProvisioner):
+    """Starts the kernel that waits, if it is of this Python and the first; any other as jupyter_client does."""
+
+    waiting: ClassVar[list[ForkedKernel]] = []
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
+        """Launch a kernel with a command."""
+        arguments = _arguments(cmd)
+        if not self.waiting or arguments is None:
+            return await super().launch_kernel(cmd, **kwargs)
+        kernel = self.waiting.pop()
+        # The kernel ends when this process, its parent, is no more.
+        environment = {**kwargs.get("env", os.environ), "JPY_PARENT_PID": str(os.getpid())}
+        kernel.begin(arguments, environment, kwargs.get("cwd"))
+        # All that is asked of it is what a `Popen` has.
+        self.process = cast("subprocess.Popen[Any]", kernel)
+        self.pid = self.pgid = kernel.pid
+        return self.connection_info
+
+
+def _arguments(command: Sequence[str]) -> list[str] | None:
+    """What a command tells `ipykernel_launcher`, if that is run by this Python; otherwise None."""
+    if MODULE not in command or not os.path.exists(command[0]) or not os.path.samefile(command[0], sys.executable):
+        return None
+    place = command.index(MODULE)
+    *options, last = command[1:place] or [""]
+    return list(command[place + 1 :]) if last == "-m" and set(options) <= _OPTIONS else None
+
+
+def provide(kernel: ForkedKernel) -> None:
+    """Have the first kernel that jupyter_client starts here be this one."""
+    Provisioner.waiting.append(kernel)
+    factory = KernelProvisionerFactory.instance()
+    factory.provisioners[NAME] = EntryPoint(NAME, f"{__name__}:{Provisioner.__name__}", factory.GROUP_NAME)
+    factory.default_provisioner_name = NAME
