@@ -123,12 +123,16 @@ def fork_kernel(private: Sequence[int]) -> ForkedKernel | None:
 
 def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | None) -> None:
     """Be what `python -m ipykernel_launcher` is, but for what is imported already."""
+    before = os.environ.get("PYTHONPATH", "")
     os.environ.clear()
     os.environ.update(environment)
     if folder:
         os.chdir(folder)
-    for name in _ANEW:
-        sys.modules.pop(name, None)
+    sys.path[:] = _path(before, environment.get("PYTHONPATH", ""))
+    for name in list(sys.modules):
+        # layerlab may be a checkout that was edited since, and a notebook that does not use it does not rest on it.
+        if name in _ANEW or name.partition(".")[0] == "layerlab":
+            del sys.modules[name]
     if "numpy" in sys.modules:
         import numpy as np
 
@@ -144,6 +148,13 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | 
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
 
+def _path(before: str, now: str) -> list[str]:
+    """`sys.path` as Python makes it for a module that it runs, with another `$PYTHONPATH` than this process had."""
+    old, new = [[os.path.abspath(part) for part in text.split(os.pathsep) if part] for text in (before, now)]
+    first = [] if sys.flags.safe_path else [""]
+    return list(dict.fromkeys([*first, *new, *(part for part in sys.path[len(first) :] if part not in old)]))
+
+
 class Provisioner(LocalProvisioner):
     """Starts the kernel that waits, if it is of this Python and the first; any other as jupyter_client does."""
 
@@ -152,7 +163,8 @@ class Provisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """Launch a kernel with a command."""
         arguments = _arguments(cmd)
-        if not self.waiting or arguments is None:
+        # What a kernel's specification adds to the environment may be for libraries that are imported already.
+        if not self.waiting or arguments is None or self.kernel_spec.env:
             return await super().launch_kernel(cmd, **kwargs)
         kernel = self.waiting.pop()
         # The kernel ends when this process, its parent, is no more.
