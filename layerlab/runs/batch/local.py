@@ -23,7 +23,7 @@ from layerlab.runs import tracking
 from layerlab.runs.batch.cluster import on_cluster
 from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.one_job import Outcome, Stop, run_job
-from layerlab.runs.batch.runners import Runners
+from layerlab.runs.batch.runners import Runners, imported
 from layerlab.runs.jobs import Job
 from layerlab.runs.record import read_record, workbook_folder
 from layerlab.show.progress import Board, clock
@@ -142,7 +142,8 @@ def _on_this_machine(
         jobs[number].rename_partial()
         board.step()
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
-    with Runners() as runners, ThreadPoolExecutor(max(1, len(jobs))) as pool:
+    imports = imported({Path(jobs[number].notebook) for number in waiting})
+    with Runners(imports) as runners, ThreadPoolExecutor(max(1, len(jobs))) as pool:
         while waiting or running:
             for number in list(waiting):
                 if stop.asked.is_set():

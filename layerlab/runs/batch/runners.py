@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from layerlab.base.errors import LayerlabError
+from layerlab.runs.notebook_file import read_notebook
 from layerlab.show.progress import VARIABLE
 
 # Variables that nothing reads at its import, so that notebooks may differ in them and have one server.
@@ -83,12 +86,16 @@ class Runners:
 
     Use it as a context; the servers go at its end.
 
+    Args:
+        imports: names of modules that the notebooks import.
+
     Example:
-        >>> with Runners() as runners:
+        >>> with Runners(["layerlab"]) as runners:
         ...     pass
     """
 
-    def __init__(self) -> None:
+    def __init__(self, imports: Sequence[str] = ()) -> None:
+        self._imports = imports
         self._lock = threading.Lock()
         self._servers: dict[frozenset[tuple[str, str]], _Server] = {}
 
@@ -109,7 +116,7 @@ class Runners:
         environment = {**os.environ, **variables}
         early = frozenset((name, value) for name, value in environment.items() if name not in _LATE)
         with self._lock:
-            server = self._servers.setdefault(early, _Server(environment))
+            server = self._servers.setdefault(early, _Server(environment, self._imports))
         return server.start(environment, log) or started_anew(variables, log)
 
 
@@ -118,9 +125,11 @@ class _Server:
 
     Args:
         environment: of the first runner that is wanted.
+        imports: names of modules that the notebooks import.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], imports: Sequence[str]) -> None:
+        self._imports = imports
         # A forked process writes its own over it, so there has to be room for just that.
         self._environment = {**environment, VARIABLE: "-" * len(environment[VARIABLE])}
         self._lock = threading.Lock()
@@ -154,7 +163,7 @@ class _Server:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "layerlab.runs.batch.warm_server", str(theirs.fileno())],
+                    [sys.executable, "-m", "layerlab.runs.batch.warm_server", str(theirs.fileno()), *self._imports],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()], env=self._environment, start_new_session=True,
                 )
@@ -167,6 +176,17 @@ class _Server:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+
+def imported(notebooks: Iterable[Path]) -> list[str]:
+    """Names of the top-level modules that notebooks import, as far as their code says it at the beginning of a line."""
+    names: set[str] = set()
+    for notebook in notebooks:
+        # One that cannot be read fails by itself, and with a sentence.
+        with contextlib.suppress(LayerlabError):
+            for cell in read_notebook(notebook)["cells"]:
+                names |= set(re.findall(r"(?m)^\s*(?:import|from)\s+(\w+)", cell["source"]))
+    return sorted(names)
 
 
 def _forked(server: socket.socket, environment: Mapping[str, str], log: Path) -> tuple[ForkedRunner, int]:

@@ -2,8 +2,9 @@
 
 Importing takes seconds, a fork milliseconds. The server runs nothing of any notebook, has a single thread and opens
 nothing, so each runner starts from the same clean state; a runner forks its kernel before it does anything itself. A
-request is one message on the socket that the first argument numbers, with the file descriptors of `STREAMS`. The
-server goes when the other end of the socket does; the runners that it forked go on.
+request is one message on the socket that the first argument numbers, with the file descriptors of `STREAMS`; further
+arguments name modules that the notebooks import. The server goes when the other end of the socket does; the runners
+that it forked go on.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ import os
 import selectors
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from layerlab.base.process_label import relabel
+from layerlab.runs.leaving import leave
 from layerlab.show.progress import VARIABLE
 
 # File descriptors of a request: what the runner reads, what it and its cells print to, where its outcome goes, and
 # where the server tells its process number and, at its end, its exit status.
 STREAMS = ("stdin", "log", "channel", "status")
 MODULE = "layerlab.runs.batch.notebook_process"
-# In the order in which a notebook needs them: it may start before all of them are there.
-IMPORTS = (
-    "layerlab.runs.papermill_engine", MODULE, "layerlab.runs.warm_kernel", "ipykernel.kernelapp", "torch",
-    "layerlab.runs.session", "layerlab.training.fit", "pandas", "layerlab.show.figures", "mlflow",
-    "mlflow.store.tracking.sqlalchemy_store", "torch.utils.flop_counter",
-)
+# What a runner and its kernel need.
+BASE = ("layerlab.runs.papermill_engine", MODULE, "layerlab.runs.warm_kernel", "ipykernel.kernelapp",
+        "ipykernel.debugger", "IPython.core.completerlib")
+# What comes with a module that a notebook imports: the rest of it, and what the core imports of others, which stays
+# when a kernel lets the core go.
+ALONG = {
+    "layerlab": ("layerlab.training.fit", "layerlab.runs.session", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
+                 "layerlab.show.figures", "torch.utils.flop_counter"),
+    "matplotlib": ("matplotlib.pyplot",),
+    "mlflow": ("mlflow.store.tracking.sqlalchemy_store",),
+    "numpy": (), "pandas": (), "scipy": (), "seaborn": (), "sklearn": (), "torch": (), "torchvision": (),
+}
 # Libraries that start threads when they are imported, and how they are kept from it. A fork has one thread, whichever
 # locks the others held.
 SINGLE = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -44,7 +52,9 @@ def main() -> None:
     os.environ.update(SINGLE)
     work = _serve(socket.socket(fileno=int(sys.argv[1])))
     if work is not None:
+        shared = frozenset(sys.modules)
         work()
+        leave(shared)
 
 
 def _serve(requests: socket.socket) -> Work | None:
@@ -56,7 +66,7 @@ def _serve(requests: socket.socket) -> Work | None:
     # Where processes cannot be labelled or watched this ends here, and whoever waits sees the socket close.
     relabel(sys.orig_argv, VARIABLE, os.environ[VARIABLE])
     os.close(os.pidfd_open(os.getpid()))
-    steps = _steps()
+    steps = _steps(sys.argv[2:])
     waiting = True
     with selectors.DefaultSelector() as selector:
         selector.register(requests, selectors.EVENT_READ)
@@ -75,13 +85,18 @@ def _serve(requests: socket.socket) -> Work | None:
             waiting = next(steps, False)
 
 
-def _steps() -> Iterator[bool]:
-    """Import what notebooks need, one module a step."""
+def _steps(names: Sequence[str]) -> Iterator[bool]:
+    """Import what notebooks need that import these modules, one module a step."""
     from layerlab.runs.jobs import import_papermill
 
     import_papermill()
+    import nbformat
+
+    # It makes the code of its validator when it is first asked.
+    nbformat.validate(nbformat.v4.new_notebook())
     yield True
-    for name in IMPORTS:
+    more = [module for name in names if name in ALONG for module in (name, *ALONG[name])]
+    for name in dict.fromkeys([*BASE, *more]):
         # Without it a notebook imports it itself, and tells what is wrong.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
