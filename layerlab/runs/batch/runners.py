@@ -30,27 +30,30 @@ class ForkedRunner:
 
     Args:
         stdin: what it reads.
-        status: the pipe on which the server tells its process number and its exit status.
+        status: the pipe on which it tells its process number and the server its exit status.
 
     Raises:
-        EOFError: the server has forked none.
+        EOFError: there is none.
     """
 
     def __init__(self, stdin: IO[str], status: int) -> None:
         self.stdin = stdin
         self.returncode: int | None = None
         self._status = status
-        self.pid = int(self._line())
+        self.pid = self._number("runs")
 
-    def _line(self) -> str:
-        """What the server tells; waits for it."""
+    def _number(self, word: str) -> int:
+        """The number behind a word that comes through the pipe; waits for it."""
         text = b""
         while not text.endswith(b"\n"):
             part = os.read(self._status, 1)
             if not part:
                 raise EOFError
             text += part
-        return text.decode()
+        told, _, number = text.decode().partition(" ")
+        if told != word:
+            raise EOFError
+        return int(number)
 
     def poll(self) -> int | None:
         """Its exit status, or None while it lives; 1 where the server that knew it is gone, too."""
@@ -71,7 +74,7 @@ class ForkedRunner:
         if self.returncode is None and select.select([self._status], [], [], seconds)[0]:
             # The runner holds the pipe open as well: its end is that of both.
             try:
-                self.returncode = int(self._line())
+                self.returncode = self._number("ended")
             except EOFError:
                 self.returncode = 1
             os.close(self._status)

@@ -25,7 +25,7 @@ from layerlab.runs.leaving import leave
 from layerlab.show.progress import VARIABLE
 
 # File descriptors of a request: what the runner reads, what it and its cells print to, where its outcome goes, and
-# where the server tells its process number and, at its end, its exit status.
+# where it tells its process number and the server, at its end, its exit status.
 STREAMS = ("stdin", "log", "channel", "status")
 MODULE = "layerlab.runs.batch.notebook_process"
 # What a runner and its kernel need.
@@ -44,6 +44,7 @@ ALONG = {
 # locks the others held.
 SINGLE = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
+_GIVEN = frozenset(os.environ)
 Work = Callable[[], None]
 
 
@@ -124,7 +125,6 @@ def _forked(message: bytes, streams: list[int], selector: selectors.BaseSelector
     if child == -1:
         os.close(status)
         return None
-    os.write(status, f"{child}\n".encode())
     selector.register(os.pidfd_open(child), selectors.EVENT_READ, (child, status))
     return None
 
@@ -134,7 +134,7 @@ def _tell_end(ended: int, child: int, status: int) -> None:
     number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(ended)
     with contextlib.suppress(OSError):
-        os.write(status, f"{number}\n".encode())
+        os.write(status, f"ended {number}\n".encode())
     os.close(status)
 
 
@@ -148,9 +148,13 @@ def _be_runner(environment: dict[str, str], streams: dict[str, int]) -> None:
         os.dup2(streams[stream], standard)
     for stream in ("stdin", "log"):
         os.close(streams[stream])
+    # Variables that libraries set when they are imported belong to what is imported here.
+    theirs = {name: value for name, value in os.environ.items() if name not in _GIVEN and name not in SINGLE}
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(theirs | environment)
     relabel(["python", "-m", MODULE], VARIABLE, environment[VARIABLE])
+    # Only now, when whoever asked for it could end it and all that it starts.
+    os.write(streams["status"], f"runs {os.getpid()}\n".encode())
     kernel = warm_kernel.fork_kernel([streams["channel"], streams["status"]])
     if kernel is None:
         return
