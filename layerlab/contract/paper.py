@@ -7,6 +7,7 @@ import math
 import tomllib
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -253,14 +254,22 @@ def read_paper(file: Path, strategy: str) -> Paper:
         LayerlabError: missing, no TOML, or not of `Paper`'s form.
     """
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-        return Paper(**content, strategy=strategy, folder=file.parent)
+        status = file.stat()
+        return _read_paper(file, strategy, (status.st_mtime_ns, status.st_size, status.st_ino))
     except FileNotFoundError:
         raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise LayerlabError(f"{file} cannot be read: {error}.") from None
     except ValidationError as error:
         raise LayerlabError(sentence(error, str(file), Paper.model_fields)) from None
+
+
+# A plan asks for the paper of each of its thousands of jobs, and a paper takes milliseconds.
+@lru_cache(maxsize=64)
+def _read_paper(file: Path, strategy: str, stamp: tuple[int, ...]) -> Paper:
+    """A paper as its file is at the moment that the stamp tells."""
+    content = tomllib.loads(file.read_text(encoding="utf-8"))
+    return Paper(**content, strategy=strategy, folder=file.parent)
 
 
 def load_paper(strategy: str | Plugin) -> Paper:
