@@ -43,7 +43,7 @@ def test_the_list_has_a_row_for_each_strategy_at_80_columns():
     assert [line.split()[0] for line in lines if line.startswith("network-with")] == ["network-with-subnetworks"]
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["describe", "lars-skip"], ["data"]])
+@pytest.mark.parametrize("arguments", [["list"], ["describe", "lars-skip"], ["data"], ["scoreboard"]])
 def test_what_is_known_of_plugins_and_datasets_is_shown_without_torch(arguments):
     _call(*arguments)
     script = (f"import sys; from layerlab.cli.main import main; main({arguments!r}, standalone_mode=False); "

@@ -20,8 +20,13 @@ def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
     """The rows as a table of texts, with the columns of `SCOREBOARD`; claims of several papers begin with its name."""
     import pandas as pd
 
+    return pd.DataFrame(scoreboard_texts(results), columns=list(SCOREBOARD))
+
+
+def scoreboard_texts(results: Sequence[ClaimResult]) -> list[dict[str, str]]:
+    """The rows of `scoreboard`: column → text."""
     several = len({result.paper for result in results}) > 1
-    rows = [
+    return [
         {
             "claim": f"{result.paper}: {result.statement}" if several else result.statement,
             "where": result.where,
@@ -33,7 +38,6 @@ def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
         }
         for result in results
     ]
-    return pd.DataFrame(rows, columns=list(SCOREBOARD))
 
 
 def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:

@@ -27,6 +27,7 @@ from layerlab.base.folder_lock import acquire_lock
 from layerlab.base.provenance import provenance, versions, versions_text
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking.database import PATIENCE, check_file, sqlite_file, wait_for_database
+from layerlab.runs.tracking.reading import experiment_number, finished_notebooks
 from layerlab.show.progress import say
 
 PREFIX = "layerlab."
@@ -130,6 +131,9 @@ def client() -> Any:
 
 def experiment_id(name: str) -> str:
     """The experiment of that name, made if need be, with its artifacts beside the database."""
+    known = experiment_number(tracking_uri(), name)
+    if known is not None:
+        return known
     from mlflow.exceptions import MlflowException
 
     found = client().get_experiment_by_name(name)
@@ -204,6 +208,13 @@ def claim_rows(run: Any) -> list[str]:
 
 def notebook_runs(paper: str) -> list[Any]:
     """The finished runs of a paper's notebook, the newest first."""
+    uri = tracking_uri()
+    database = sqlite_file(uri)
+    if database and not database.exists():
+        return []
+    read = finished_notebooks(uri, paper)
+    if read is not None:
+        return read
     found = client().get_experiment_by_name(paper)
     if found is None:
         return []
