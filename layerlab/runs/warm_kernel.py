@@ -140,13 +140,17 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | 
 
         # Python's own generator does so by itself.
         np.random.seed()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.default_generator.seed()
     threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
     if threads != "1":
         from threadpoolctl import threadpool_limits
 
         # The server had one alone, so that it would fork none.
         threadpool_limits(int(threads), user_api="blas")
-    for frame, _ in traceback.walk_stack(None):
+    for frame, _ in traceback.walk_stack(sys._getframe()):
         # A library that looks at the whole stack reads these files, and would have the notebook rest on them.
         linecache.getlines(frame.f_code.co_filename)
     sys.argv = [MODULE, *arguments]

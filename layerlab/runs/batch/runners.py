@@ -188,7 +188,9 @@ def imported(notebooks: Iterable[Path]) -> list[str]:
         # One that cannot be read fails by itself, and with a sentence.
         with contextlib.suppress(LayerlabError):
             for cell in read_notebook(notebook)["cells"]:
-                names |= set(re.findall(r"(?m)^\s*(?:import|from)\s+(\w+)", cell["source"]))
+                for kind, text in re.findall(r"(?m)^\s*(import|from)\s+(.*)", cell["source"]):
+                    modules = text.split(",") if kind == "import" else [text.partition(" ")[0]]
+                    names |= {module.split()[0].partition(".")[0] for module in modules if module.strip()}
     return sorted(names)
 
 
