@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 WANTED := -c constraints.txt -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
 
+# Nothing is sent to anybody; MLFLOW_DISABLE_TELEMETRY=false lets MLflow report its use.
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
 .PHONY: reproduce test test-all lint docs ui lab benchmarks clean
 .DELETE_ON_ERROR:
 
@@ -31,7 +34,7 @@ ui: $(READY)  ## MLflow on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
 lab: $(READY)  ## JupyterLab on 127.0.0.1
-	LAYERLAB_HOME=$(CURDIR) $(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir=notebooks
+	LAYERLAB_HOME=$(CURDIR) $(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir=notebooks --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate
 
 benchmarks: $(READY)  ## every speed and memory ratio, into results/benchmarks.md (about an hour)
 	$(BIN)/python benchmarks/all.py

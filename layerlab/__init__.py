@@ -6,9 +6,13 @@ The public names. Each is imported when it is first used, so that `import layerl
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# MLflow reports its use to its makers when it is imported, kernels' included, unless this says otherwise before.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 # Where each public name stands; a module that is public as a whole names itself.
 _PUBLIC = {

@@ -19,6 +19,7 @@ from layerlab.cli.main import main
 from layerlab.reporting.scoreboard import collect
 from layerlab.runs import tracking
 from layerlab.runs.tracking.import_runs import import_file
+from layerlab.runs.tracking.imported import Imported
 from layerlab.training.loop import Fit
 
 
@@ -44,11 +45,15 @@ def _runs() -> dict[str, object]:
     return {run.data.tags["mlflow.runName"]: run for run in found}
 
 
+def _counts(found: Imported) -> tuple[int, int]:
+    return found.new, found.known
+
+
 def test_a_copied_database_comes_home_once(elsewhere, tmp_path, monkeypatch):
     copy = tmp_path / "copied.db"
     shutil.copy(elsewhere / "mlflow.db", copy)
-    assert import_file(copy) == (3, 0)
-    assert import_file(copy) == (0, 3)
+    assert _counts(import_file(copy)) == (3, 0)
+    assert _counts(import_file(copy)) == (0, 3)
     runs = _runs()
     assert len(runs) == 3
     frozen = runs["freezer · digits · seed 0"]
@@ -70,7 +75,7 @@ def test_a_run_that_got_further_is_completed_and_not_doubled(elsewhere, tmp_path
     fit(residual, digits, checkpoint=tmp_path / "c", observers=[track("fake")], progress=False, epochs=3,
         batch_size=512)
     monkeypatch.setenv("LAYERLAB_HOME", str(tmp_path / "home"))
-    assert import_file(elsewhere / "mlflow.db") == (1, 2)
+    assert _counts(import_file(elsewhere / "mlflow.db")) == (1, 2)
     runs = _runs()
     assert len(runs) == 3
     run = runs["baseline · digits · seed 0"]
@@ -85,15 +90,15 @@ def test_claims_come_home_without_a_database_and_know_the_database_that_follows(
     with contextlib.closing(sqlite3.connect(elsewhere / "mlflow.db")) as database:
         (end,) = database.execute("SELECT end_time FROM runs WHERE name LIKE '%notebook'").fetchone()
     os.utime(file, ns=(end * 1_000_000 + 500_000, end * 1_000_000 + 500_000))
-    assert import_file(file) == (1, 0)
-    assert import_file(file) == (0, 1)
+    assert _counts(import_file(file)) == (1, 0)
+    assert _counts(import_file(file)) == (0, 1)
     (row,) = collect(["fake"])
     assert (row.measured, row.seeds, row.verdict) == (3.0, [0, 1], "undecided")
     # A verdict is what the values give today, whatever was written down.
     assert "interval includes no effect" in row.reason
     # Its notebook's run is the one that is here, which gets what claims alone do not hold.
-    assert import_file(elsewhere / "mlflow.db") == (3, 0)
-    assert import_file(elsewhere / "mlflow.db") == (0, 3)
+    assert _counts(import_file(elsewhere / "mlflow.db")) == (3, 0)
+    assert _counts(import_file(elsewhere / "mlflow.db")) == (0, 3)
     assert len(_runs()) == 3
 
 
@@ -128,3 +133,7 @@ def test_what_is_neither_a_database_nor_claims(tmp_path):
     (tmp_path / "cut.db").write_bytes(b"SQLite format 3\0" + bytes(200))
     with pytest.raises(LayerlabError, match="cannot be read as a tracking database"):
         import_file(tmp_path / "cut.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "bookmarks.db")) as database:
+        database.execute("CREATE TABLE bookmarks (address TEXT)")
+    with pytest.raises(LayerlabError, match="no tracking database of MLflow"):
+        import_file(tmp_path / "bookmarks.db")

@@ -20,6 +20,7 @@ from layerlab.base import usage
 from layerlab.base.digests import file_digest
 from layerlab.contract.rows import counts
 from layerlab.reporting.diff import diff
+from layerlab.reporting.publish import publish
 from layerlab.reporting.scoreboard import collect, scoreboard_table
 from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
@@ -159,6 +160,45 @@ def test_a_profiles_result_is_a_run_with_exactly_its_parameters(fake, tmp_path, 
     again = _study([2.4, 2.5, 2.6], [0, 1, 2], pause=0.0)
     assert [row.measured for row in collect(["fake"])] == [pytest.approx(2.5), 0.2]
     assert read_results(again.folder)[0].result == ids[0]
+
+
+def test_a_run_with_other_parameters_is_published_when_asked_for_and_takes_no_ones_place(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake()
+    target = tmp_path / "results"
+    own = _study([2.0, 2.1, 2.2], [0, 1, 2])
+    other = _study([0.2], [0], pause=1.0)
+    publish(["fake"], target)
+    assert [folder.name for folder in sorted((target / "fake").iterdir()) if folder.is_dir()] == ["cpu"]
+    assert read_results(target / "fake" / "cpu")[0].measured == pytest.approx(2.1)
+    number = read_results(other.folder)[0].result
+    publish([number], target)
+    kept = f"cpu-{number}"
+    assert sorted(folder.name for folder in (target / "fake").iterdir() if folder.is_dir()) == ["cpu", kept]
+    page = (target / "fake" / "README.md").read_text()
+    assert "Not as the profile has it today: `pause = 1.0`." in page
+    assert f"Result: `{number}`" in page
+    assert f"{kept}/figures/curve.png" in page
+    before = (target / "fake" / "README.md").read_text()
+    publish([other.folder, own.folder], target)
+    assert (target / "fake" / "README.md").read_text() == before
+    assert read_results(target / "fake" / "cpu")[0].measured == pytest.approx(2.1)
+    with pytest.raises(LayerlabError, match="no id of a result"):
+        publish(["0a0a0a0a"], target)
+
+
+def test_what_was_a_profiles_result_is_none_once_the_profile_has_other_parameters(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    site = fake()
+    study = _study([2.0, 2.1, 2.2], [0, 1, 2])
+    publish([study.folder], tmp_path / "results")
+    paper = site / "fake_plugin" / "paper.toml"
+    paper.write_text(paper.read_text() + "more = 1\n")
+    publish([], tmp_path / "results")
+    rows = collect(["fake"])
+    assert [(row.verdict, row.changed) for row in rows] == [("holds", {"more": None})]
+    assert (counts(rows)["holds"], counts(rows)["not run"]) == ("", "1")
+    assert "without more" in (tmp_path / "results" / "fake" / "README.md").read_text()
 
 
 def test_a_result_has_its_id_on_rows_figures_and_runs(fake, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from helpers import chromium, free_port, serving, slow
+
+from layerlab.runs.execution import execute
+from layerlab.runs.jobs import notebook_job
 
 ROOT = Path(__file__).parents[1]
 # `LAYERLAB_SHOTS=docs` keeps the picture that the docs show.
@@ -43,6 +47,51 @@ def _addresses(port: int) -> set[str]:
 def test_lab_and_ui_listen_on_this_machine_alone():
     assert "--ip 127.0.0.1" in _recipe("lab")
     assert "--host 127.0.0.1" in _recipe("ui")
+
+
+@slow
+def test_the_ui_listens_on_this_machine_alone_when_it_runs(tmp_path):
+    port = free_port()
+    arguments = _recipe("ui").partition("/mlflow ")[2].replace("$(CURDIR)", str(tmp_path)).replace("5000", str(port))
+    assert str(tmp_path) in arguments
+    command = [sys.executable, "-m", "mlflow", *arguments.split()]
+    with serving(command, f"http://127.0.0.1:{port}/health", cwd=tmp_path):
+        assert _addresses(port) == {"0100007F"}
+
+
+def test_lab_asks_nobody_for_news_or_updates():
+    from jupyterlab.handlers.announcements import NeverCheckForUpdate
+    from jupyterlab.labapp import LabApp
+
+    app = LabApp()
+    app.parse_command_line(_recipe("lab").partition("/jupyter lab ")[2].split())
+    assert app.news_url is None
+    assert app.check_for_updates_class is NeverCheckForUpdate
+
+
+KERNEL = """
+import os, psutil
+found = {each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN}
+assert found == {"127.0.0.1"}, found
+import mlflow.telemetry
+assert mlflow.telemetry.get_telemetry_client() is None
+"""
+
+
+def test_a_kernel_listens_on_this_machine_alone_and_sends_nothing(fake, tmp_path, monkeypatch):
+    # What MLflow takes for a test or a server of continuous integration switches its telemetry off, too.
+    for name in ("CI", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    execute(notebook_job(fake(KERNEL) / "fake_plugin" / "notebook.ipynb", output=tmp_path / "out"))
+
+
+def test_telemetry_is_the_user_s_to_switch_on():
+    script = "import os, layerlab; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    for given, found in ((None, "true"), ("false", "false")):
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
+        environment |= {"MLFLOW_DISABLE_TELEMETRY": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == found, done.stderr
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from layerlab import LayerlabError, Study, load_paper, strategies
 from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
 from layerlab.reporting.publish import DIGESTS, digests, publish
 from layerlab.runs.batch.plans import jobs_of, read_plan
+from layerlab.runs.execution import execute
+from layerlab.runs.jobs import notebook_job
+from layerlab.runs.own_folder import MARK
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("results/*/*/claims.json"))
@@ -74,7 +77,7 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
         "results/fake/README.md", "results/README.md", "README.md"]
     there = tmp_path / "results" / "fake"
     assert {file.name for file in (there / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
+        "claims.json", "identity.json", "parameters.json", "manifest.json", "digests.json", "I.csv", "fig-1.png"}
     assert "a gain | Table I | 3 points | 3 ± 13 points | 1 | cpu, digits, 2 seeds" in (there / "README.md").read_text()
     assert "## fake\n\nA paper (Author, 2020). [Tables and figures](fake/README.md).\n" in pages[1].read_text()
     readme = pages[2].read_text()
@@ -180,7 +183,7 @@ def test_what_a_newer_run_makes_no_more_is_not_published_as_its_own(study, tmp_p
     again.finish()
     publish([again.folder], tmp_path)
     assert {file.name for file in (tmp_path / "fake" / "cpu").rglob("*.*")} == {
-        "claims.json", "parameters.json", "manifest.json", "digests.json"}
+        "claims.json", "identity.json", "parameters.json", "manifest.json", "digests.json"}
 
 
 def test_a_run_leaves_alone_what_somebody_else_has_in_its_folder(fake, tmp_path):
@@ -188,14 +191,53 @@ def test_a_run_leaves_alone_what_somebody_else_has_in_its_folder(fake, tmp_path)
     mine = tmp_path / "mine" / "figures" / "photo.png"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    Study("fake", "cpu", tmp_path / "mine")
-    assert mine.exists()
+    for epochs in (4, 5):
+        # The second one does not go on with the first, and deletes what that one showed.
+        study = Study("fake", "cpu", tmp_path / "mine", epochs=epochs)
+        study.figure(f"fig-{epochs}", Figure())
+        assert {file.name for file in mine.parent.iterdir()} == {"photo.png", f"fig-{epochs}.png"}
+    with pytest.raises(LayerlabError, match=r"photo.png would be replaced, and layerlab did not write it"):
+        study.figure("photo", Figure())
+    assert mine.read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", ["parameters.json", "claims.json", "manifest.json", "study.json"])
+def test_a_run_refuses_a_folder_whose_files_it_would_replace(fake, tmp_path, name):
+    fake()
+    mine = tmp_path / "mine"
+    (mine / "figures").mkdir(parents=True)
+    (mine / "figures" / "photo.png").touch()
+    (mine / name).write_text('{"years": "of work"}')
+    with pytest.raises(LayerlabError, match=rf"{name} would be replaced.*choose another folder with --output"):
+        Study("fake", "cpu", mine)
+    assert (mine / name).read_text() == '{"years": "of work"}'
+    assert (mine / "figures" / "photo.png").exists()
+
+
+def test_a_notebook_is_not_executed_onto_itself_or_another(fake, tmp_path):
+    file = fake("1") / "fake_plugin" / "notebook.ipynb"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("mine.ipynb", "other.ipynb"):
+        (mine / name).write_text(file.read_text())
+    before = (mine / "mine.ipynb").read_bytes()
+    with pytest.raises(LayerlabError, match=r"mine.ipynb would be replaced, and layerlab did not write it"):
+        execute(notebook_job(mine / "mine.ipynb", output=mine))
+    assert (mine / "mine.ipynb").read_bytes() == before
+
+
+def test_a_folder_of_an_older_version_is_known_by_its_record(fake, tmp_path):
+    fake()
+    folder = finished([2.0, 4.0]).folder
+    (folder / MARK).unlink()
+    assert Study("fake", "cpu", epochs=5, output=folder).folder == folder
+    assert not list((folder / "tables").iterdir())
 
 
 def test_nothing_is_published_of_what_is_not_there(fake, tmp_path):
     fake()
     Study("fake", "quick").finish()
-    for what, message in (("fake", "no finished run of 'fake' beyond `quick`"), ("nothing", "holds no finished run")):
+    for what, message in (("fake", "no finished run of 'fake' beyond `quick`"), ("nothing", "no id of a result")):
         with pytest.raises(LayerlabError, match=message):
             publish([what], tmp_path / "results")
     (tmp_path / "claims.json").write_text("[]")

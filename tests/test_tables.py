@@ -10,15 +10,18 @@ import math
 import re
 from typing import ClassVar
 
+import click
 import mistune
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 from pydantic import Field
 
-from layerlab import LayerlabError, Strategy, Table, compare, fit, load_dataset, load_paper
+from layerlab import LayerlabError, Strategy, Table, compare, fit, load_dataset, load_paper, scoreboard
 from layerlab.cli.main import main
+from layerlab.contract.claims import ClaimResult
 from layerlab.contract.registry import Plugin, Registry
+from layerlab.reporting.pages import run_part
 from layerlab.show.interval import scale, spread
 from layerlab.show.table import Cell
 from layerlab.training.results import EPOCHS
@@ -169,6 +172,37 @@ def test_each_form_shows_a_text_and_obeys_none_of_it(where):
         assert any(SHOWN in row for row in csv.reader(io.StringIO(table.csv())))
     found = json.loads(table.json())
     assert SHOWN in (*found["columns"], *found["rows"][0], found["caption"], *found["notes"])
+
+
+def test_a_scoreboard_obeys_no_text_of_a_run(fake, tmp_path):
+    """Every text of a row that somebody sent, in every form, and in the page that is published of it."""
+    fake()
+    row = ClaimResult(
+        paper="fake", claim="gain", statement=HOSTILE, where=HOSTILE, unit=HOSTILE, paper_value=1.0, measured=1.0,
+        values=[1.0], seeds=[0], profile="cpu", conditions={"dataset": HOSTILE, "network": HOSTILE}, machine=HOSTILE,
+        versions={HOSTILE: HOSTILE}, commit=HOSTILE, verdict="holds", reason=HOSTILE, mlflow_run=HOSTILE)
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    (folder / "parameters.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (folder / "manifest.json").write_text("[]")
+    page = "\n\n".join(run_part(folder, load_paper("fake"), "cpu", [row]))
+    read = mistune.create_markdown(plugins=["table", "strikethrough"])
+    pages = [scoreboard.page([row]), read(page.replace("<details>", "")),
+             *(read(table([row]).markdown()) for table in (scoreboard.scoreboard_table, scoreboard.run_table))]
+    assert not any("<script" in shown for shown in pages)
+    for shown in (*pages, scoreboard.scoreboard_table([row]).text(200, colour=True)):
+        assert not set(shown) & {"\x9b", "\u202e", "\a"}
+        assert "\x1b[31mred" not in shown
+
+
+def test_a_sentence_on_the_screen_obeys_nothing_of_what_it_quotes(tmp_path):
+    (tmp_path / "claims.json").write_text(json.dumps([{"paper": "\x1b[2J\x9b31m/x"}]))
+    for name in ("import", "publish"):
+        place = tmp_path / ("claims.json" if name == "import" else "")
+        result = CliRunner().invoke(main, [name, str(place)], color=True)
+        assert result.exit_code == 2
+        assert "x1b[2J" in result.output
+        assert not {"\x9b", "\x1b"} & set(click.unstyle(result.output))
 
 
 def test_markdown_reads_as_the_text():

@@ -23,7 +23,6 @@ from layerlab import LayerlabError, LayerlabWarning, Study, fit, track
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs import tracking
 from layerlab.runs.record import read_record
-from layerlab.runs.tracking.reading import finished_notebooks
 from layerlab.runs.tracking.store import claim_metrics
 from layerlab.show.progress import say_not_first
 from layerlab.training.loop import Fit
@@ -415,27 +414,3 @@ def test_a_disk_that_fills_in_the_middle_ends_no_training(digits, residual, tmp_
         assert tracking.unsent_files() == []
     finally:
         subprocess.run(["umount", "-l", str(full)], check=True)
-
-
-def test_finished_notebooks_are_found_without_mlflow_as_mlflow_finds_them():
-    assert tracking.notebook_runs("paper") == []
-    assert not Path(tracking.tracking_uri().removeprefix("sqlite:///")).exists()
-    for number, (kind, status) in enumerate([("notebook", "FINISHED"), ("fit", "FINISHED"), ("notebook", "KILLED"),
-                                             ("notebook", "FINISHED"), ("notebook", "FINISHED")]):
-        run = tracking.start_run("paper", f"run {number}", f"attempt {number}", {"kind": kind, "number": f"{number} é"})
-        tracking.client().set_terminated(run, status)
-    tracking.client().delete_run(run)
-    found = tracking.notebook_runs("paper")
-    theirs = tracking.client().search_runs(
-        [tracking.experiment_id("paper")], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"])
-    assert [(run.info.run_id, run.data.tags) for run in found] == [(run.info.run_id, run.data.tags) for run in theirs]
-    assert [run.data.tags["number"] for run in found] == ["3 é", "0 é"]
-
-
-def test_a_database_of_another_make_is_left_to_mlflow(tmp_path):
-    tracking.start_run("paper", "run", "attempt", {"kind": "notebook"})
-    database = tracking.tracking_uri().removeprefix("sqlite:///")
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("ALTER TABLE tags RENAME COLUMN key TO name")
-    assert finished_notebooks(tracking.tracking_uri(), "paper") is None

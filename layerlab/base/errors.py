@@ -207,3 +207,13 @@ def _by_setting(error: ValidationError) -> list[list[Any]]:
         if len(group) > 1:  # which alternative it was is no part of the setting's name
             group[0]["loc"] = group[0]["loc"][:-1]
     return groups
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong first in a file's content, in words that fit into a sentence: `0.paper should be …, got '…'`."""
+    first, *others = error.errors()
+    place = ".".join(str(part) for part in first["loc"]) or "the content"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] == "json_invalid":
+        return message
+    return f"{place} {message}, got {brief(first['input'])}" + (f", and {len(others)} more" if others else "")

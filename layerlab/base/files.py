@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import glob
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,3 +108,53 @@ def cache_folder() -> Path:
     """Where layerlab keeps what it can make again, such as decoded datasets: `$LAYERLAB_CACHE`, else
     `~/.cache/layerlab`."""
     return Path(os.environ.get("LAYERLAB_CACHE") or Path.home() / ".cache" / "layerlab")
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """A file below a folder that somebody may have sent, to be read: no link on the way to it is followed.
+
+    Args:
+        name: with folders, if any, before it: `tables/I.csv`.
+
+    Raises:
+        LayerlabError: it is not there, or it or a folder on the way is a link, a device or the like.
+    """
+    place = folder
+    *folders, last = name.split("/")
+    for part in folders:
+        place /= part
+        if place.is_symlink() or not place.is_dir():
+            raise LayerlabError(_not_plain(place, "folder"))
+    place /= last
+    if not is_plain(place):
+        raise LayerlabError(_not_plain(place, "file"))
+    return place
+
+
+def is_plain(file: Path) -> bool:
+    """Whether there is a regular file, not a link to one."""
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except (OSError, ValueError):  # not there; a name that no file can have
+        return False
+
+
+def _not_plain(place: Path, kind: str) -> str:
+    if place.is_symlink():
+        return f"{place} is a link, which layerlab does not follow; put a {kind} in its place."
+    return f"There is no {kind} {place}; check the path."
+
+
+def swap(new: Path, old: Path) -> None:
+    """Exchange two folders at once, so that a process killed at any moment leaves one or the other in both places.
+
+    Raises:
+        OSError: this system or file system cannot do that.
+    """
+    # Of Linux; Python has no name for it. -100: both paths are as they are given; 2: exchange.
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError("no renameat2")
+    if rename(-100, os.fsencode(new), -100, os.fsencode(old), 2):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

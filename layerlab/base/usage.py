@@ -21,6 +21,8 @@ from layerlab.base.names import GROUP
 
 # Digest of a file that was edited after it had been read: which content was used is not known.
 EDITED = "edited while it was in use"
+# Folders of libraries, which may be on the path from anywhere; their versions count in the place of their files.
+_PACKAGES = ("site-packages", "dist-packages")
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/run")
 
 
@@ -63,7 +65,7 @@ class Recorder:
         kept = os.path.abspath(os.environ["LAYERLAB_CACHE"]) if os.environ.get("LAYERLAB_CACHE") else ""
         left_out = [*_libraries(), *map(str, without), *self.data, kept]
         seen = {_source_of(path): when for path, when in self._opened.items() if path not in self._written}
-        seen = {path: when for path, when in seen.items() if not _below(path, left_out) and _is_users(path)}
+        seen = {path: when for path, when in seen.items() if not _is_library(path, left_out) and _is_users(path)}
         seen |= {path: self._begun for path in _modules() if path not in seen}
         files = {}
         for path, when in sorted(seen.items()):
@@ -191,7 +193,7 @@ def _modules() -> set[str]:
     found = set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and (name.partition(".")[0] in ours or not _below(file, libraries)):
+        if file and (name.partition(".")[0] in ours or not _is_library(file, libraries)):
             found.add(os.path.abspath(file))
     return {file for file in found if file.endswith(".py")}
 
@@ -199,6 +201,10 @@ def _modules() -> set[str]:
 def _libraries() -> list[str]:
     paths = sysconfig.get_paths()
     return [*_SYSTEM, sys.prefix, sys.base_prefix, paths["stdlib"], paths["purelib"], paths["platlib"]]
+
+
+def _is_library(path: str, libraries: Iterable[str]) -> bool:
+    return _below(path, libraries) or any(part in _PACKAGES for part in Path(path).parts)
 
 
 def _below(path: str, folders: Iterable[str]) -> bool:

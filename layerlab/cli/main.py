@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import click
 
 from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning
+from layerlab.base.screen import printable, visible
 from layerlab.show.table import Cell, Table, Tone
 
 FORMS = ("text", "markdown", "html", "csv", "latex", "json")
@@ -28,7 +29,7 @@ class _Group(click.Group):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except LayerlabError as error:
-            click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
+            click.echo(f"{click.style('Error:', fg='red')} {visible(str(error))}", err=True)
             ctx.exit(1 if isinstance(error, Diverged) else 2)
 
 
@@ -38,7 +39,7 @@ def _show_warning(
 ) -> None:
     """Our own warnings as sentences, without the line of code that they come from."""
     if issubclass(category, LayerlabWarning):
-        click.echo(f"{click.style('Warning:', fg='yellow')} {message}", err=True)
+        click.echo(f"{click.style('Warning:', fg='yellow')} {visible(str(message))}", err=True)
     else:
         click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
@@ -226,7 +227,7 @@ def _run(
         _print(brief_table(results))
         click.echo()
         for line in sentences(results):
-            click.echo(click.wrap_text(line, 80, subsequent_indent="  "))
+            click.echo(click.wrap_text(printable(line), 80, subsequent_indent="  "))
     if done:
         click.echo()
         _print(Table(("notebook", "file", ""), [[
@@ -240,7 +241,8 @@ def _run(
         click.echo(f"\nStopped: {len(stopped)} of {len(jobs)} notebooks; the same command goes on.", err=True)
     for job, outcome in failed:
         how = "Failed:" if outcome.status == "failed" else "Error:"
-        click.echo(f"{click.style(how, fg='red')} {outcome.message}\n  again: {job.command}", err=True)
+        said = visible(f"{outcome.message}\n  again: {job.command}")
+        click.echo(f"{click.style(how, fg='red')} {said}", err=True)
     if failed or stopped:
         refused = all(outcome.status == "refused" for _, outcome in failed)
         raise SystemExit(130 if stopped else 2 if refused else 1)
@@ -295,12 +297,22 @@ def diff(first: str, second: str) -> None:
 @main.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
 def import_(files: tuple[Path, ...]) -> None:
-    """Bring runs made elsewhere into this workbook's MLflow: a copied mlflow.db, or a claims.json."""
+    """Bring runs made elsewhere into this workbook's MLflow: a copied mlflow.db, or a claims.json.
+
+    What is left behind is listed, with the reason; the exit status is 1 if any of it belongs to the runs.
+    """
     from layerlab.runs.tracking.import_runs import import_file
 
+    lost = False
     for file in files:
-        new, known = import_file(file)
-        click.echo(f"{file}: {new} run{'s' * (new != 1)} brought in, {known} here already")
+        found = import_file(file)
+        click.echo(f"{printable(str(file))}: {found.new} run{'s' * (found.new != 1)} brought in, with {found.files} "
+                   f"artifact{'s' * (found.files != 1)} and {found.nested} nested; {found.known} here already")
+        for text, count in (+found.lost + found.ignored).items():
+            click.echo(f"  left behind: {count} × {visible(text)}", err=text in found.lost)
+        lost = lost or bool(+found.lost)
+    if lost:
+        raise SystemExit(1)
 
 
 @main.group(invoke_without_command=True)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from layerlab.base.names import FileName, FileNameOrNone
+
 Verdict = Literal[
     "reproduced", "holds", "weaker", "undecided", "differs", "opposite", "not tested", "by a model", "not run",
 ]
@@ -101,12 +103,12 @@ class ClaimResult(BaseModel):
     """One row of the scoreboard: a claim and what one notebook run measured of it.
 
     Attributes:
-        paper: the strategy's name.
+        paper: the strategy's name, as a folder has it.
         claim, statement, where, unit, paper_value: from the claim.
         measured: mean over seeds; None when not run or never reached.
         interval: half-width of the 95 % interval; None for one seed.
         values: one for each seed; None where it did not happen.
-        seeds, profile, conditions: of the run.
+        seeds, profile, conditions: of the run; no profile in a row that stands for no run.
         changed: parameters that were not as the profile has them, with their values; None for one that the run did not
             know. A profile's result has none.
         result: id of what it comes from, see `layerlab.contract.identity`; empty before a run has ended.
@@ -119,7 +121,7 @@ class ClaimResult(BaseModel):
         mlflow_run: id of the notebook's run.
     """
 
-    paper: str
+    paper: FileName
     claim: str
     statement: str
     where: str
@@ -129,7 +131,7 @@ class ClaimResult(BaseModel):
     interval: float | None = None
     values: list[float | None] = []
     seeds: list[int] = []
-    profile: str
+    profile: FileNameOrNone
     changed: dict[str, Any] = {}
     result: str = ""
     conditions: dict[str, Any] = {}
@@ -168,14 +170,19 @@ class ClaimResult(BaseModel):
         return f"{self.published_share:.2g}"
 
     @property
+    def changed_texts(self) -> list[str]:
+        """What was not as the profile has it: `alpha = 3`, `without equal`."""
+        return [f"without {name}" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+                for name, value in self.changed.items()]
+
+    @property
     def setting_text(self) -> str:
         """Where it was measured: profile and what was not as it has it, dataset, network, seeds or rounds, id."""
         if self.verdict == "not run":
             return self.profile
-        changed = [f"without {name}" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
-                   for name, value in self.changed.items()]
         named = [str(self.conditions[key]) for key in ("dataset", "network") if key in self.conditions]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "no seeds"
         if not self.seeds and len(self.values) > 1:
             seeds = f"{len(self.values)} rounds"
-        return ", ".join([self.profile, *changed, *named, seeds]) + (f" · {self.result}" if self.result else "")
+        text = ", ".join([self.profile, *self.changed_texts, *named, seeds])
+        return f"{text} · {self.result}" if self.result else text

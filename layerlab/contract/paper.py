@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
-from layerlab.base.names import NAME
+from layerlab.base.names import NAME, FileName
 from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult, Data
 from layerlab.contract.parameters import Parameters, differing, merged_parameters
@@ -99,7 +99,7 @@ class Paper(Data):
     tables: list[PublishedTable] = Field(default_factory=list)
     claims: list[Claim]
     targets: list[Claim] = Field(default_factory=list)
-    profiles: dict[str, Profile]
+    profiles: dict[FileName, Profile]
     strategy: str = ""
     folder: Path = Path()
 
@@ -208,6 +208,18 @@ class Paper(Data):
         """
         usual = self.profiles[profile].parameters if profile in self.profiles else {}
         return differing(as_json(usual), parameters)
+
+    def placed(self, result: ClaimResult, parameters: Mapping[str, Any]) -> ClaimResult:
+        """A row judged anew that says which parameters of its run are not as its profile has them today.
+
+        A claim that follows from shapes alone is the same whatever they are.
+
+        Args:
+            parameters: in force when it ran.
+        """
+        analytic = any(claim.analytic for claim in self.everything if claim.id == result.claim)
+        changed = {} if analytic else self.differing(result.profile, parameters)
+        return self.judged(result.model_copy(update={"changed": changed}))
 
     def profile(self, name: str) -> Profile:
         """The run profile of that name.

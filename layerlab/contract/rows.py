@@ -72,7 +72,7 @@ def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]
     """
     order = [claim.id for claim in paper.everything]
     known = [result for result in results if result.claim in order]
-    found = {result.claim for result in known if not result.changed}
+    found = {result.claim for result in known}
     absent = [paper.not_run(claim, "") for claim in paper.everything if claim.id not in found]
     return sorted(merged(known + absent), key=lambda row: order.index(row.claim))
 
@@ -80,17 +80,22 @@ def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]
 def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
     """How many of the paper's claims have each verdict; an empty text for none.
 
-    This project's targets do not count, nor do runs with other parameters than their profile's.
+    This project's targets do not count. A run with other parameters than its profile's does not count either: what it
+    alone measured of the claims is not run.
     """
-    found = Counter(row.verdict for row in rows if not row.ours and not row.changed)
+    claims = [row for row in rows if not row.ours]
+    own = [row for row in claims if not row.changed]
+    found = Counter(row.verdict for row in own)
+    found["not run"] += len({row.claim for row in claims} - {row.claim for row in own})
     return {verdict: f"{found[verdict] or ''}" for verdict in get_args(Verdict)}
 
 
 def sentence(paper: str, rows: Sequence[ClaimResult]) -> str:
     """What rows say of a paper, what it cannot say and why, in one line."""
     claims = [row for row in rows if not row.ours]
-    # Where nothing else was run, it is what there is to say.
-    claims = [row for row in claims if not row.changed] or claims
+    own = {row.claim for row in claims if not row.changed}
+    # Of a claim that no run of the profile measured, what was measured otherwise is all that there is to say.
+    claims = [row for row in claims if not row.changed or row.claim not in own]
     said = []
     for verdict in get_args(Verdict):
         count = sum(row.verdict == verdict for row in claims)

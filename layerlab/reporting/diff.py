@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, first_problem
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity
 from layerlab.contract.paper import load_paper
 from layerlab.reporting.scoreboard import verdict_cell
 from layerlab.runs import tracking
-from layerlab.runs.record import IDENTITY, PARAMETERS, read_results
+from layerlab.runs.record import IDENTITY, read_object, read_parameters, read_results
 from layerlab.show.table import Cell, Table
 
 
@@ -94,7 +93,7 @@ def find_run(name: str) -> Finished:
         raise LayerlabError(f"There is no run {name!r}: neither a folder, nor the id of a result or of a run in "
                             f"{tracking.tracking_uri()}; `layerlab scoreboard` lists them.")
     with tempfile.TemporaryDirectory() as temporary:
-        tracking.client().download_artifacts(run.info.run_id, "", temporary)
+        tracking.download(run.info.run_id, Path(temporary))
         return _of_folder(name, Path(temporary))
 
 
@@ -107,34 +106,24 @@ def _of_folder(name: str, folder: Path) -> Finished:
     facts = {("run", "profile"): some.profile, ("run", "machine"): some.machine, ("run", "commit"): some.commit}
     facts |= {("version", package): version for package, version in some.versions.items()}
     facts |= {("parameter", key): json.dumps(value, ensure_ascii=False)
-              for key, value in _json(folder / PARAMETERS).items()}
+              for key, value in read_parameters(folder).items()}
     facts |= dict(_identity_facts(folder))
     return Finished(name, [paper.judged(row) for row in rows], facts)
 
 
 def _identity_facts(folder: Path) -> Iterator[tuple[tuple[str, str], str]]:
     """What `identity.json` says besides the parameters; nothing for a run of an older version, which has none."""
-    content = _json(folder / IDENTITY)
-    if not content:
+    if not (folder / IDENTITY).exists():
         return
+    content = read_object(folder, IDENTITY)
     content.pop("id", None)
     try:
         identity = Identity(**content)
-    except (ValidationError, TypeError) as error:
-        raise LayerlabError(f"{folder / IDENTITY} does not say what a run comes from ({first_line(error)}); run it "
+    except ValidationError as error:
+        raise LayerlabError(f"{folder / IDENTITY} does not say what a run comes from ({first_problem(error)}); run it "
                             "again, with --rerun.") from None
     for source, fingerprint in identity.data.items():
         yield ("data", Path(source).name), fingerprint
     for owner, files in identity.code.items():
         for file, digest in files.items():
             yield (f"code of {owner}", file), digest
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise LayerlabError(f"{file} cannot be read ({first_line(error)}); run it again, with --rerun.") from None
-    return dict(content) if isinstance(content, Mapping) else {}

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shutil
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from layerlab.base.provenance import commit, versions, versions_text
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking import database
 from layerlab.runs.tracking.outbox import unsent_files
+from layerlab.runs.tracking.schema import opened, without_password
 from layerlab.runs.tracking.store import tracking_uri
 from layerlab.show.table import Cell, Table, Tone
 
@@ -189,8 +189,7 @@ def _progress_file(process: psutil.Process) -> list[str]:
 
 def _tracking() -> Iterator[Finding]:
     uri = tracking_uri()
-    # Without a password.
-    shown = re.sub(r"://([^/:@]+):[^/@]*@", r"://\1:***@", uri)
+    shown = without_password(uri)
     file = database.sqlite_file(uri)
     if file is not None and not file.exists():
         yield f"{shown}: not there yet; the first run makes it", ""
@@ -209,7 +208,7 @@ def _tracking() -> Iterator[Finding]:
 def _open_runs(file: Path | None) -> str:
     if file is None:
         return ""
-    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
+    with opened(file) as connection:
         counts = dict(connection.execute("SELECT status, count(*) FROM runs GROUP BY status"))
     return f", {sum(counts.values())} runs, {counts.get('RUNNING', 0)} of them open"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -11,16 +11,20 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.provenance import versions_text
+from layerlab.base.screen import printable, visible
 from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
 from layerlab.reporting.scoreboard import scoreboard_table
 from layerlab.runs.manifest import read_manifest
-from layerlab.runs.record import PARAMETERS, RESULTS, read_results
+from layerlab.runs.record import PARAMETERS, RESULTS, read_parameters, read_results
 from layerlab.show.table import Cell, Table, markdown_text
 
+# First line of every page, by which `layerlab publish` knows what it may replace.
+MARK = "<!-- written by `layerlab publish`; changes are lost when it is run again -->"
 SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
 # Of a plugin that lies beside the results.
 CARD = "plugins/{}/README.md"
@@ -29,11 +33,21 @@ LONG = 20
 
 
 def kept_profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
-    """What is kept of a paper, by the folder of each profile, with the verdicts that the values have today."""
-    return {
-        file.parent: [paper.judged(row) for row in read_results(file.parent)]
-        for file in sorted(folder.glob(f"*/{RESULTS}"))
-    }
+    """What is kept of a paper, by the folder of each run, with the verdicts that the values have today."""
+    return {file.parent: run_rows(file.parent, paper) for file in sorted(folder.glob(f"[!.]*/{RESULTS}"))}
+
+
+def run_rows(folder: Path, paper: Paper) -> list[ClaimResult]:
+    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters.
+
+    Raises:
+        LayerlabError: what the folder holds cannot be read.
+    """
+    rows = read_results(folder)
+    if not (folder / PARAMETERS).exists():
+        return [paper.judged(row) for row in rows]
+    parameters = read_parameters(folder)
+    return [paper.placed(row, parameters) for row in rows]
 
 
 def kept(target: Path, paper: Paper) -> list[ClaimResult]:
@@ -56,7 +70,7 @@ def scoreboard_page(target: Path) -> str:
         "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = ["# Results", about, Table(("paper", *get_args(Verdict)), lines).markdown()]
+    text = [MARK, "# Results", about, Table(("paper", *get_args(Verdict)), lines).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
@@ -93,48 +107,81 @@ def paper_page(folder: Path, paper: Paper) -> str:
     """A paper's claims, then of each profile that is kept in its folder the tables and figures, in the order of the
     notebook and with its texts, in Markdown."""
     profiles = kept_profiles(folder, paper)
-    text = [f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip()]
+    text = [MARK, f"# {paper.title}", f"{paper.authors}. {paper.venue}, {paper.year}.", paper.summary.strip()]
     if _card(folder.parent, paper.strategy):
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
     text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
     for profile, rows in profiles.items():
-        some = next((row for row in rows if row.machine), None)
-        parameters = json.loads((profile / PARAMETERS).read_text())
-        about = paper.profile(profile.name).description
-        text += [f"## Profile `{profile.name}`", f"{about[:1].upper()}{about[1:]}."]
-        if some:
-            text.append(f"Command: `{_command(paper, profile.name, parameters)}`. Machine: "
-                        f"{some.machine}. Commit: `{some.commit}`. Versions: {versions_text(some.versions)}.")
-        text.append("<details><summary>Parameters</summary>\n\n```json\n"
-                    + json.dumps(parameters, indent=1, ensure_ascii=False) + "\n```\n</details>")
-        text += _shown(profile)
+        text += run_part(profile, paper, profile.name, rows)
     return "\n\n".join(text) + "\n"
 
 
+def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult]) -> list[str]:
+    """The paragraphs of a paper's page about one of the runs that are kept.
+
+    Args:
+        folder: where the run's tables, figures and parameters lie.
+        name: of the folder where they are kept, beside the page.
+        rows: the run's.
+
+    Raises:
+        LayerlabError: the paper has no such profile; a table that cannot be read.
+    """
+    some = next((row for row in rows if row.machine), None)
+    parameters = read_parameters(folder)
+    profile = rows[0].profile if rows else name
+    about = paper.profile(profile).description
+    text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
+    if other := next((row for row in rows if row.changed), None):
+        text.append(f"Not as the profile has it today: {_code(', '.join(other.changed_texts))}.")
+    if some:
+        result = f"Result: {_code(some.result)}. " if some.result else ""
+        text.append(f"{result}Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. "
+                    f"Commit: {_code(some.commit)}. Versions: {_plain(versions_text(some.versions))}.")
+    shown = visible(json.dumps(parameters, indent=1, ensure_ascii=False))
+    text.append(f"<details><summary>Parameters</summary>\n\n```json\n{shown}\n```\n</details>")
+    return text + list(_shown(folder, name))
+
+
+def _plain(text: str) -> str:
+    """A text of a run, which may come from anybody, as Markdown that shows it."""
+    return markdown_text(printable(text))
+
+
+def _code(text: str) -> str:
+    """The same as code, which obeys nothing but a backtick."""
+    return f"`{printable(text).replace('`', chr(39))}`"
+
+
 def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
-    usual = json.loads(json.dumps(paper.profile(profile).parameters))
-    changed = {name: value for name, value in parameters.items() if name in usual and value != usual[name]}
+    usual = paper.profile(profile).parameters
+    changed = {name: value for name, value in paper.differing(profile, parameters).items()
+               if name in usual and value is not None}
     return reproduce_command(paper.strategy, profile, changed)
 
 
-def _shown(profile: Path) -> Iterator[str]:
+def _shown(folder: Path, name: str) -> Iterator[str]:
     """The tables and figures of a profile's folder, under the texts that its notebook had when it ran."""
     last = ""
-    for section in read_manifest(profile):
+    for section in read_manifest(folder):
         if section.heading not in ("", last):
             yield f"#{section.heading}"
         last = section.heading
-        entries = [_entry(profile / shown.file, quote(f"{profile.name}/{shown.file}")) for shown in section.shows]
+        entries = [_entry(folder / shown.file, quote(f"{name}/{shown.file}")) for shown in section.shows]
         yield from filter(None, [section.text, *entries, section.after])
 
 
 def _entry(file: Path, address: str) -> str:
     if file.suffix != ".csv":
-        return f"![{file.stem}]({address})"
-    frame = pd.read_csv(file)
+        return f"![{_plain(file.stem)}]({address})"
+    try:
+        frame = pd.read_csv(file)
+    except ValueError as error:  # pandas' own are of this kind, and an encoding's
+        raise LayerlabError(f"{file} is no table that can be read ({first_line(error)}); run `layerlab reproduce` "
+                            "again, with --rerun.") from None
     frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
     table = Table.from_frame(frame.loc[:, frame.notna().any()]).markdown()
     if len(frame) > LONG:
         table = f"<details><summary>{len(frame)} rows</summary>\n\n{table}\n\n</details>"
-    return f"Table [{file.stem}]({address}):\n\n{table}"
+    return f"Table [{_plain(file.stem)}]({address}):\n\n{table}"

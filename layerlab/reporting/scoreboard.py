@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from layerlab.base.errors import LayerlabWarning, first_line
+from layerlab.base.errors import LayerlabWarning, first_problem
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
 from layerlab.contract.rows import SCOREBOARD, completed, scoreboard_texts, sentence
@@ -57,11 +57,11 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
         rows = [ClaimResult.model_validate_json(row) for row in tracking.claim_rows(run)]
     except ValidationError as error:
         warnings.warn(f"The run {run.info.run_id} of {name} is left out: its claims cannot be read "
-                      f"({first_line(error)}).", LayerlabWarning, stacklevel=3)
+                      f"({first_problem(error)}).", LayerlabWarning, stacklevel=3)
         return []
     parameters = tracking.run_parameters(run)
-    placed = {} if parameters is None else {"changed": paper.differing(run.data.tags.get("profile", ""), parameters)}
-    return [paper.judged(row.model_copy(update=placed)) for row in rows if row.paper == name]
+    return [paper.judged(row) if parameters is None else paper.placed(row, parameters)
+            for row in rows if row.paper == name]
 
 
 def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
@@ -83,7 +83,8 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
         for run in tracking.notebook_runs(paper.strategy):
             said = _rows(paper, run)
             # The same experiment is told by what was set, not by the code, which changes from day to day.
-            which = run.data.tags.get("profile", ""), json.dumps(said[0].changed, sort_keys=True) if said else ""
+            changed = next((row.changed for row in said if row.changed), {})
+            which = run.data.tags.get("profile", ""), json.dumps(changed, sort_keys=True)
             if which not in newest:
                 newest.add(which)
                 results += said
@@ -94,9 +95,13 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
 def run_table(results: Sequence[ClaimResult]) -> Table:
     """The runs behind a scoreboard, one row a run: paper, profile, machine, commit, address in MLflow's UI."""
     rows: dict[str, list[str | Cell]] = {}
+    experiments: dict[str, str] = {}
     for result in results:
         if result.mlflow_run and result.mlflow_run not in rows:
-            address = tracking.run_url(tracking.experiment_id(result.paper), result.mlflow_run)
+            if result.paper not in experiments:
+                found = tracking.found_experiment(result.paper)
+                experiments[result.paper] = found.experiment_id if found is not None else ""
+            address = tracking.run_url(experiments[result.paper], result.mlflow_run)
             rows[result.mlflow_run] = [result.paper, result.profile, result.machine, result.commit,
                                        Cell(address, link=address)]
     return Table(("paper", "profile", "machine", "commit", "run"), list(rows.values()))

@@ -21,6 +21,7 @@ from layerlab.base.usage import USED
 from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
 from layerlab.runs.notebook_file import kernel_for, prepared, read_notebook
+from layerlab.runs.own_folder import OwnFolder
 from layerlab.runs.record import OUTPUT, RECORD, read_record, workbook_folder
 from layerlab.show.progress import say
 
@@ -50,11 +51,13 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
     Raises:
         DeadKernel: the kernel is gone.
         NotebookFailed: a notebook that failed or ended without its claims, naming the file with the traceback.
-        LayerlabError: bad input, found here or in the notebook; another run in the same folder.
+        LayerlabError: bad input, found here or in the notebook; another run in the same folder; a folder with files
+            that layerlab did not write and would replace.
     """
     folder = Path(job.folder)
     _check_writable(folder)
     with folder_lock(folder, -1 if wait else 0, say), quiet_papermill():
+        OwnFolder(folder).take(job.file.name)
         if since is not None:
             if job.is_done(since):
                 job.rename_partial()

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, first_problem, sentence
+from layerlab.base.names import FileName
 from layerlab.runs.record import MANIFEST, notebook_cells
 
 Kind = Literal["table", "figure"]
@@ -24,7 +25,7 @@ class Shown(BaseModel):
     """
 
     kind: Kind
-    name: str
+    name: FileName
 
     @property
     def file(self) -> str:
@@ -72,8 +73,15 @@ class Manifest:
         self._sections = [*sections, Section()]
 
     def add(self, kind: Kind, name: str) -> Shown:
-        """Note a table or figure that the running cell keeps; one that is kept again is listed once."""
-        shown = Shown(kind=kind, name=name)
+        """Note a table or figure that the running cell keeps; one that is kept again is listed once.
+
+        Raises:
+            LayerlabError: the name cannot be a file's.
+        """
+        try:
+            shown = Shown(kind=kind, name=name)
+        except ValidationError as error:
+            raise LayerlabError(sentence(error, f"The {kind} {name!r}")) from None
         section = self._sections[_running_section(self._places)]
         for other in self._sections:
             if other is not section and shown in other.shows:
@@ -104,7 +112,7 @@ def read_manifest(folder: Path) -> list[Section]:
         raise LayerlabError(f"{folder} lacks its {MANIFEST}; {remedy}.") from None
     except ValidationError as error:
         raise LayerlabError(
-            f"{folder / MANIFEST} does not list a run's tables and figures ({first_line(error)}); {remedy}."
+            f"{folder / MANIFEST} does not list a run's tables and figures ({first_problem(error)}); {remedy}."
         ) from None
     for section in sections:
         for shown in section.shows:

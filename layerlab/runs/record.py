@@ -11,7 +11,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from layerlab.base.errors import LayerlabError, first_line
+from pydantic import TypeAdapter, ValidationError
+
+from layerlab.base.errors import LayerlabError, first_problem
+from layerlab.base.files import plain_file
 from layerlab.base.text import as_json
 from layerlab.contract.claims import ClaimResult
 from layerlab.runs.notebook_file import read_notebook
@@ -20,18 +23,20 @@ from layerlab.runs.notebook_file import read_notebook
 def workbook_folder() -> Path:
     """Where this workbook keeps runs and the tracking database.
 
-    `$LAYERLAB_HOME`, else the nearest folder upwards from here that has a `notebooks` folder or a tracking database,
-    else the current folder.
+    `$LAYERLAB_HOME`, else the nearest folder upwards from here that has a `notebooks` folder or a tracking database
+    that layerlab made (its lock lies beside it), else the current folder.
     """
     if home := os.environ.get("LAYERLAB_HOME"):
         return Path(home).resolve()
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "mlflow.db").exists() or (folder / "notebooks").is_dir():
+        ours = (folder / DATABASE).exists() and (folder / f"{DATABASE}.lock").exists()
+        if ours or (folder / "notebooks").is_dir():
             return folder
     return here
 
 
+DATABASE = "mlflow.db"
 OUTPUT = "LAYERLAB_OUTPUT"
 RECORD = "study.json"
 RESULTS = "claims.json"
@@ -84,7 +89,39 @@ def read_results(folder: Path) -> list[ClaimResult]:
     if not file.exists():
         raise LayerlabError(f"{folder} holds no finished run (no {RESULTS}); run `layerlab reproduce` first.")
     try:
-        return [ClaimResult(**row) for row in json.loads(file.read_text())]
-    except (ValueError, TypeError) as error:
-        raise LayerlabError(f"{file} does not hold the claims of a run ({first_line(error)}); delete its "
+        return parse_results(file.read_bytes())
+    except ValidationError as error:
+        raise LayerlabError(f"{file} does not hold the claims of a run ({first_problem(error)}); delete its "
                             "folder and run it again.") from None
+
+
+def read_parameters(folder: Path) -> dict[str, Any]:
+    """The parameters that a study noted in its folder.
+
+    Raises:
+        LayerlabError: there are none, or the file holds something else, or is a link.
+    """
+    return read_object(folder, PARAMETERS)
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a study's folder, which may come from anybody.
+
+    Raises:
+        LayerlabError: the file is not there, is a link, or holds something else.
+    """
+    file = plain_file(folder, name)
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise LayerlabError(f"{file} does not say what a run began with ({first_problem(error)}); run `layerlab "
+                            "reproduce` again, with --rerun.") from None
+
+
+def parse_results(content: bytes) -> list[ClaimResult]:
+    """The rows of a `claims.json`.
+
+    Raises:
+        pydantic.ValidationError: it is no JSON, or holds something else.
+    """
+    return TypeAdapter(list[ClaimResult]).validate_json(content)

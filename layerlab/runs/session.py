@@ -21,20 +21,21 @@ from layerlab.base.digests import package_digests
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
+from layerlab.base.names import file_name
 from layerlab.base.provenance import provenance
 from layerlab.base.text import as_json
-from layerlab.contract.claims import Claim, ClaimResult
+from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
 from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
+from layerlab.runs.own_folder import OwnFolder
 from layerlab.runs.record import (
     IDENTITY,
     MANIFEST,
     OUTPUT,
     PARAMETERS,
-    PARTS,
     RECORD,
     RESULTS,
     default_folder,
@@ -111,7 +112,8 @@ class Session:
         run_id: of the notebook's MLflow run.
 
     Raises:
-        LayerlabError: a folder that cannot be written, or that another process is at work in.
+        LayerlabError: a folder that cannot be written, that another process is at work in, or that holds what layerlab
+            did not write and would replace.
 
     Example:
         >>> import tempfile
@@ -136,6 +138,7 @@ class Session:
         # What is known by other means, see `layerlab.runs.basis`, or is made here.
         self._known = [self.folder, *([notebook.resolve()] if notebook else [])]
         _enter(self.folder)
+        self._own = OwnFolder(self.folder)
         self._manifest = Manifest(notebook)
         self._opened = time.monotonic()
         record = read_record(self.folder)
@@ -145,10 +148,7 @@ class Session:
         else:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
-            # A table that is made no more would pass for one of this run. Without parameters no session has been in
-            # the folder, and what lies there is somebody else's.
-            for part in PARTS if (self.folder / PARAMETERS).exists() else ():
-                shutil.rmtree(self.folder / part, ignore_errors=True)
+            self._own.clear()
             if record and not record["finished"] and "mlflow_run" in record:
                 tracking.end_open_runs(experiment, record["mlflow_run"])
         self._record: dict[str, Any] = {
@@ -183,9 +183,8 @@ class Session:
 
         tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id,
                                    self.folder)
-        return compare(
-            *arguments, checkpoint=self.folder / "checkpoints" / self.attempt / title, observers=[tracker], **settings
-        )
+        checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
+        return compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Keep a table, unless it has no rows, as CSV in the folder and in MLflow; gives it back for display."""
@@ -234,6 +233,7 @@ class Session:
 
     def _show(self, kind: Kind, name: str, content: bytes) -> None:
         shown = self._manifest.add(kind, name)
+        self._own.take(shown.file)
         self._keep(shown.file, content)
         self._keep_json(MANIFEST, self._manifest.content())
 
@@ -288,6 +288,8 @@ class Study(Session):
             self.paper.notebook_file,
         )
         self._known.append(self.paper.folder / "paper.toml")
+        # As `finish` does it, so that what cannot be tracked is found before anything is trained.
+        tracking.log_tags(self.run_id, tracking.claim_tags(result.model_dump_json() for result in self.results))
 
     @classmethod
     def of_notebook(cls, strategy: str, variables: Mapping[str, Any]) -> Study:
@@ -329,12 +331,12 @@ class Study(Session):
         numbers = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
         happened = numbers and all(map(math.isfinite, numbers))
         mean, half = mean_interval(numbers) if happened else (None, None)
-        result = self.paper.judged(self._not_run(claim).model_copy(update={
+        result = self.paper.placed(self.paper.not_run(claim, self.profile).model_copy(update={
             "measured": mean, "interval": half if half is not None and math.isfinite(half) else None,
             "values": [value if math.isfinite(value) else None for value in numbers], "seeds": list(seeds),
             "conditions": dict(conditions or {}), "observed": dict(observed or {}), "by_model": by_model,
             "mlflow_run": self.run_id, **provenance(),
-        }))
+        }), self._values)
         self._results.append(result)
         return result
 
@@ -345,12 +347,9 @@ class Study(Session):
         for claim in self.paper.everything:
             found = [result for result in self._results if result.claim == claim.id]
             # Where the run was made, in any case: it may consist of tables and figures alone.
-            rows += found or [self._not_run(claim).model_copy(update=provenance())]
+            rows += found or [self.paper.placed(self.paper.not_run(claim, self.profile), self._values).model_copy(
+                update=provenance())]
         return rows
-
-    def _not_run(self, claim: Claim) -> ClaimResult:
-        row = self.paper.not_run(claim, self.profile)
-        return row.model_copy(update={"changed": self.paper.differing(self.profile, self._values)})
 
     def identity(self) -> Identity:
         """What the results come from, as far as is known now."""

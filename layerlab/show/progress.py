@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from layerlab.base.errors import LayerlabWarning
-from layerlab.show.table import printable
+from layerlab.base.screen import printable
 
 VARIABLE = "LAYERLAB_PROGRESS"
 # Characters: the longest label, the shortest and the longest bar.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from layerlab.base.errors import LayerlabError
+from layerlab.base.screen import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +36,6 @@ _SPAN = 16
 # A word, and a part of one that ends with a dash after which it may be broken.
 _WORD, _PART = re.compile(r"\S+"), re.compile(r"[^-]*-+|[^-]+")
 _NUMBER = re.compile(r"^([+−-]?\d.*|—)?$")
-# C0, DEL and C1, by which a text could drive the terminal, and what reverses the direction of writing.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # What Markdown would take for its own: an underscore within a word, `a < b` and `[s]` are none of it.
 _MARKDOWN = re.compile(r"[\\`*|~$]|<(?=[A-Za-z/!?])|\](?=[(\[])|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
 _LATEX = str.maketrans({
@@ -61,11 +60,6 @@ class Cell:
     tone: Tone = ""
     link: str = ""
     markdown: str = ""
-
-
-def printable(text: str) -> str:
-    """A text in one line, whose control characters are seen and not obeyed: `\\x1b[31m` in the place of a colour."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 
 @dataclass(frozen=True)

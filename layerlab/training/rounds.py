@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from layerlab.base.errors import Refused, reason
+from layerlab.base.names import file_name
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
 from layerlab.training.asked import Asked
@@ -184,4 +185,4 @@ class Folders(NamedTuple):
         """The folder of an arm and seed."""
         if self.root is None or self.single:
             return self.root
-        return self.root / f"{arm or 'fit'}-seed{seed}"
+        return self.root / f"{file_name(arm or 'fit')}-seed{seed}"

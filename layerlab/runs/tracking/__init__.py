@@ -16,11 +16,15 @@ from layerlab.runs.tracking.store import claim_rows as claim_rows
 from layerlab.runs.tracking.store import claim_tags as claim_tags
 from layerlab.runs.tracking.store import client as client
 from layerlab.runs.tracking.store import common_tags as common_tags
+from layerlab.runs.tracking.store import download as download
 from layerlab.runs.tracking.store import end_open_runs as end_open_runs
 from layerlab.runs.tracking.store import experiment_id as experiment_id
 from layerlab.runs.tracking.store import find_notebook_run as find_notebook_run
+from layerlab.runs.tracking.store import found_experiment as found_experiment
 from layerlab.runs.tracking.store import log_file as log_file
 from layerlab.runs.tracking.store import log_metrics as log_metrics
+from layerlab.runs.tracking.store import log_params as log_params
+from layerlab.runs.tracking.store import log_tags as log_tags
 from layerlab.runs.tracking.store import notebook_runs as notebook_runs
 from layerlab.runs.tracking.store import parameter_tag as parameter_tag
 from layerlab.runs.tracking.store import run_parameters as run_parameters

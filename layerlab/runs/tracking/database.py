@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.folder_lock import lock_holder
+from layerlab.runs.tracking.schema import sqlite_file
 from layerlab.show.progress import say
 
 # Seconds from one look at a locked database to the next, and that a server has to take a connection.
@@ -26,11 +27,6 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 
 
 class Unreachable(LayerlabError):
     """The database or server of runs cannot be used now, and may be later: locked, full, or down."""
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file of a sqlite database; None for any other tracking URI."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def wait_for_database(uri: str, patience: float = 0.0) -> None:

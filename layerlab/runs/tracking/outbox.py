@@ -147,18 +147,17 @@ def deliver(run_id: str, message: Mapping[str, Any], folder: Path, artifacts: st
         folder: that a `file` is named in.
         artifacts: see `store.artifact_folder`.
     """
-    from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
-    from mlflow.exceptions import MlflowException
+    from mlflow.entities import Dataset, DatasetInput, Metric
 
     client = store.client()
     try:
         match message:
             case {"params": params}:
-                client.log_batch(run_id, params=[Param(key, value) for key, value in params.items()])
+                store.log_params(run_id, params)
             case {"metrics": metrics}:
                 store.log_metrics(run_id, [Metric(*metric) for metric in metrics])
             case {"tags": tags}:
-                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+                store.log_tags(run_id, tags)
             case {"inputs": inputs}:
                 client.log_inputs(run_id, [DatasetInput(Dataset(*each)) for each in inputs])
             case {"file": name}:
@@ -169,8 +168,8 @@ def deliver(run_id: str, message: Mapping[str, Any], folder: Path, artifacts: st
                 store.tag_results(run_id, result)
             case {"status": status, "ended": ended}:
                 client.set_terminated(run_id, status, ended)
-    except MlflowException as error:
-        if error.error_code not in _REFUSALS:
+    except store.NotTracked as error:
+        if error.code not in _REFUSALS:
             raise
         say(f"MLflow refuses {next(iter(message))} of run {run_id} ({first_line(error)}); it goes without.")
 

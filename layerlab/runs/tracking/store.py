@@ -9,25 +9,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.errors import LayerlabError, LayerlabWarning, first_line
 from layerlab.base.files import write_atomically
 from layerlab.base.folder_lock import acquire_lock
+from layerlab.base.names import file_name, marked
 from layerlab.base.provenance import provenance, versions, versions_text
-from layerlab.runs.record import workbook_folder
-from layerlab.runs.tracking.database import PATIENCE, check_file, sqlite_file, wait_for_database
-from layerlab.runs.tracking.reading import experiment_number, finished_notebooks
+from layerlab.runs.record import DATABASE, workbook_folder
+from layerlab.runs.tracking.database import PATIENCE, check_file, wait_for_database
+from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
 from layerlab.show.progress import say
 
 PREFIX = "layerlab."
@@ -45,12 +48,36 @@ LONGEST_TAG = 8000  # MLflow's limit
 PROCESS = f"{PREFIX}process"
 # Tag of a run that came from another database: its id there.
 ORIGIN = f"{PREFIX}origin"
-METRICS_AT_ONCE = 1000  # MLflow's limit for one call
+# MLflow's limits: for one call, and in characters of a name.
+METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100
+LONGEST_KEY = 250
 
 
 def tracking_uri() -> str:
-    """`$MLFLOW_TRACKING_URI`, else a sqlite database in the workbook's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workbook_folder() / 'mlflow.db'}"
+    """`$MLFLOW_TRACKING_URI`, else a sqlite database in the workbook's folder.
+
+    A relative path of a sqlite database counts from the current folder, as MLflow has it.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return sqlite_uri(workbook_folder() / DATABASE)
+    file = sqlite_file(given)
+    return sqlite_uri(file) if file is not None and "?" not in given else given
+
+
+def key(name: str) -> str:
+    """A name that MLflow takes for a metric, a parameter or a tag: the name itself where it does.
+
+    It takes letters, digits and `_ - . : /` and spaces, 250 of them, and nothing that is a path to elsewhere. Another
+    name keeps what it can, with a mark of the whole, so that two names stay two.
+
+    Example:
+        >>> key("test/top1"), key("share (%)")
+        ('test/top1', 'share ___-2275106f')
+    """
+    parts = re.sub(r"[^/\w.\- :]", "_", name).split("/")
+    like = "/".join(part for part in parts if part not in ("", ".", ".."))
+    return name if like == name and 0 < len(name) <= LONGEST_KEY else marked(like, name, LONGEST_KEY)
 
 
 @contextlib.contextmanager
@@ -69,29 +96,100 @@ def quiet(silent: bool = False) -> Iterator[None]:
             logger.setLevel(level)
 
 
+class NotTracked(LayerlabError):
+    """What MLflow, its database or its server does not do.
+
+    Attributes:
+        code: MLflow's for it, if it is its own.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def as_sentence(uri: str = "") -> Iterator[None]:
+    """What MLflow and its database raise in the block, as one sentence without a password.
+
+    Raises:
+        NotTracked: they raise.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, RequestException, ImportError, OSError) as error:
+        remedy = "set MLFLOW_TRACKING_URI to a database or server that can be written"
+        if isinstance(error, ImportError):
+            remedy = "install the driver of this database with pip, or " + remedy
+        what = without_password(f"Runs cannot be tracked at {uri or tracking_uri()} ({first_line(error)})")
+        raise NotTracked(f"{what}; {remedy}.", getattr(error, "error_code", "")) from None
+
+
+class _Client:
+    """MLflow's client, whose errors are sentences."""
+
+    def __init__(self, uri: str, shown: str = "") -> None:
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        self._uri = shown or uri
+        with quiet(silent=True), as_sentence(self._uri):
+            self._client = MlflowClient(uri)
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            with as_sentence(self._uri):
+                return call(*arguments, **options)
+
+        return told
+
+
+def open_client(uri: str) -> Any:
+    """MLflow's client of a database that is up to date, whose errors are sentences."""
+    return _Client(uri)
+
+
 @cache
 def _client(uri: str) -> Any:
     """A client for a tracking URI, whose sqlite database exists and is migrated.
 
     Processes that meet an empty database at once crash in MLflow's migration, so the first one makes it under a lock.
     """
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_sentence(uri))
         stack.enter_context(quiet(silent=True))
-        if database := sqlite_file(uri):
+        database = sqlite_file(uri)
+        if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{database}.lock")
             acquire_lock(lock, -1, f"Another process prepares the tracking database {database}", say)
             stack.callback(lock.release)
             check_file(database)
         wait_for_database(uri, PATIENCE)
-        client = MlflowClient(uri)
+        if database is not None:
+            _bring_up(database)
+        client = _Client(uri)
         _close_dead_runs(client)
     return client
+
+
+def _bring_up(file: Path) -> None:
+    """Bring a database of an older MLflow up to date, which that one cannot read any more: a copy is kept."""
+    state, revision = schema(file)
+    if state == "older":
+        kept = file.with_name(f"{file.name}.{revision}")
+        copy_to(file, kept)
+        with quiet():
+            upgrade(file)
+        warnings.warn(f"{file} was written by an older MLflow and is brought up to the one that is installed; {kept} "
+                      "is the database as it was.", LayerlabWarning, stacklevel=2)
 
 
 # MLflow's settings, where the environment has none: a server that is down is not waited for for minutes.
@@ -101,56 +199,72 @@ _DEFAULTS = {
 }
 
 
-@contextlib.contextmanager
-def as_sentence(uri: str = "") -> Iterator[None]:
-    """What MLflow and its database raise in the block, as one sentence.
-
-    Raises:
-        LayerlabError: they raise.
-    """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise LayerlabError(
-            f"Runs cannot be tracked at {uri or tracking_uri()} ({first_line(error)}); set MLFLOW_TRACKING_URI to a "
-            "database or server that can be written."
-        ) from None
-
-
 def client() -> Any:
     """The MLflow client of `tracking_uri`.
 
     Raises:
-        LayerlabError: the database or server cannot be reached.
+        LayerlabError: the database or server cannot be reached; a sqlite database that is none of MLflow's, or of a
+            newer one.
     """
     return _client(tracking_uri())
 
 
-def experiment_id(name: str) -> str:
-    """The experiment of that name, made if need be, with its artifacts beside the database."""
-    known = experiment_number(tracking_uri(), name)
-    if known is not None:
-        return known
-    from mlflow.exceptions import MlflowException
+# Copies of databases that are read, for as long as this process lives.
+_copies: list[tempfile.TemporaryDirectory[str]] = []
 
+
+@cache
+def _copied(file: Path, changed: int) -> Any:
+    _copies.append(tempfile.TemporaryDirectory(prefix="layerlab-"))
+    copy = Path(_copies[-1].name) / DATABASE
+    copy_to(file, copy)
+    with quiet():
+        upgrade(copy)
+    return _Client(sqlite_uri(copy), sqlite_uri(file))
+
+
+def reader() -> Any:
+    """The same client where nothing is to be written; None where there is no database yet.
+
+    A database of an older MLflow stays as it is: what is read is a copy of it.
+
+    Raises:
+        LayerlabError: as `client`.
+    """
+    file = sqlite_file(tracking_uri())
+    if file is None:
+        return client()
+    state, _ = schema(file)
+    if state == "none":
+        return None
+    return _copied(file, file.stat().st_mtime_ns) if state == "older" else _Client(tracking_uri())
+
+
+def experiment_id(name: str) -> str:
+    """The experiment of that name, made if need be, with its artifacts beside the database.
+
+    Raises:
+        LayerlabError: it was deleted in MLflow; MLflow does not take the name.
+    """
     found = client().get_experiment_by_name(name)
     if found is None:
-        uri = tracking_uri()
-        location = None
-        if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        file = sqlite_file(tracking_uri())
+        location = (file.parent / "mlartifacts" / file_name(name)).as_uri() if file is not None else None
         try:
             # Otherwise MLflow's UI opens on its pages for language models.
             tags = {"mlflow.experimentKind": "custom_model_development"}
             return client().create_experiment(name, artifact_location=location, tags=tags)
-        except MlflowException:
+        except LayerlabError:
             # Another process was faster.
             found = client().get_experiment_by_name(name)
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":
+        uri = without_password(tracking_uri())
+        raise LayerlabError(
+            f"The experiment {name!r} was deleted in MLflow; bring it back with `MLFLOW_TRACKING_URI={uri} mlflow "
+            f"experiments restore --experiment-id {found.experiment_id}`, or remove it for good with `mlflow gc`."
+        )
     return found.experiment_id
 
 
@@ -208,17 +322,10 @@ def claim_rows(run: Any) -> list[str]:
 
 def notebook_runs(paper: str) -> list[Any]:
     """The finished runs of a paper's notebook, the newest first."""
-    uri = tracking_uri()
-    database = sqlite_file(uri)
-    if database and not database.exists():
-        return []
-    read = finished_notebooks(uri, paper)
-    if read is not None:
-        return read
-    found = client().get_experiment_by_name(paper)
+    found = found_experiment(paper)
     if found is None:
         return []
-    return list(client().search_runs(
+    return list(reader().search_runs(
         [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
         order_by=["attributes.start_time DESC"], max_results=1000,
     ))
@@ -226,21 +333,34 @@ def notebook_runs(paper: str) -> list[Any]:
 
 def find_notebook_run(name: str) -> Any | None:
     """The newest run of a notebook that has this id, or whose result has it; None if there is none."""
-    if not name.isalnum():
+    there = reader()
+    if there is None or not name.isalnum():
         return None
-    every = [experiment.experiment_id for experiment in client().search_experiments()]
+    every = [experiment.experiment_id for experiment in there.search_experiments()]
     for wanted in (f"tags.`{RESULT}` = '{name}' AND tags.kind = 'notebook'", f"attributes.run_id = '{name}'"):
-        found = client().search_runs(every, wanted, order_by=["attributes.start_time DESC"], max_results=1)
+        found = there.search_runs(every, wanted, order_by=["attributes.start_time DESC"], max_results=1)
         if found:
             return found[0]
     return None
 
 
+def download(run_id: str, folder: Path) -> None:
+    """Put a run's artifacts into a folder."""
+    reader().download_artifacts(run_id, "", str(folder))
+
+
 def run_url(experiment: str, run_id: str) -> str:
     """Where the UI shows a run: on the tracking server, or where `make ui` puts it."""
-    uri = tracking_uri()
+    # Without the user and the password that a server may ask for.
+    uri = re.sub("(?<=://)[^/]*@", "", tracking_uri())
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{server}/#/experiments/{experiment}/runs/{quote(run_id)}"
+
+
+def found_experiment(name: str) -> Any:
+    """The experiment of that name, to be read; None where there is none."""
+    there = reader()
+    return there.get_experiment_by_name(name) if there is not None else None
 
 
 @cache
@@ -310,13 +430,35 @@ def create_run(experiment: str, name: str, attempt: str, tags: Mapping[str, str]
         writer: the process that it is of, see `this_process`.
     """
     own = {f"{PREFIX}attempt": attempt, PROCESS: writer}
-    return client().create_run(experiment_id(experiment), run_name=name, tags={**tags, **own}).info.run_id
+    given = {key(tag): value for tag, value in tags.items()}
+    return client().create_run(experiment_id(experiment), run_name=name, tags=given | own).info.run_id
 
 
 def log_metrics(run_id: str, metrics: Sequence[Any]) -> None:
-    """Log any number of MLflow's `Metric`s, in as few calls as it takes them."""
-    for start in range(0, len(metrics), METRICS_AT_ONCE):
-        client().log_batch(run_id, metrics=metrics[start : start + METRICS_AT_ONCE])
+    """Log any number of MLflow's `Metric`s, in as few calls as it takes them, under names that it takes."""
+    from mlflow.entities import Metric
+
+    valid = [Metric(key(metric.key), metric.value, metric.timestamp, metric.step) for metric in metrics]
+    for start in range(0, len(valid), METRICS_AT_ONCE):
+        client().log_batch(run_id, metrics=valid[start : start + METRICS_AT_ONCE])
+
+
+def log_tags(run_id: str, tags: Mapping[str, str]) -> None:
+    """Log any number of tags, in as few calls as MLflow takes them, under names that it takes."""
+    from mlflow.entities import RunTag
+
+    valid = [RunTag(key(name), value) for name, value in tags.items()]
+    for start in range(0, len(valid), PARAMS_AT_ONCE):
+        client().log_batch(run_id, tags=valid[start : start + PARAMS_AT_ONCE])
+
+
+def log_params(run_id: str, params: Mapping[str, Any]) -> None:
+    """Log any number of parameters, in as few calls as MLflow takes them, under names that it takes."""
+    from mlflow.entities import Param
+
+    valid = [Param(key(name), str(value)) for name, value in params.items()]
+    for start in range(0, len(valid), PARAMS_AT_ONCE):
+        client().log_batch(run_id, params=valid[start : start + PARAMS_AT_ONCE])
 
 
 def artifact_folder(run_id: str) -> str:

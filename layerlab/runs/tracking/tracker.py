@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 import weakref
@@ -83,7 +84,7 @@ class Tracker:
         for strategy in fit.strategies:
             params |= {f"{strategy.name}/{key}": value for key, value in describe(strategy).items()}
         box.add(params={key: str(value) for key, value in params.items()})
-        box.add(inputs=[(fit.data.name, fit.data.fingerprint, "local", f'{{"uri": "{fit.data.source}"}}')])
+        box.add(inputs=[(fit.data.name, fit.data.fingerprint, "local", json.dumps({"uri": fit.data.source}))])
         self._write(fit)
 
     def on_epoch_end(self, fit: Fit, row: dict[str, Any]) -> None:
