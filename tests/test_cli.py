@@ -68,7 +68,7 @@ def test_data_says_what_is_here(tmp_path):
         (["reproduce", "lars-skip", "-p", "alpha"], "is not of the form key=value"),
         (["reproduce", "lars-skip", "--output", "/dev/null/x"], "cannot be written"),
         (["describe", "nothing"], "Unknown strategy 'nothing'"),
-        (["publish", "/dev/null"], "holds no finished run"),
+        (["publish", "/dev/null"], "no folder of a finished run"),
     ],
 )
 def test_bad_input_ends_with_status_2_and_a_sentence(arguments, message):

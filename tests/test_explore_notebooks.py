@@ -25,7 +25,7 @@ def _run(name: str, **parameters: Any) -> str:
     """What the notebook showed, as text and HTML."""
     job = notebook_job(NOTEBOOKS / f"{name}.ipynb", parameters)
     execute(job)
-    assert job.is_done()
+    assert job.is_done(), job.state()
     outputs = [output for cell in nbformat.read(job.file, 4).cells for output in cell.get("outputs", [])]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     return "\n".join(output.get("text", "") or str(output.get("data", "")) for output in outputs)

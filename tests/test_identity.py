@@ -18,6 +18,7 @@ from PIL import Image
 from layerlab import LayerlabError, Study
 from layerlab.base import usage
 from layerlab.base.digests import file_digest
+from layerlab.base.files import write_json
 from layerlab.contract.rows import counts
 from layerlab.reporting.diff import diff
 from layerlab.reporting.publish import publish
@@ -116,6 +117,16 @@ def test_what_is_edited_while_it_is_used_does_not_count_as_known(tmp_path):
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
     used = recorder.content()
     assert usage.changes(used, os.getcwd()) == [f"{file} was edited while it was in use"]
+
+
+def test_what_a_process_writes_itself_is_nothing_that_it_rests_on(tmp_path):
+    recorder = usage.start()
+    for write in (lambda file: file.write_text("1"), lambda file: write_json(file, {"a": 1})):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        write(file)
+        assert file.read_text()
+        write(file)
+    assert [path for path in recorder.content()["files"] if str(tmp_path) in path] == []
 
 
 def test_comments_and_docstrings_are_no_other_code(tmp_path):

@@ -162,10 +162,13 @@ def counted(used: Mapping[str, Any]) -> str:
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if event != "open":
+    if event == "os.rename":  # os.replace, too: a file that this process has made gets its name
+        path, mode, flags = arguments[1], "w", 0
+    elif event == "open":
+        path, mode, flags = arguments
+    else:
         return
-    path, mode, flags = arguments
-    if isinstance(path, bytes):
+    if isinstance(path, os.PathLike | bytes):
         path = os.fsdecode(path)
     if not isinstance(path, str):
         return

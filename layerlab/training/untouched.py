@@ -22,8 +22,15 @@ def lent(data: Dataset) -> Dataset:
 
 
 def _lent(split: Split) -> Split:
-    images = torch._lazy_clone(split.images) if isinstance(split.images, Tensor) else split.images
-    return replace(split, images=images, labels=torch._lazy_clone(split.labels))
+    images = _copied_when_written(split.images) if isinstance(split.images, Tensor) else split.images
+    return replace(split, images=images, labels=_copied_when_written(split.labels))
+
+
+def _copied_when_written(tensor: Tensor) -> Tensor:
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory that is not torch's own, such as NumPy's
+        return tensor.clone()
 
 
 def changed_data(original: Dataset, taken: Dataset) -> str:
