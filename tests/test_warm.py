@@ -28,7 +28,9 @@ import json, logging, os, signal, sys, threading, warnings
 import matplotlib, numpy, torch
 told = {
     "path": sys.path, "cwd": os.getcwd(), "threads": torch.get_num_threads(), "argv": sys.argv[:1],
-    "backend": matplotlib.get_backend(), "main": __name__, "filters": len(warnings.filters),
+    "backend": matplotlib.get_backend(), "main": __name__,
+    # But for those of the libraries that are imported, which are about their own warnings.
+    "filters": [str(each) for each in warnings.filters if each[2].__module__ == "builtins"],
     **{f"${name}": value for name, value in os.environ.items() if name not in ("JPY_PARENT_PID", "LAYERLAB_PROGRESS")},
     "signals": [str(signal.getsignal(each)) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)],
     "names": sorted(each.name for each in threading.enumerate()), "group": os.getpgid(0) == os.getpid(),
