@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ MODULE = "ipykernel_launcher"
 NAME = "layerlab-warm"
 # What Python is told in the command of ipykernel's own kernel, for the sake of its debugger alone.
 _OPTIONS = {"-Xfrozen_modules=off"}
+# Seconds that the last answer of a kernel takes at most.
+_CONTROL = 1.0
 # They find out at their import whether they are in a notebook.
 _ANEW = ("tqdm.auto", "tqdm.autonotebook", "tqdm.notebook")
 
@@ -155,6 +158,22 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | 
         linecache.getlines(frame.f_code.co_filename)
     sys.argv = [MODULE, *arguments]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    _wait_for_control()
+
+
+def _wait_for_control() -> None:
+    """Wait until the thread that takes the order to shut down is done with it.
+
+    It empties the streams at last, through a thread that ipykernel stops at the exit; where that is stopped first, it
+    waits for ten seconds. A kernel that takes apart what it has imported gets there late enough.
+    """
+    from ipykernel.kernelapp import IPKernelApp
+
+    thread = IPKernelApp.instance().control_thread
+    if thread is not None and thread.is_alive():
+        done = threading.Event()
+        thread.io_loop.add_callback(done.set)
+        done.wait(_CONTROL)
 
 
 def _path(before: str, now: str) -> list[str]:
