@@ -381,7 +381,8 @@ def test_data_load_and_the_machine_is_known_without_what_linux_alone_has(tree, m
 
 
 def _check(folder: Path, status: int) -> str:
-    result = CliRunner().invoke(main, ["data", "check", str(folder)])
+    # Wide, so that no line is wrapped wherever the folder lies.
+    result = CliRunner().invoke(main, ["data", "check", str(folder)], env={"COLUMNS": "400"})
     assert result.exit_code == status, result.output
     return " ".join(result.output.split())
 

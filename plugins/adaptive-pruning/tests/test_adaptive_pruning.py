@@ -294,7 +294,8 @@ def test_a_target_that_only_a_whole_block_passes_is_overshot_with_a_warning(data
                 norm.weight.fill_(0.5)  # all of a block at one threshold
     run.epoch = 2
     with pytest.warns(LayerlabWarning, match=r"parameters 0\.97 allows 97\.0% .*; \d\d\.\d% are left, and pruning "
-                                             r"any less leaves 100\.0%, because whole layers, or a channel of every group, go"):
+                                             r"any less leaves 100\.0%, because whole layers, or a channel of every "
+                                             r"group, go"):
         strategy.on_epoch_start(run)
     assert strategy.stages[1]["parameters"] < 0.9 * strategy.stages[0]["parameters"]
 
