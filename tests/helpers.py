@@ -101,6 +101,23 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A folder with a file system of its own of so many bytes, such as `64k`, while the block runs.
+
+    Skips the test where none may be mounted.
+    """
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a small file system, which takes root")
+    try:
+        yield folder
+    finally:
+        # Lazily, since what runs there may hold a file open.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
 def serving(
     command: Sequence[str | Path], address: str, *, seconds: float = 180, grace: float = 0, cwd: Path | None = None,
     env: Mapping[str, str] | None = None,

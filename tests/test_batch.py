@@ -22,7 +22,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
-from helpers import free_port, slow
+from helpers import free_port, slow, small_disk
 
 from layerlab import LayerlabError, Study
 from layerlab.base.usage import note_data
@@ -373,12 +373,7 @@ def test_a_batch_that_nobody_hears_any_more_goes_on_where_hanging_up_is_ignored(
 
 
 def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_path):
-    full = tmp_path / "full"
-    full.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs to mount a small file system, which takes root")
-    try:
+    with small_disk(tmp_path / "full", "64k") as full:
         job = notebook("talks", "print('x' * 10**6)")
         full_job = Job(job.notebook, str(full / "out"), basis=job.basis)
         none = Job(job.notebook, "/dev/null/out", basis=job.basis)
@@ -387,8 +382,6 @@ def test_a_folder_that_cannot_be_written_fails_its_notebook_only(notebook, tmp_p
         assert "No space left" in outcomes[0].message
         assert "/dev/null/out cannot be written" in outcomes[1].message
         assert not full_job.is_done()
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
 
 
 # ------------------------------------------------------------------------------------------- stopping, killing
@@ -458,12 +451,10 @@ def undisturbed() -> dict[str, list[float | None]]:
     return {}
 
 
-@slow
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command, tmp_path, undisturbed, seed):
-    site = fake(OPEN, TRAIN, FINISH)
-    os.environ["PYTHONPATH"] = str(site)
-    draw = random.Random(seed)
+@pytest.fixture
+def trained(fake, tmp_path: Path, undisturbed: dict[str, list[float | None]]) -> tuple[Path, list[Job]]:
+    """The plan of two trainings, and its jobs; what they end with when nothing disturbs them is in `undisturbed`."""
+    os.environ["PYTHONPATH"] = str(fake(OPEN, TRAIN, FINISH))
     plan = tmp_path / "plan.yaml"
     plan.write_text("- {paper: fake, grid: {epochs: [3, 5]}, parameters: {pause: 0.01}}\n")
     jobs = jobs_of(read_plan(plan), tmp_path)
@@ -471,6 +462,14 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
         quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 5]}}]), tmp_path)
         assert _statuses(quiet) == ["finished"] * 2
         undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
+    return plan, jobs
+
+
+@slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(trained, command, tmp_path, undisturbed, seed):
+    draw = random.Random(seed)
+    plan, jobs = trained
     home = tmp_path / "home"
     before = len(tracking.client().search_runs([tracking.experiment_id("fake")]))
     for _ in range(3):
@@ -502,18 +501,10 @@ def test_killed_at_random_moments_the_batch_ends_as_if_undisturbed(fake, command
 
 @slow
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_killed_at_random_moments_a_cluster_ends_as_if_undisturbed(fake, command, tmp_path, undisturbed, seed):
+def test_killed_at_random_moments_a_cluster_ends_as_if_undisturbed(trained, command, tmp_path, undisturbed, seed):
     pytest.importorskip("distributed")
-    site = fake(OPEN, TRAIN, FINISH)
-    os.environ["PYTHONPATH"] = str(site)
     draw = random.Random(1000 + seed)
-    plan = tmp_path / "plan.yaml"
-    plan.write_text("- {paper: fake, grid: {epochs: [3, 5]}, parameters: {pause: 0.01}}\n")
-    jobs = jobs_of(read_plan(plan), tmp_path)
-    if not undisturbed:
-        quiet = jobs_of(Plan(jobs=[{"paper": "fake", "grid": {"epochs": [3, 5]}}]), tmp_path)
-        assert _statuses(quiet) == ["finished"] * 2
-        undisturbed |= {str(job.changed["epochs"]): _values(job) for job in quiet}
+    plan, jobs = trained
     home, port = tmp_path / "home", str(free_port())
     address = f"tcp://127.0.0.1:{port}"
     words = [("scheduler", "--port", port), *[("worker", address, "--nthreads", "1", "--no-nanny")] * 2]

@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 
-import pytest
 from click.testing import CliRunner
-from helpers import free_port
+from helpers import free_port, small_disk
 
 from layerlab.cli.main import main
 from layerlab.reporting.doctor import health
@@ -83,14 +82,7 @@ def test_tracking_says_what_is_wrong_with_it_and_keeps_the_password(tmp_path, mo
 
 
 def test_little_room_and_a_folder_that_cannot_be_written_are_marked(tmp_path, monkeypatch):
-    full = tmp_path / "full"
-    full.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs to mount a small file system, which takes root")
-    try:
+    with small_disk(tmp_path / "full", "64k") as full:
         monkeypatch.setenv("LAYERLAB_HOME", str(full))
         (row,) = [row for row in health().rows if row[1].text.startswith("workbook: ")]
         assert row[1].tone == "warning"
-    finally:
-        subprocess.run(["umount", str(full)], check=True)

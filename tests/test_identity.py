@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from fake_paper import FINISH, OPEN, TRAIN
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -25,7 +26,7 @@ from layerlab.reporting.publish import publish
 from layerlab.reporting.scoreboard import collect, scoreboard_table
 from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
-from layerlab.runs.jobs import Job, notebook_job
+from layerlab.runs.jobs import Job, notebook_job, paper_job
 from layerlab.runs.record import read_results
 from layerlab.show.stamp import stamped
 
@@ -106,6 +107,18 @@ def test_finished_before_says_what_was_compared_and_runs_again_what_changed(job,
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "the data in images changed" in changed()
     assert [outcome.status for outcome in run_batch([job()])] == ["finished"]
+
+
+def test_a_papers_notebook_that_is_tracked_is_finished_before_wherever_it_is_asked_for(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake(OPEN, TRAIN, FINISH)
+    assert [outcome.status for outcome in run_batch([paper_job("fake")])] == ["finished"]
+    assert paper_job("fake").state().done, paper_job("fake").state()
+    # Another run writes to the same database, and the command is given in another folder.
+    Study("fake", "cpu", output=tmp_path / "other").finish()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [outcome.status for outcome in run_batch([paper_job("fake")])] == ["done before"]
 
 
 def test_what_is_edited_while_it_is_used_does_not_count_as_known(tmp_path):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from helpers import Freezer, same_weights, slow
+from helpers import Freezer, same_weights, slow, small_disk
 from pydantic import BaseModel
 
 from layerlab import LayerlabError, Strategy, fit, load_dataset, track
@@ -246,10 +246,7 @@ def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_p
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(digits, residual, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs to mount a small file system, which takes root")
-    try:
+    with small_disk(tmp_path, "200k"):
         options = dict(epochs=3, batch_size=256, checkpoint=tmp_path / "fit")
         job = Fit(residual, digits, **options)
         job.train_epoch()
@@ -262,8 +259,6 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(digits, residual, tmp
         assert (tmp_path / "fit" / "state.pt").read_bytes() == before
         (tmp_path / "filler").unlink()
         assert Fit(residual, digits, **options).run.epoch == 1
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_write_that_fails_leaves_the_previous_checkpoint(digits, residual, tmp_path, monkeypatch):

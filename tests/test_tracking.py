@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from fake_paper import FINISH, OPEN, TESTS
-from helpers import Freezer, free_port, serving, slow
+from helpers import Freezer, free_port, serving, slow, small_disk
 
 from layerlab import LayerlabError, LayerlabWarning, Study, fit, track
 from layerlab.contract.claims import ClaimResult
@@ -384,33 +384,26 @@ def test_a_process_that_writes_nothing_says_so(digits, residual, monkeypatch, tm
 
 
 def test_a_disk_that_fills_in_the_middle_ends_no_training(digits, residual, tmp_path, monkeypatch):
-    full = tmp_path / "full"
-    full.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(full)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs to mount a small file system, which takes root")
-    monkeypatch.setenv("LAYERLAB_HOME", str(full))
-    monkeypatch.setenv("LAYERLAB_PROGRESS", str(full / "progress.jsonl"))
-    monkeypatch.setattr("layerlab.runs.tracking.outbox.FIRST", 0.0)
-    monkeypatch.setattr("layerlab.runs.tracking.tracker.PAUSE", 0.0)
-    filler = full / "filler"
+    with small_disk(tmp_path / "full", "8m") as full:
+        monkeypatch.setenv("LAYERLAB_HOME", str(full))
+        monkeypatch.setenv("LAYERLAB_PROGRESS", str(full / "progress.jsonl"))
+        monkeypatch.setattr("layerlab.runs.tracking.outbox.FIRST", 0.0)
+        monkeypatch.setattr("layerlab.runs.tracking.tracker.PAUSE", 0.0)
+        filler = full / "filler"
 
-    class Fills(Freezer):
-        def on_epoch_start(self, run):
-            if run.epoch == 2:
-                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
-                    while True:
-                        stream.write(bytes(4096))
-            if run.epoch == 3:
-                filler.unlink()
-            super().on_epoch_start(run)
+        class Fills(Freezer):
+            def on_epoch_start(self, run):
+                if run.epoch == 2:
+                    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+                        while True:
+                            stream.write(bytes(4096))
+                if run.epoch == 3:
+                    filler.unlink()
+                super().on_epoch_start(run)
 
-    try:
         result = fit(residual, digits, Fills(), observers=[track("test")], progress=True, **OPTIONS)
         assert len(result.history) == 3
         (run,) = _runs()
         assert run.info.status == "FINISHED"
         assert set(map(tuple, _histories(run.info.run_id).values())) == {(1, 2, 3)}
         assert tracking.unsent_files() == []
-    finally:
-        subprocess.run(["umount", "-l", str(full)], check=True)

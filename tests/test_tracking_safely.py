@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -136,3 +139,18 @@ def test_a_parent_folder_s_database_is_layerlab_s_own_or_left_alone(tmp_path, mo
     assert workbook_folder() == below
     (tmp_path / "mlflow.db.lock").touch()
     assert workbook_folder() == tmp_path
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path, monkeypatch):
+    home = tmp_path / "killed"
+    monkeypatch.setenv("LAYERLAB_HOME", str(home))
+    process = subprocess.Popen([sys.executable, "-c", "from layerlab.runs import tracking; tracking.client()"])
+    end = time.monotonic() + 60
+    while not (home / ".mlflow.db.new").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (home / "mlflow.db").exists()
+    assert tracking.client().search_experiments()
+    assert (home / "mlflow.db").exists()
+    assert not (home / ".mlflow.db.new").exists()

@@ -75,8 +75,10 @@ class Recorder:
         return {
             "files": files,
             "data": {source: folder_digest(source) for source in sorted(self.data)},
-            # Where something lies below the current folder, its name was perhaps taken from there.
-            "cwd": os.getcwd() if any(_below(path, [os.getcwd()]) for path in [*files, *self.data]) else "",
+            # Where something lies below the current folder, its name was perhaps taken from there. Code is found by
+            # Python's path, or named by a parameter.
+            "cwd": os.getcwd() if any(_below(path, [os.getcwd()])
+                                      for path in [*files, *self.data] if not path.endswith(".py")) else "",
             "data_root": _data_root() if any(map(os.path.isdir, self.data)) else "",
             "strategies": self._listed,
         }
@@ -164,6 +166,8 @@ def counted(used: Mapping[str, Any]) -> str:
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "os.rename":  # os.replace, too: a file that this process has made gets its name
         path, mode, flags = arguments[1], "w", 0
+    elif event == "sqlite3.connect":  # a database is written without Python's knowing: the one of runs is
+        path, mode, flags = arguments[0], "w", 0
     elif event == "open":
         path, mode, flags = arguments
     else:

@@ -7,7 +7,7 @@ import math
 import tomllib
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,7 +146,7 @@ class Paper(Data):
 
         A claim that the paper no longer has keeps its own verdict.
         """
-        claim = next((claim for claim in self.everything if claim.id == result.claim), None)
+        claim = self._claims.get(result.claim)
         if claim is None:
             return result
         values = [math.nan if value is None else value for value in result.values]
@@ -175,10 +175,14 @@ class Paper(Data):
         Raises:
             LayerlabError: there is none.
         """
-        found = {claim.id: claim for claim in self.everything}
-        if id not in found:
-            raise unknown("claim", id, found)
-        return found[id]
+        if id not in self._claims:
+            raise unknown("claim", id, self._claims)
+        return self._claims[id]
+
+    @cached_property
+    def _claims(self) -> dict[str, Claim]:
+        """The claims and the targets, by their ids."""
+        return {claim.id: claim for claim in self.everything}
 
     def not_run(self, claim: Claim, profile: str) -> ClaimResult:
         """The row of a claim that nothing was measured of."""
@@ -217,8 +221,8 @@ class Paper(Data):
         Args:
             parameters: in force when it ran.
         """
-        analytic = any(claim.analytic for claim in self.everything if claim.id == result.claim)
-        changed = {} if analytic else self.differing(result.profile, parameters)
+        claim = self._claims.get(result.claim)
+        changed = {} if claim and claim.analytic else self.differing(result.profile, parameters)
         return self.judged(result.model_copy(update={"changed": changed}))
 
     def profile(self, name: str) -> Profile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import time
 import warnings
 from pathlib import Path
 
@@ -84,14 +83,14 @@ def warn_of_slow_bfloat16(device: torch.device) -> None:
 @functools.cache
 def _bfloat16_times(device: str) -> float:
     """Seconds of forward and backward of a convolution in bfloat16 over those in float32."""
-    seconds = []
+    calls = {}
     for kind in (torch.float32, torch.bfloat16):
         x = torch.zeros(16, 64, 16, 16, device=device, dtype=kind, requires_grad=True)
         weight = torch.zeros(64, 64, 3, 3, device=device, dtype=kind, requires_grad=True)
-        taken = []
-        for _ in range(4):
-            start = time.perf_counter()
-            nn.functional.conv2d(x, weight, padding=1).sum().backward()
-            taken.append(time.perf_counter() - start)
-        seconds.append(min(taken))
-    return seconds[1] / seconds[0]
+        calls[str(kind)] = functools.partial(_convolve, x, weight)
+    single, half = time_by_turns(calls, rounds=ROUNDS, warmup=1, device=device).values()
+    return min(half.seconds) / min(single.seconds)
+
+
+def _convolve(x: Tensor, weight: Tensor) -> None:
+    nn.functional.conv2d(x, weight, padding=1).sum().backward()

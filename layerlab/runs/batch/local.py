@@ -43,7 +43,7 @@ def preview(jobs: Sequence[Job], since: float = 0.0) -> list[tuple[Job, str, str
             status = "done before"
         elif record and not record.get("finished") and record.get("basis") == job.basis and not since:
             status = "goes on"
-        last = clock(job.last_seconds) if job.last_seconds else "never run"
+        last = clock(record["seconds"]) if record.get("seconds") else "never run"
         rows.append((job, status, f"{last}; {state.why}" if state.why and not state.done else last))
     return rows
 

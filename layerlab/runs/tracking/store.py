@@ -181,8 +181,14 @@ def _client(uri: str) -> Any:
 
 
 def _bring_up(file: Path) -> None:
-    """Bring a database of an older MLflow up to date, which that one cannot read any more: a copy is kept."""
+    """Make a database that is not there yet, whole or not at all, or bring one of an older MLflow up to date, which
+    that one cannot read any more: a copy is kept."""
     state, revision = schema(file)
+    if state == "none":
+        new = file.with_name(f".{file.name}.new")
+        new.unlink(missing_ok=True)
+        _Client(sqlite_uri(new)).search_experiments()
+        os.replace(new, file)
     if state == "older":
         kept = file.with_name(f"{file.name}.{revision}")
         copy_to(file, kept)
