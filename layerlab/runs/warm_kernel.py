@@ -1,4 +1,11 @@
-"""A kernel that is forked from a process which has imported what notebooks need, for the one that a runner starts."""
+"""A kernel that is forked from a process which has imported what notebooks need, for the one that a runner starts.
+
+Cells find it as they find one that was started anew, with its own random numbers, environment, folder, path, signals,
+files and threads. What differs: modules that other notebooks of the batch import are loaded (`sys.modules`), with what
+they set up at their import, such as filters for warnings of their own classes, which stand behind those that a cell
+sets before it imports them; the kernels of one server share the seed of `hash`, unless `$PYTHONHASHSEED` says one; and
+a library's settings file is read when the server starts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from importlib.machinery import all_suffixes
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, cast
 
@@ -28,8 +36,12 @@ NAME = "layerlab-warm"
 _OPTIONS = {"-Xfrozen_modules=off"}
 # Seconds that the last answer of a kernel takes at most.
 _CONTROL = 1.0
-# They find out at their import whether they are in a notebook.
-_ANEW = ("tqdm.auto", "tqdm.autonotebook", "tqdm.notebook")
+# At their import they find out whether they are in a notebook, and which process they end with.
+_ANEW = ("tqdm.auto", "tqdm.autonotebook", "tqdm.notebook", "ipykernel.kernelapp")
+# What a kernel draws with, unless its environment says otherwise.
+_INLINE = "module://matplotlib_inline.backend_inline"
+# A file by which matplotlib is set up for the folder that it is imported in.
+_SETTINGS = "matplotlibrc"
 
 
 class ForkedKernel:
@@ -137,7 +149,25 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | 
     for name in list(sys.modules):
         # layerlab may be a checkout that was edited since, and a notebook that does not use it does not rest on it.
         if name in _ANEW or name.partition(".")[0] == "layerlab":
+            package, _, last = name.rpartition(".")
+            vars(sys.modules.get(package, sys)).pop(last, None)
             del sys.modules[name]
+    _renew_libraries()
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        # A library that looks at the whole stack reads these files, and would have the notebook rest on them.
+        linecache.getlines(frame.f_code.co_filename)
+    sys.argv = [MODULE, *arguments]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]
+    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    _wait_for_control()
+
+
+def _renew_libraries() -> None:
+    """Have what is imported already draw, compute and choose as if it were imported now."""
+    if "matplotlib" in sys.modules:
+        import matplotlib
+
+        matplotlib.rcParams["backend"] = os.environ.get("MPLBACKEND") or _INLINE
     if "numpy" in sys.modules:
         import numpy as np
 
@@ -147,18 +177,13 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | 
         import torch
 
         torch.default_generator.seed()
-    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
-    if threads != "1":
+    usable = str(len(os.sched_getaffinity(0)))
+    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or usable
+    if threads != "1" and threads.isdigit():
         from threadpoolctl import threadpool_limits
 
         # The server had one alone, so that it would fork none.
         threadpool_limits(int(threads), user_api="blas")
-    for frame, _ in traceback.walk_stack(sys._getframe()):
-        # A library that looks at the whole stack reads these files, and would have the notebook rest on them.
-        linecache.getlines(frame.f_code.co_filename)
-    sys.argv = [MODULE, *arguments]
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
-    _wait_for_control()
 
 
 def _wait_for_control() -> None:
@@ -191,13 +216,15 @@ class Provisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """Launch a kernel with a command."""
         arguments = _arguments(cmd)
-        # What a kernel's specification adds to the environment may be for libraries that are imported already.
-        if not self.waiting or arguments is None or self.kernel_spec.env:
-            return await super().launch_kernel(cmd, **kwargs)
-        kernel = self.waiting.pop()
         # The kernel ends when this process, its parent, is no more.
         environment = {**kwargs.get("env", os.environ), "JPY_PARENT_PID": str(os.getpid())}
-        kernel.begin(arguments, environment, kwargs.get("cwd"))
+        folder = kwargs.get("cwd")
+        # What a kernel's specification adds to the environment may be for libraries that are imported already.
+        alike = arguments is not None and not self.kernel_spec.env and not _imports_others(environment, folder)
+        if not self.waiting or not alike:
+            return await super().launch_kernel(cmd, **kwargs)
+        kernel = self.waiting.pop()
+        kernel.begin(arguments or [], environment, folder)
         # All that is asked of it is what a `Popen` has.
         self.process = cast("subprocess.Popen[Any]", kernel)
         self.pid = self.pgid = kernel.pid
@@ -206,11 +233,33 @@ class Provisioner(LocalProvisioner):
 
 def _arguments(command: Sequence[str]) -> list[str] | None:
     """What a command tells `ipykernel_launcher`, if that is run by this Python; otherwise None."""
-    if MODULE not in command or not os.path.exists(command[0]) or not os.path.samefile(command[0], sys.executable):
+    # That of another virtual environment may be a link to the same file.
+    places = [(os.path.realpath(os.path.dirname(each)), os.path.realpath(each)) for each in (command[0], sys.executable)]
+    if MODULE not in command or places[0] != places[1]:
         return None
     place = command.index(MODULE)
     *options, last = command[1:place] or [""]
     return list(command[place + 1 :]) if last == "-m" and set(options) <= _OPTIONS else None
+
+
+def _imports_others(environment: Mapping[str, str], folder: str | None) -> bool:
+    """Whether a kernel with that environment and folder would import others in the place of modules that are here.
+
+    So it is where a folder that it looks into first, and this process did not, holds modules of the same names, or
+    where one of the two processes reads settings for its working directory alone.
+    """
+    here, there = os.getcwd(), os.path.abspath(folder or "")
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = {here, there, *(part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part not in known)}
+    names = {name.partition(".")[0] for name in sys.modules} - {"layerlab", "__main__"}
+    for each in folders:
+        with contextlib.suppress(OSError), os.scandir(each) as entries:
+            for entry in entries:
+                name, dot, ending = entry.name.partition(".")
+                module = dot + ending in all_suffixes() or os.path.exists(os.path.join(entry.path, "__init__.py"))
+                if (name in names and module) or (entry.name == _SETTINGS and here != there):
+                    return True
+    return False
 
 
 def provide(kernel: ForkedKernel) -> None:
