@@ -2,7 +2,7 @@
 
 That imports torch and the contract once and forks a process for each plugin, so that a plugin cannot affect the others,
 nor who asks. What a sound plugin showed is kept in the cache until a file that its import read changes, or Python,
-torch or layerlab do.
+torch, layerlab or what is installed do.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from layerlab.base.errors import LayerlabError, brief, reason
 from layerlab.base.files import cache_folder, write_json
 from layerlab.base.processes import end_marked
+from layerlab.base.provenance import package_folders
 from layerlab.base.text import as_json, from_json
 from layerlab.contract.registry import Plugin
 
@@ -126,8 +127,8 @@ class PluginProbe:
         return found
 
     def answers(self, asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[dict[str, Any]]:
-        """For each plugin `broken`, its `settings`, the `stamps` of the files that its import read, and `refused`: for
-        each of its (profile, changed) why that is refused, or an empty string."""
+        """For each plugin `broken`, its `settings`, the `stamps` of what its import rests on, and `refused`: for each
+        of its (profile, changed) why that is refused, or an empty string."""
         if not asked:
             return []
         plugins = [[asdict(plugin), as_json(changes)] for plugin, changes in asked]
@@ -272,7 +273,7 @@ def _fork(plugin: Plugin, changes: Sequence[Any], shared: set[str], limit: float
         broken = plugin.broken
         settings = [] if broken else [
             (name, repr(field.default), field.description or "") for name, field in plugin.load().model_fields.items()]
-        stamps = {file: _stamp(file) for file in _files(shared)}
+        stamps = {file: _stamp(file) for file in [*_files(shared), *package_folders()]}
         found = {"broken": broken, "settings": settings, "stamps": stamps, "refused": _refusals(plugin, changes)}
         with os.fdopen(told, "wb") as stream:
             stream.write(json.dumps(found).encode() + b"\n")

@@ -234,8 +234,9 @@ class Provisioner(LocalProvisioner):
 def _arguments(command: Sequence[str]) -> list[str] | None:
     """What a command tells `ipykernel_launcher`, if that is run by this Python; otherwise None."""
     # That of another virtual environment may be a link to the same file.
-    places = [(os.path.realpath(os.path.dirname(each)), os.path.realpath(each)) for each in (command[0], sys.executable)]
-    if MODULE not in command or places[0] != places[1]:
+    theirs, ours = [(os.path.realpath(os.path.dirname(each)), os.path.realpath(each))
+                    for each in (command[0], sys.executable)]
+    if MODULE not in command or theirs != ours:
         return None
     place = command.index(MODULE)
     *options, last = command[1:place] or [""]
@@ -249,8 +250,8 @@ def _imports_others(environment: Mapping[str, str], folder: str | None) -> bool:
     where one of the two processes reads settings for its working directory alone.
     """
     here, there = os.getcwd(), os.path.abspath(folder or "")
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    folders = {here, there, *(part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part not in known)}
+    known, path = [variables.get("PYTHONPATH", "").split(os.pathsep) for variables in (os.environ, environment)]
+    folders = {here, there, *(part for part in path if part and part not in known)}
     names = {name.partition(".")[0] for name in sys.modules} - {"layerlab", "__main__"}
     for each in folders:
         with contextlib.suppress(OSError), os.scandir(each) as entries:

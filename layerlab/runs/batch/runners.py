@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from layerlab.base.errors import LayerlabError
+from layerlab.base.provenance import package_folders
+from layerlab.runs.batch.warm_server import TOLD
 from layerlab.runs.notebook_file import read_notebook
 from layerlab.show.progress import VARIABLE
 
@@ -23,6 +25,8 @@ from layerlab.show.progress import VARIABLE
 _LATE = (VARIABLE, "CUDA_VISIBLE_DEVICES")
 # How often a server that ends by itself is started again.
 _STARTS = 3
+# Seconds that a server has for a fork, behind the import of a module.
+_PATIENCE = 60.0
 
 
 class ForkedRunner:
@@ -34,12 +38,15 @@ class ForkedRunner:
 
     Raises:
         EOFError: there is none.
+        TimeoutError: nor has the server said so.
     """
 
     def __init__(self, stdin: IO[str], status: int) -> None:
         self.stdin = stdin
         self.returncode: int | None = None
         self._status = status
+        if not select.select([status], [], [], _PATIENCE)[0]:
+            raise TimeoutError
         self.pid = self._number("runs")
 
     def _number(self, word: str) -> int:
@@ -87,6 +94,8 @@ Runner = subprocess.Popen[str] | ForkedRunner
 class Runners:
     """Starts runners, and the servers that they are forked from: one for each environment of notebooks.
 
+    A server is superseded when something is installed meanwhile.
+
     Use it as a context; the servers go at its end.
 
     Args:
@@ -100,7 +109,7 @@ class Runners:
     def __init__(self, imports: Sequence[str] = ()) -> None:
         self._imports = imports
         self._lock = threading.Lock()
-        self._servers: dict[frozenset[tuple[str, str]], _Server] = {}
+        self._servers: dict[frozenset[tuple[str, object]], _Server] = {}
 
     def __enter__(self) -> Runners:
         return self
@@ -117,9 +126,11 @@ class Runners:
             log: for what it and its cells print.
         """
         environment = {**os.environ, **variables}
-        early = frozenset((name, value) for name, value in environment.items() if name not in _LATE)
+        early: dict[str, object] = {name: value for name, value in environment.items() if name not in _LATE}
+        installed = {folder: os.stat(folder).st_mtime_ns for folder in package_folders()}
         with self._lock:
-            server = self._servers.setdefault(early, _Server(environment, self._imports))
+            server = self._servers.setdefault(frozenset((early | installed).items()),
+                                              _Server(environment, self._imports))
         return server.start(environment, log) or started_anew(variables, log)
 
 
@@ -150,9 +161,17 @@ class _Server:
                 return None
             try:
                 return _forked(asked, environment, log)
+            except TimeoutError:
+                self._give_up()
             except (EOFError, OSError):
                 continue
         return None
+
+    def _give_up(self) -> None:
+        """Start no server again in the place of one that hangs."""
+        with self._lock:
+            self._starts = _STARTS
+            self.close()
 
     def _asked(self) -> socket.socket | None:
         """The socket of the server that runs, or of a new one; None where each of them ended by itself."""
@@ -160,7 +179,7 @@ class _Server:
             if self._process is not None and self._process.poll() is None:
                 return self._socket
             self.close()
-            if self._starts == _STARTS:
+            if self._starts == _STARTS or (self._process is not None and self._process.returncode == TOLD):
                 return None
             self._starts += 1
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -4,7 +4,8 @@ Importing takes seconds, a fork milliseconds. The server runs nothing of any not
 nothing, so each runner starts from the same clean state; a runner forks its kernel before it does anything itself. A
 request is one message on the socket that the first argument numbers, with the file descriptors of `STREAMS`; further
 arguments name modules that the notebooks import. The server goes when the other end of the socket does; the runners
-that it forked go on.
+that it forked go on. It also goes, with the status `TOLD`, when such a module tells a warning at its import, which is
+for the notebook to show.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import os
 import selectors
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from layerlab.base.process_label import relabel
 from layerlab.runs.leaving import leave
@@ -27,6 +30,7 @@ from layerlab.show.progress import VARIABLE
 # File descriptors of a request: what the runner reads, what it and its cells print to, where its outcome goes, and
 # where it tells its process number and the server, at its end, its exit status.
 STREAMS = ("stdin", "log", "channel", "status")
+TOLD = 3
 MODULE = "layerlab.runs.batch.notebook_process"
 # What a runner and its kernel need.
 BASE = ("layerlab.runs.papermill_engine", MODULE, "layerlab.runs.warm_kernel", "ipykernel.kernelapp",
@@ -80,6 +84,11 @@ def _serve(requests: socket.socket) -> Work | None:
                 message, streams, _, _ = socket.recv_fds(requests, 1 << 20, len(STREAMS))
                 if not message:
                     return None
+                if len(streams) < len(STREAMS):
+                    # This process has no file descriptor left; whoever asked sees the others close.
+                    for stream in streams:
+                        os.close(stream)
+                    continue
                 work = _forked(message, streams, selector)
                 if work is not None:
                     return work
@@ -97,21 +106,50 @@ def _steps(names: Sequence[str]) -> Iterator[bool]:
     nbformat.validate(nbformat.v4.new_notebook())
     yield True
     more = [module for name in names if name in ALONG for module in (name, *ALONG[name])]
-    for name in dict.fromkeys([*BASE, *more]):
-        # Without it a notebook imports it itself, and tells what is wrong.
+    for name in BASE:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+        yield True
+    for name in dict.fromkeys(more):
+        _import_quietly(name)
         yield True
     gc.collect()
     # What is here stays; a collection in a fork would copy it.
     gc.freeze()
 
 
+def _import_quietly(name: str) -> None:
+    """Import a module for the notebooks; this process ends where it tells a warning."""
+    told: list[Any] = []
+
+    def tell(*arguments: Any, **more: Any) -> None:
+        told.append((arguments, more))
+
+    shown, warnings.showwarning = warnings.showwarning, tell
+    # Without it a notebook imports it itself, and tells what is wrong.
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
+    if warnings.showwarning is tell:
+        warnings.showwarning = shown
+    if told:
+        raise SystemExit(TOLD)
+
+
+def _holds_device() -> bool:
+    """Whether a library has opened a GPU, which a fork cannot use."""
+    for stream in os.listdir("/proc/self/fd"):
+        # That of the list itself is closed by now.
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{stream}").startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri")):
+                return True
+    return False
+
+
 def _forked(message: bytes, streams: list[int], selector: selectors.BaseSelector) -> Work | None:
     """Fork a runner; None here, and there what it is to do. Where it cannot be, its streams close without a word."""
     *others, status = streams
     child = -1
-    if len(os.listdir("/proc/self/task")) == 1:
+    if len(os.listdir("/proc/self/task")) == 1 and not _holds_device():
         with contextlib.suppress(OSError):
             child = os.fork()
     if child == 0:
