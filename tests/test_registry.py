@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import site
 import textwrap
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def test_what_an_import_showed_is_remembered_until_a_file_that_it_read_changes(i
     with (tmp_path / "their_plugin.py").open("a") as file:
         file.write("\nMine = 3\n")
     assert "not a subclass" in probe([Registry()["mine"]])[0].broken
+
+
+def test_what_an_import_showed_is_forgotten_when_something_is_installed(install, tmp_path, monkeypatch):
+    base = tmp_path / "user"
+    monkeypatch.setenv("PYTHONUSERBASE", str(base))
+    packages = Path(site.getusersitepackages().replace(site.getuserbase(), str(base)))
+    packages.mkdir(parents=True)
+    monkeypatch.setattr("site.USER_SITE", str(packages))
+    log = tmp_path / "log"
+    install("their-plugin", f"open({str(log)!r}, 'a').write('.')\n" + textwrap.dedent(GOOD.format(name="mine")),
+            "[layerlab.strategies]\nmine = their_plugin:Mine\n")
+    for expected in (".", "."):
+        probe([Registry()["mine"]])
+        assert log.read_text() == expected
+    (packages / "new-1.0.dist-info").mkdir()
+    probe([Registry()["mine"]])
+    assert log.read_text() == ".."
 
 
 def test_a_plugin_that_was_broken_is_tried_anew_each_time(install, tmp_path):
