@@ -69,8 +69,9 @@ Commands = list[list[str]]
 
 
 def environment(folder: str) -> dict[str, str]:
-    """Variables for a run whose notebooks and database lie in a folder of their own."""
-    return {name: value for name, value in os.environ.items() if name not in UNSET} | {"LAYERLAB_HOME": folder}
+    """Variables for a run whose notebooks and database lie in a folder of their own, and that reports to nobody."""
+    own = {"LAYERLAB_HOME": folder, "PLOOMBER_STATS_ENABLED": "false"}
+    return {name: value for name, value in os.environ.items() if name not in UNSET} | own
 
 
 def measured(commands: Callable[[str], Commands]) -> tuple[float, float]:

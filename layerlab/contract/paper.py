@@ -270,8 +270,8 @@ def read_paper(file: Path, strategy: str) -> Paper:
         LayerlabError: missing, no TOML, or not of `Paper`'s form.
     """
     try:
-        status = file.stat()
-        return _read_paper(file, strategy, (status.st_mtime_ns, status.st_size, status.st_ino))
+        # Read each time, so that whoever records what is used hears of it.
+        return _parsed(file.read_text(encoding="utf-8"), file, strategy)
     except FileNotFoundError:
         raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
@@ -282,10 +282,9 @@ def read_paper(file: Path, strategy: str) -> Paper:
 
 # A plan asks for the paper of each of its thousands of jobs, and a paper takes milliseconds.
 @lru_cache(maxsize=64)
-def _read_paper(file: Path, strategy: str, stamp: tuple[int, ...]) -> Paper:
-    """A paper as its file is at the moment that the stamp tells."""
-    content = tomllib.loads(file.read_text(encoding="utf-8"))
-    return Paper(**content, strategy=strategy, folder=file.parent)
+def _parsed(text: str, file: Path, strategy: str) -> Paper:
+    """A paper from the text of its file."""
+    return Paper(**tomllib.loads(text), strategy=strategy, folder=file.parent)
 
 
 def load_paper(strategy: str | Plugin) -> Paper:

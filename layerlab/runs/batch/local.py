@@ -142,7 +142,8 @@ def _on_this_machine(
         jobs[number].rename_partial()
         board.step()
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
-    imports = imported({Path(jobs[number].notebook) for number in waiting})
+    # The first is forked before anything is imported, and what is imported behind it is for the others.
+    imports = imported({Path(jobs[number].notebook) for number in waiting}) if len(waiting) > 1 else []
     with Runners(imports) as runners, ThreadPoolExecutor(max(1, len(jobs))) as pool:
         while waiting or running:
             for number in list(waiting):
