@@ -149,9 +149,12 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str | 
     for name in list(sys.modules):
         # layerlab may be a checkout that was edited since, and a notebook that does not use it does not rest on it.
         if name in _ANEW or name.partition(".")[0] == "layerlab":
-            package, _, last = name.rpartition(".")
-            vars(sys.modules.get(package, sys)).pop(last, None)
             del sys.modules[name]
+    for name in _ANEW:
+        package, _, last = name.rpartition(".")
+        if package in sys.modules:
+            # Otherwise `from package import module` gives the old one.
+            vars(sys.modules[package]).pop(last, None)
     _renew_libraries()
     for frame, _ in traceback.walk_stack(sys._getframe()):
         # A library that looks at the whole stack reads these files, and would have the notebook rest on them.
