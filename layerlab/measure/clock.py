@@ -65,8 +65,15 @@ def time_by_turns(
     return {name: Turns(tuple(values)) for name, values in seconds.items()}
 
 
+# The counter moves every 20 to 100 ms: of less than this it would tell what another training used, or nothing.
+SHORTEST = 1.0
+
+
 class Energy:
-    """Joules that a GPU has used since this object was made, from its own counter; None where it keeps none."""
+    """Joules that a GPU has used since this object was made, from its own counter.
+
+    None where it keeps none, and in the first second, for which it is too coarse.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._handle = None
@@ -79,12 +86,13 @@ class Energy:
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             self._start = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            self._since = time.monotonic()
         except pynvml.NVMLError:
             self._handle = None
 
     def joules(self) -> float | None:
-        """Since the start; the counter's resolution is a millijoule, its refresh some tens of milliseconds."""
-        if self._handle is None:
+        """Since the start."""
+        if self._handle is None or time.monotonic() - self._since < SHORTEST:
             return None
         import pynvml
 

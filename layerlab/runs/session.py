@@ -91,6 +91,18 @@ def _wait_for_end(folder: Path) -> None:
             raise AtWork(f"Process {number} is at work in {folder}; wait for it, or choose another folder.") from None
 
 
+def seeds_at_once() -> int:
+    """How many seeds a notebook trains at a time: `$LAYERLAB_SEEDS_AT_ONCE`, or 1.
+
+    Raises:
+        LayerlabError: it is no such number.
+    """
+    given = os.environ.get("LAYERLAB_SEEDS_AT_ONCE") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise LayerlabError(f"LAYERLAB_SEEDS_AT_ONCE is {given!r}; give a whole number of seeds, at least 1.")
+    return int(given)
+
+
 class Session:
     """A notebook at work.
 
@@ -184,6 +196,7 @@ class Session:
         tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id,
                                    self.folder)
         checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
+        settings = {"at_once": seeds_at_once(), **settings}
         return compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerlab.base.errors import Refused
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
+from layerlab.training.ahead import Ahead
 from layerlab.training.checkpoint import checkpoint_folder
 from layerlab.training.companions import Companions, Equal
 from layerlab.training.loop import Observer
@@ -175,6 +176,7 @@ def compare(
     equal: Equal = "none",
     placebo: bool = False,
     judged: Collection[str] | None = None,
+    at_once: int = 1,
     **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -191,6 +193,8 @@ def compare(
             many steps as the arm's cost buys, with its whole schedule, as `ARM · equal flops`; see `Comparison.pays`.
         placebo: train beside each arm, as `ARM · placebo`, what its strategy names as its placebo.
         judged: the arms that `equal` and `placebo` are for. Default: all with strategies.
+        at_once: seeds trained at a time, each in a process, for networks that leave the device idle; it needs a
+            `checkpoint`. Arms still take turns, so that ratios of seconds stay honest, but all are slower.
         data, loss, observers, progress, settings: as `fit`.
 
     Returns:
@@ -215,8 +219,16 @@ def compare(
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
     folders = Folders(checkpoint_folder(checkpoint), runs == 1)
     bars = Progress(runs * checked.epochs, progress)
-    with Rounds(data, loss, folders, observers, going, bars, checked.epochs) as rounds:
+
+    def ahead(seed: int) -> None:
+        with Rounds(data, loss, folders, (), going, Progress(0, False), checked.epochs) as rounds:
+            rounds.train(seed, every)
+            companions.train(rounds, seed)
+
+    with Ahead(ahead, seeds, at_once if checkpoint else 1) as others, \
+            Rounds(data, loss, folders, observers, going, bars, checked.epochs) as rounds:
         for seed in seeds:
+            others.wait(seed)
             rounds.train(seed, every)
             companions.train(rounds, seed)
     return companions.comparison(rounds)

@@ -192,7 +192,11 @@ class Split:
         sides = self.shape[1:]
         if images.shape[-2:] == sides:
             return images
-        return torch.nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
+        if not images.is_cuda:
+            return torch.nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
+        # A GPU interpolates no bytes.
+        floats = torch.nn.functional.interpolate(images.float(), sides, mode="bilinear", antialias=True)
+        return floats.round_().clamp_(0, 255).to(images.dtype)
 
     def _shift(self, images: Tensor, rows: Tensor, columns: Tensor, flips: Tensor) -> Tensor:
         height, width = images.shape[-2:]

@@ -265,7 +265,9 @@ class CommOverlap(Strategy):
 
 
 def join(device: torch.device, time_limit: float = TIME_LIMIT) -> None:
-    """Set up the process group of a job that `torchrun` started, unless that is done: nccl on GPUs, gloo on CPUs.
+    """Set up the process group of a job that `torchrun` started, unless that is done.
+
+    nccl where each worker of a machine has a GPU of its own, gloo on CPUs and where workers share a GPU.
 
     Args:
         device: the one to train on.
@@ -275,8 +277,10 @@ def join(device: torch.device, time_limit: float = TIME_LIMIT) -> None:
         store, rank, workers = next(dist.rendezvous("env://"))
         # torchrun's own store outlives a restart, and the addresses of workers that are gone would be found in it.
         store = dist.PrefixStore(f"comm-overlap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=workers, timeout=timedelta(seconds=time_limit))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= here
+        dist.init_process_group("nccl" if own_gpu else "gloo", store=store, rank=rank, world_size=workers,
+                                timeout=timedelta(seconds=time_limit))
         atexit.register(leave)
 
 

@@ -25,6 +25,8 @@ PUBLISHED = {"vgg11_bn": 17.83, "resnet152": 83.74}
 CLAIMS = {"vgg11_bn": "flops-vgg11", "resnet152": "flops-resnet152"}
 # Points of top-1 that count as no loss, and the ratios that are aimed at, by family of networks.
 MARGIN = 0.5
+# Per cent of the forward FLOPs that the claims' gates want saved.
+LEAST = 30.0
 # What training costs, features included.
 ALL_FLOPS = ("cost/forward_flops", "cost/backward_flops")
 TARGETS = {"resnet": 2.0, "vgg": 1.3}
@@ -53,8 +55,9 @@ def threshold_arms(strategy: LearnAndDrop, tried: Mapping[str, Sequence[Any]]) -
 def threshold_table(comparison: Comparison, tried: Sequence[str]) -> pd.DataFrame:
     """Which thresholds and score to take, from runs on held-out training images.
 
-    Of those that drop something, the ones with the best top-1 once as many FLOPs are spent as the cheapest run took in
-    all, features included; of equals the ones that save most. Where none drops anything, of all.
+    Of those that save `LEAST` per cent of the forward FLOPs, the ones with the best top-1 once as many FLOPs are spent
+    as the cheapest run took in all, features included; of equals the ones that save most. Where none saves that, of
+    those that drop something; where none drops anything, of all.
 
     Args:
         comparison: the runs of `threshold_arms` on `Dataset.held_out`.
@@ -78,18 +81,16 @@ def threshold_table(comparison: Comparison, tried: Sequence[str]) -> pd.DataFram
             "top-1 at equal FLOPs": Estimate(tuple(equal)).mean,
         })
     table = pd.DataFrame(rows)
-    dropping = table[table["forward FLOPs saved"] > 0]
-    candidates = dropping if len(dropping) else table
+    saved = table["forward FLOPs saved"]
+    candidates = next(part for part in (table[saved >= LEAST], table[saved > 0], table) if len(part))
     order = candidates.sort_values(["top-1 at equal FLOPs", "forward FLOPs saved"], ascending=False, kind="stable")
     return table.assign(chosen=table.index == order.index[0])
 
 
-def chosen_arm(table: pd.DataFrame, tried: Sequence[str], strategy: LearnAndDrop) -> dict[str, LearnAndDrop]:
-    """The strategy with what `threshold_table` chose, by its arm's name; empty where that is the strategy itself."""
+def chosen(table: pd.DataFrame, tried: Sequence[str], strategy: LearnAndDrop) -> LearnAndDrop:
+    """The strategy with what `threshold_table` chose."""
     row = table[table["chosen"]].iloc[0]
-    chosen = LearnAndDrop(**strategy.model_dump() | {setting: row[setting] for setting in tried})
-    name = ", ".join(f"{setting} {row[setting]}" for setting in tried)
-    return {} if chosen.model_dump() == strategy.model_dump() else {f"{DROPPED}, {name}": chosen}
+    return LearnAndDrop(**strategy.model_dump() | {setting: row[setting] for setting in tried})
 
 
 def storage_arms(strategy: LearnAndDrop) -> dict[str, Any]:

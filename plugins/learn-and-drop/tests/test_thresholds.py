@@ -35,10 +35,15 @@ def test_the_thresholds_that_drop_and_are_best_at_equal_flops_are_chosen():
     # At 21 FLOPs: halfway through the last epoch, its end, and a third of the way through it; twice.
     assert table["top-1 at equal FLOPs"].tolist() == pytest.approx([0.55, 0.6, 0.9, 0.5 + 0.4 / 3])
     assert table.index[table["chosen"]].tolist() == [1]
-    name, chosen = next(iter(analysis.chosen_arm(table, list(TRIED), LearnAndDrop(at_most=0.8)).items()))
-    assert name == "Learn&Drop, settled 0.3, score gradients"
+    chosen = analysis.chosen(table, list(TRIED), LearnAndDrop(at_most=0.8))
     assert chosen.model_dump() == LearnAndDrop(at_most=0.8, settled=0.3, score="gradients").model_dump()
-    assert analysis.chosen_arm(table, list(TRIED), chosen) == {}
+
+
+def test_thresholds_that_save_too_little_for_the_claims_are_not_chosen_where_others_save_enough():
+    (a, little), (b, enough) = analysis.threshold_arms(LearnAndDrop(), {"flat": [0.1, 0.2]}).items()
+    run = Comparison({(a, 0): result(little, [0.5, 0.6, 0.9], [0, 0, 1]),
+                      (b, 0): result(enough, [0.5, 0.6, 0.6], [0, 1, 2])})
+    assert analysis.threshold_table(run, ["flat"])["chosen"].tolist() == [False, True]
 
 
 def test_of_equals_the_one_that_saves_most_is_chosen_and_where_nothing_drops_one_of_all():

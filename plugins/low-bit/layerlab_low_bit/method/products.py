@@ -113,7 +113,9 @@ def matrix_product(a: Tensor, b: Tensor, units: Units) -> Tensor:
     a = functional.pad(a, (0, -k % 16, 0, rows - m))
     b = functional.pad(b, (0, -n % 16, 0, -k % 16))
     if units == "int8":
-        return torch._int_mm(a.contiguous(), b.contiguous())[:m, :n]
+        # cuBLAS has integer products for a second operand column by column alone ("TN").
+        b = b.t().contiguous().t() if b.is_cuda else b.contiguous()
+        return torch._int_mm(a.contiguous(), b)[:m, :n]
     one = torch.ones((), device=a.device)
     eighths = torch.float8_e4m3fn
     # _scaled_mm wants the second operand column by column.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class Step:
         if device == "cuda" and not torch.cuda.is_available():
             raise LayerlabError("There is no CUDA device here; use device 'cpu' or 'meta'.")
         self.arm, self.device = arm, torch.device(device)
+        self._others = _allocated(self.device)
         self.model = _on_device(model, device)
         self.model.train()
         self.x = torch.empty(batch_size, *input_shape, device=device)
@@ -117,7 +119,8 @@ class Step:
     def peak(self) -> int:
         """The most bytes allocated at once in a step after the first: weights, optimizer state, gradients, activations.
 
-        On a GPU by the CUDA allocator, on a CPU by `measure.peak_allocated`: kernels' workspaces count. On the meta
+        On a GPU by the CUDA allocator, less what was there before this object was; on a CPU by
+        `measure.peak_allocated`. Kernels' workspaces count, but for the one that cuBLAS keeps for good. On the meta
         device, where no kernel runs, the live tensors' bytes: a dry run.
         """
         if self.device.type == "cpu":
@@ -129,7 +132,7 @@ class Step:
             self()
         assert meter.cost is not None
         assert meter.cost.peak_memory_bytes is not None
-        return meter.cost.peak_memory_bytes
+        return meter.cost.peak_memory_bytes - self._others
 
     def close(self) -> None:
         """Give the network back its own forward and remove all hooks."""
@@ -143,6 +146,17 @@ class Step:
         original = module.forward
         module.forward = lambda *arguments: forward(original, *arguments)
         self._stack.callback(delattr, module, "forward")
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes on a GPU before anything of a step's is there; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    square = torch.zeros(8, 8, device=device)
+    square @ square  # the first product takes cuBLAS's workspace
+    del square
+    return torch.cuda.memory_allocated(device)
 
 
 def _on_device(model: nn.Module, device: str) -> nn.Module:

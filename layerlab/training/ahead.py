@@ -1,0 +1,102 @@
+"""Seeds of a comparison trained ahead, each in a process of its own, into the checkpoints that the comparison reads.
+
+A small network leaves most of a GPU idle, since one process cannot start kernels quickly enough. A process that trains
+ahead writes the same checkpoints as the comparison would, and nothing else. The comparison then finds these trainings
+finished; where a process failed, it trains them itself, from the last epoch that was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import cloudpickle
+
+from layerlab.show.progress import VARIABLE, say
+
+Training = Callable[[int], object]
+
+
+class Ahead:
+    """Trains seeds but for the first ahead: `with Ahead(train, seeds, 3) as ahead: …; ahead.wait(seed)`.
+
+    Args:
+        train: trains one seed into its checkpoints; it travels to other processes with all that it holds.
+        seeds: of the comparison.
+        at_once: seeds at a time, that of the calling process included; 1 trains none ahead.
+    """
+
+    def __init__(self, train: Training, seeds: Sequence[int], at_once: int) -> None:
+        self._pool = ThreadPoolExecutor(max(1, at_once - 1))
+        self._pending: dict[int, Future[None]] = {}
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="layerlab-ahead-")
+        later = list(seeds)[1:] if at_once > 1 else []
+        if later:
+            try:
+                call = cloudpickle.dumps(train)
+            # Whatever a network's builder or a strategy may hold: a lock, a generator, a file.
+            except Exception as error:
+                say(f"Seeds are trained one after the other, since what is trained cannot be sent to another process: "
+                    f"{error}")
+                return
+            file = Path(self._folder.name) / "training"
+            file.write_bytes(call)
+            self._pending = {seed: self._pool.submit(self._run, file, seed) for seed in later}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each in self._pending.values():
+            each.cancel()
+        for process in self._running:
+            process.kill()
+        self._pool.shutdown()
+        self._folder.cleanup()
+
+    def wait(self, seed: int) -> None:
+        """Until nothing trains the seed any more."""
+        if seed in self._pending:
+            self._pending[seed].result()
+
+    def _run(self, file: Path, seed: int) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
+                                   env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self._running.append(process)
+        _, said = process.communicate()
+        if process.returncode > 0:
+            last = said.decode(errors="replace").strip().splitlines()[-1:]
+            say(f"Seed {seed} could not be trained ahead and is trained here: {''.join(last)}")
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _main() -> None:
+    file, seed = sys.argv[1:]
+    threading.Thread(target=_leave_with, args=[os.getppid()], daemon=True).start()
+    train = cloudpickle.loads(Path(file).read_bytes())
+    with contextlib.redirect_stdout(sys.stderr):
+        train(int(seed))
+
+
+if __name__ == "__main__":
+    _main()
