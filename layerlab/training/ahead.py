@@ -72,8 +72,7 @@ class Ahead:
             self._pending[seed].result()
 
     def _run(self, file: Path, seed: int) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
                                    env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self._running.append(process)
@@ -92,6 +91,8 @@ def _leave_with(parent: int) -> None:
 
 def _main() -> None:
     file, seed = sys.argv[1:]
+    # It was started with the variable, so that whoever ends the notebook finds this process; its epochs are not told.
+    os.environ.pop(VARIABLE, None)
     threading.Thread(target=_leave_with, args=[os.getppid()], daemon=True).start()
     train = cloudpickle.loads(Path(file).read_bytes())
     with contextlib.redirect_stdout(sys.stderr):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack, overload
+from typing import NamedTuple, Unpack, overload
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from layerlab.training.loop import Observer
 from layerlab.training.results import Comparison, FitResult
 from layerlab.training.rounds import Arm, Folders, Rounds
 from layerlab.training.settings import FitSettings, checked_settings
-from layerlab.training.start import Network
+from layerlab.training.start import Loss, Network
 from layerlab.workload.dataset import Dataset
 
 Strategies = Strategy | str | Sequence[Strategy | str]
@@ -211,6 +211,7 @@ def compare(
         >>> compare(network, data, arms, seeds=[0, 1], epochs=1, progress=False).arms
         ['full', 'skip']
     """
+    # Long because its docstring names every argument, with an example.
     _check_kinds(data, arms, seeds)
     checked = checked_settings(settings)
     every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
@@ -218,20 +219,36 @@ def compare(
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
     folders = Folders(checkpoint_folder(checkpoint), runs == 1)
-    bars = Progress(runs * checked.epochs, progress)
-
-    def ahead(seed: int) -> None:
-        with Rounds(data, loss, folders, (), going, Progress(0, False), checked.epochs) as rounds:
-            rounds.train(seed, every)
-            companions.train(rounds, seed)
-
-    with Ahead(ahead, seeds, at_once if checkpoint else 1) as others, \
-            Rounds(data, loss, folders, observers, going, bars, checked.epochs) as rounds:
+    training = _Training(data, loss, folders, going, companions, checked.epochs)
+    with Ahead(training.ahead, seeds, at_once if checkpoint else 1) as ahead, \
+            training.rounds(observers, Progress(runs * checked.epochs, progress)) as rounds:
         for seed in seeds:
-            others.wait(seed)
-            rounds.train(seed, every)
-            companions.train(rounds, seed)
+            ahead.wait(seed)
+            training.train(rounds, seed)
     return companions.comparison(rounds)
+
+
+class _Training(NamedTuple):
+    """What a comparison trains with every seed."""
+
+    data: Dataset
+    loss: Loss | None
+    folders: Folders
+    keep_going: Collection[str]
+    companions: Companions
+    epochs: int
+
+    def rounds(self, observers: Sequence[Observer], progress: Progress) -> Rounds:
+        return Rounds(self.data, self.loss, self.folders, observers, self.keep_going, progress, self.epochs)
+
+    def train(self, rounds: Rounds, seed: int) -> None:
+        rounds.train(seed, self.companions.arms)
+        self.companions.train(rounds, seed)
+
+    def ahead(self, seed: int) -> None:
+        """Write a seed's checkpoints and nothing else, in another process."""
+        with self.rounds((), Progress(0, False)) as rounds:
+            self.train(rounds, seed)
 
 
 def _check_kinds(data: object, arms: object, seeds: Sequence[int]) -> None:

@@ -1,0 +1,61 @@
+"""Seeds that train side by side, each in a process of its own."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from helpers import Freezer, same_weights
+
+from layerlab import LayerlabError, LayerlabWarning, Run, compare
+
+QUICK = dict(batch_size=256, progress=False)
+
+
+class Stumbles(Freezer):
+    """Fails with seed 1 alone."""
+
+    def on_epoch_start(self, run: Run) -> None:
+        if run.generator.initial_seed() == 1:
+            raise LayerlabError("It stumbled with seed 1.")
+
+
+def test_seeds_side_by_side_give_what_one_after_the_other_gives(digits, residual, tmp_path):
+    arms = {"plain": (), "frozen": Freezer()}
+
+    def trained(folder, at_once):
+        return compare(residual, digits, arms, seeds=[3, 4, 5], equal="flops", epochs=2, checkpoint=tmp_path / folder,
+                       at_once=at_once, **QUICK)
+
+    alone, together = trained("alone", 1), trained("together", 3)
+    assert alone.results.keys() == together.results.keys()
+    for key, result in alone.results.items():
+        assert same_weights(result.model, together.results[key].model)
+        assert result.final["test/top1"] == together.results[key].final["test/top1"]
+
+
+def test_a_seed_that_was_trained_ahead_is_not_trained_again(digits, residual, tmp_path):
+    run = compare(residual, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path, at_once=2, **QUICK)
+    again = compare(residual, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path, **QUICK)
+    # The seconds of an epoch are those of the process that trained it.
+    assert [row["time/epoch_seconds"] for row in again.results["plain", 1].history] == [
+        row["time/epoch_seconds"] for row in run.results["plain", 1].history]
+
+
+def test_what_cannot_be_sent_to_another_process_trains_here_and_says_so(digits, residual, tmp_path):
+    lock = threading.Lock()
+
+    def network():
+        with lock:
+            return residual()
+
+    with pytest.warns(LayerlabWarning, match="one after the other, since what is trained cannot be sent"):
+        run = compare(network, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path, at_once=2, **QUICK)
+    assert run.seeds == [0, 1]
+
+
+def test_a_seed_that_fails_ahead_fails_here_with_its_own_error(digits, residual, tmp_path):
+    with pytest.warns(LayerlabWarning, match="Seed 1 could not be trained ahead and is trained here: .*It stumbled"), \
+            pytest.raises(LayerlabError, match="It stumbled with seed 1"):
+        compare(residual, digits, {"plain": (), "odd": Stumbles()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path,
+                at_once=2, **QUICK)
