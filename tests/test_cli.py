@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
 from helpers import slow
@@ -31,6 +34,22 @@ def test_describe_shows_settings_profiles_and_claims():
     text = _call("describe", "lars-skip")
     for part in ("alpha         2.0       Threshold of rule", "quick", "top1-gain", "Table I", "Notebook"):
         assert part in text
+
+
+def test_the_list_has_a_row_for_each_strategy_at_80_columns():
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["list"]).output.splitlines()
+    assert lines[0].split() == ["strategy", "installed", "by", "paper"]
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line.startswith("network-with")] == ["network-with-subnetworks"]
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["describe", "lars-skip"], ["data"], ["scoreboard"]])
+def test_what_is_known_of_plugins_and_datasets_is_shown_without_torch(arguments):
+    _call(*arguments)
+    script = (f"import sys; from layerlab.cli.main import main; main({arguments!r}, standalone_mode=False); "
+              "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy') if m in sys.modules])")
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == "[]"
 
 
 def test_data_says_what_is_here(tmp_path):

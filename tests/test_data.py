@@ -17,7 +17,7 @@ from helpers import slow
 from PIL import Image
 
 from layerlab import LayerlabError, load_dataset
-from layerlab.workload.loading import available
+from layerlab.workload.places import available
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -20,7 +20,7 @@ from layerlab.base import usage
 from layerlab.cli.main import main
 from layerlab.runs.batch.machine import Machine
 from layerlab.workload.decoding import open_image
-from layerlab.workload.halves import half_of
+from layerlab.workload.places import half_of
 
 
 def _encoded(image: Image.Image | np.ndarray, form: str = "PNG", **options: Any) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from layerlab import LayerlabError, LayerlabWarning, load_dataset
-from layerlab.workload.loading import available
+from layerlab.workload.places import available
 
 
 def _grey(value: int) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import site
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from layerlab import LayerlabError
+from layerlab.contract.plugin_probe import Setting, probe
 from layerlab.contract.registry import Registry
 
 
@@ -15,6 +17,7 @@ from layerlab.contract.registry import Registry
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Install a distribution into a folder of sys.path: name, module source, text of entry_points.txt."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def add(name: str, source: str, points: str) -> None:
         (tmp_path / f"{name.replace('-', '_')}.py").write_text(textwrap.dedent(source))
@@ -84,3 +87,66 @@ def test_a_malformed_file_of_an_unrelated_package_is_named_and_survived(install,
     with pytest.warns(UserWarning, match="unrelated-package"):
         found = Registry()["lars-skip"]
     assert found.load().name == "lars-skip"
+
+
+def test_what_an_import_showed_is_remembered_until_a_file_that_it_read_changes(install, tmp_path):
+    log = tmp_path / "log"
+    source = f"open({str(log)!r}, 'a').write('.')\nfrom their_helper import DEFAULT\n"
+    source += textwrap.dedent(GOOD.format(name="mine").replace("0.5", "DEFAULT"))
+    (tmp_path / "their_helper.py").write_text("DEFAULT = 0.5")
+    install("their-plugin", source, "[layerlab.strategies]\nmine = their_plugin:Mine\n")
+
+    def default() -> str:
+        (found,) = probe([Registry()["mine"]])
+        return found.settings[0].default
+
+    assert [default(), default()] == ["0.5", "0.5"]
+    assert log.read_text() == "."
+    (tmp_path / "their_helper.py").write_text("DEFAULT = 0.75")
+    assert default() == "0.75"
+    with (tmp_path / "their_plugin.py").open("a") as file:
+        file.write("\nMine = 3\n")
+    assert "not a subclass" in probe([Registry()["mine"]])[0].broken
+
+
+def test_what_an_import_showed_is_forgotten_when_something_is_installed(install, tmp_path, monkeypatch):
+    base = tmp_path / "user"
+    monkeypatch.setenv("PYTHONUSERBASE", str(base))
+    packages = Path(site.getusersitepackages().replace(site.getuserbase(), str(base)))
+    packages.mkdir(parents=True)
+    monkeypatch.setattr("site.USER_SITE", str(packages))
+    log = tmp_path / "log"
+    install("their-plugin", f"open({str(log)!r}, 'a').write('.')\n" + textwrap.dedent(GOOD.format(name="mine")),
+            "[layerlab.strategies]\nmine = their_plugin:Mine\n")
+    for expected in (".", "."):
+        probe([Registry()["mine"]])
+        assert log.read_text() == expected
+    (packages / "new-1.0.dist-info").mkdir()
+    probe([Registry()["mine"]])
+    assert log.read_text() == ".."
+
+
+def test_a_plugin_that_was_broken_is_tried_anew_each_time(install, tmp_path):
+    install("their-plugin", "import their_helper\n" + textwrap.dedent(GOOD.format(name="mine")),
+            "[layerlab.strategies]\nmine = their_plugin:Mine\n")
+    assert "their_helper" in probe([Registry()["mine"]])[0].broken
+    (tmp_path / "their_helper.py").write_text("")
+    (found,) = probe([Registry()["mine"]])
+    assert found.broken == ""
+    assert found.settings == (Setting("strength", "0.5", ""),)
+
+
+def test_plugins_that_misbehave_at_their_import_are_told_apart_and_spoil_nothing(install):
+    sources = {
+        "prints": "print('{}'); import os; os.system('echo {}')" + textwrap.dedent(GOOD.format(name="prints")),
+        "dies": "import os; os.write(1, b'[]'); os._exit(3)",
+        "patches": "import torch; torch.nn.Module = None" + textwrap.dedent(GOOD.format(name="patches")),
+        "fine": GOOD.format(name="fine"),
+    }
+    for name, source in sources.items():
+        install(f"{name}-one", source, f"[layerlab.strategies]\n{name} = {name}_one:Mine\n")
+    found = Registry()
+    told = dict(zip(sources, probe([found[name] for name in sources]), strict=True))
+    assert told["dies"].broken == "its import ended the process with status 3"
+    assert [told[name].broken for name in ("prints", "patches", "fine")] == [""] * 3
+    assert told["fine"].settings == (Setting("strength", "0.5", ""),)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import site
 import subprocess
+import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -43,6 +45,12 @@ def versions(plugins: bool = True) -> dict[str, str]:
         if (name := distribution.name or "") in wanted:
             found[name] = distribution.version
     return dict(sorted(found.items()))
+
+
+def package_folders() -> list[str]:
+    """The folders that packages are installed in; each install there gives its folder a new time."""
+    paths = sysconfig.get_paths()
+    return sorted(filter(os.path.isdir, {paths["purelib"], paths["platlib"], site.getusersitepackages()}))
 
 
 def versions_text(found: Mapping[str, str]) -> str:

@@ -59,17 +59,15 @@ def main() -> None:
 def list_() -> None:
     """List the installed strategies and their papers."""
     from layerlab.contract.catalogue import BROKEN, NO_PAPER, plugin_row
-    from layerlab.contract.plugin_probe import PluginProbe
+    from layerlab.contract.plugin_probe import import_errors
     from layerlab.contract.registry import strategies
 
     plugins = strategies.every()
     if not plugins:
         click.echo(NOTHING_INSTALLED)
         return
-    with PluginProbe() as probe:
-        errors = probe.import_errors(plugins)
     rows: list[list[str | Cell]] = []
-    for plugin, broken in zip(plugins, errors, strict=True):
+    for plugin, broken in zip(plugins, import_errors(plugins), strict=True):
         name, owner, text = plugin_row(plugin, broken)
         tone: Tone = ""
         if text.startswith(BROKEN):
@@ -85,13 +83,14 @@ def list_() -> None:
 def describe(name: str) -> None:
     """Show a strategy: its paper, settings, profiles and claims."""
     from layerlab.contract.paper import load_paper, paper_table
+    from layerlab.contract.plugin_probe import settings_of
     from layerlab.contract.registry import strategies
 
     plugin = strategies[name]
-    strategy, paper = plugin.load(), load_paper(plugin)
+    known, paper = settings_of(plugin), load_paper(plugin)
     about = f"{paper.authors}. {paper.venue}, {paper.year}."
     _print(Table(("",), [[Cell(paper.title, "strong")], [about], [""], [paper.summary]]))
-    settings = [[field, repr(info.default), info.description or ""] for field, info in strategy.model_fields.items()]
+    settings = [[setting.name, setting.default, setting.meaning] for setting in known]
     profiles: list[list[str | Cell]] = []
     for profile, content in paper.profiles.items():
         profiles.append([Cell(profile, "strong"), content.description])
@@ -323,7 +322,7 @@ def data(context: click.Context, root: Path | None) -> None:
     """List the known datasets and which of them are here, or check a folder of your own."""
     if context.invoked_subcommand is not None:
         return
-    from layerlab.workload.loading import DATASETS, available
+    from layerlab.workload.places import DATASETS, available
 
     rows: list[list[str | Cell]] = []
     for name in DATASETS:

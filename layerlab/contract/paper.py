@@ -7,7 +7,7 @@ import math
 import tomllib
 import warnings
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -270,14 +270,21 @@ def read_paper(file: Path, strategy: str) -> Paper:
         LayerlabError: missing, no TOML, or not of `Paper`'s form.
     """
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-        return Paper(**content, strategy=strategy, folder=file.parent)
+        # Read each time, so that whoever records what is used hears of it.
+        return _parsed(file.read_text(encoding="utf-8"), file, strategy)
     except FileNotFoundError:
         raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise LayerlabError(f"{file} cannot be read: {error}.") from None
     except ValidationError as error:
         raise LayerlabError(sentence(error, str(file), Paper.model_fields)) from None
+
+
+# A plan asks for the paper of each of its thousands of jobs, and a paper takes milliseconds.
+@lru_cache(maxsize=64)
+def _parsed(text: str, file: Path, strategy: str) -> Paper:
+    """A paper from the text of its file."""
+    return Paper(**tomllib.loads(text), strategy=strategy, folder=file.parent)
 
 
 def load_paper(strategy: str | Plugin) -> Paper:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import get_args
-
-import pandas as pd
+from typing import TYPE_CHECKING, get_args
 
 from layerlab.contract.claims import ClaimResult, Verdict
 from layerlab.contract.paper import Paper
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCOREBOARD = ("claim", "where", "paper", "measured", "÷ paper", "run", "verdict")
 
 
 def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
     """The rows as a table of texts, with the columns of `SCOREBOARD`; claims of several papers begin with its name."""
+    import pandas as pd
+
+    return pd.DataFrame(scoreboard_texts(results), columns=list(SCOREBOARD))
+
+
+def scoreboard_texts(results: Sequence[ClaimResult]) -> list[dict[str, str]]:
+    """The rows of `scoreboard`: column → text."""
     several = len({result.paper for result in results}) > 1
-    rows = [
+    return [
         {
             "claim": f"{result.paper}: {result.statement}" if several else result.statement,
             "where": result.where,
@@ -30,7 +38,6 @@ def scoreboard(results: Sequence[ClaimResult]) -> pd.DataFrame:
         }
         for result in results
     ]
-    return pd.DataFrame(rows, columns=list(SCOREBOARD))
 
 
 def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
@@ -101,6 +108,8 @@ def sentence(paper: str, rows: Sequence[ClaimResult]) -> str:
 
 def tally(results: Sequence[ClaimResult]) -> pd.DataFrame:
     """`counts` of each paper, a row a paper."""
+    import pandas as pd
+
     papers = dict.fromkeys(row.paper for row in results)
     table = {paper: counts([row for row in results if row.paper == paper]) for paper in papers}
     return pd.DataFrame.from_dict(table, orient="index", columns=list(get_args(Verdict))).rename_axis("paper")

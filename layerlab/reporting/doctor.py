@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.files import cache_folder
 from layerlab.base.folder_lock import NAME, lock_holder
 from layerlab.base.provenance import commit, versions, versions_text
 from layerlab.runs.record import workbook_folder
@@ -24,7 +25,6 @@ from layerlab.runs.tracking.outbox import unsent_files
 from layerlab.runs.tracking.schema import opened, without_password
 from layerlab.runs.tracking.store import tracking_uri
 from layerlab.show.table import Cell, Table, Tone
-from layerlab.workload.cache import cache_folder
 
 Finding = tuple[str, Tone]
 # Bytes below which free space or memory is worth a mark, and open files below which many notebooks run short.

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from layerlab.base.errors import LayerlabWarning, first_problem
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
-from layerlab.contract.rows import completed, scoreboard, sentence
+from layerlab.contract.rows import SCOREBOARD, completed, scoreboard_texts, sentence
 from layerlab.contract.rows import tally as tally
 from layerlab.runs import tracking
 from layerlab.show.table import Cell, Table, Tone
@@ -31,19 +31,16 @@ def verdict_cell(verdict: str) -> Cell:
 
 def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
     """The scoreboard: one row a claim, published beside measured, verdicts in colour."""
-    frame = scoreboard(results)
-    rows: list[list[str | Cell]] = []
-    for texts in frame.itertuples(index=False):
-        row = dict(zip(frame.columns, map(str, texts), strict=True))
-        rows.append([verdict_cell(text) if name == "verdict" else text for name, text in row.items()])
-    return Table(list(frame.columns), rows)
+    rows = [[verdict_cell(text) if name == "verdict" else text for name, text in row.items()]
+            for row in scoreboard_texts(results)]
+    return Table(SCOREBOARD, rows)
 
 
 def brief_table(results: Sequence[ClaimResult]) -> Table:
     """The scoreboard in four columns, for a terminal: claim, published, measured, verdict without its reason."""
     rows: list[list[str | Cell]] = []
-    for texts, result in zip(scoreboard(results).itertuples(index=False), results, strict=True):
-        rows.append([texts.claim, texts.paper, texts.measured, verdict_cell(result.verdict)])
+    for texts, result in zip(scoreboard_texts(results), results, strict=True):
+        rows.append([texts["claim"], texts["paper"], texts["measured"], verdict_cell(result.verdict)])
     return Table(("claim", "paper", "measured", "verdict"), rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager
 from papermill.exceptions import PapermillExecutionError
@@ -54,6 +55,13 @@ class Client(PapermillNotebookClient):
     """
 
     watched = False
+
+    def start_new_kernel_client(self, **options: Any) -> Any:
+        """As nbclient's, and a kernel that dies before its first word has died as one that does so later."""
+        try:
+            return super().start_new_kernel_client(**options)
+        except RuntimeError as error:
+            raise DeadKernelError(str(error)) from None
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         """As nbclient's, with a mark in the place of what is no character, which UTF-8 cannot write."""

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from layerlab.base.errors import LayerlabError
@@ -33,6 +33,8 @@ TONES: dict[Tone, tuple[str, str]] = {
 GAP = 2
 # A cell with several columns to itself has to have that many characters a line.
 _SPAN = 16
+# A word, and a part of one that ends with a dash after which it may be broken.
+_WORD, _PART = re.compile(r"\S+"), re.compile(r"[^-]*-+|[^-]+")
 _NUMBER = re.compile(r"^([+−-]?\d.*|—)?$")
 # What Markdown would take for its own: an underscore within a word, `a < b` and `[s]` are none of it.
 _MARKDOWN = re.compile(r"[\\`*|~$]|<(?=[A-Za-z/!?])|\](?=[(\[])|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
@@ -195,7 +197,8 @@ class Table:
             if self._spans(row):
                 # The rest of the line, also where the columns themselves are narrower.
                 sizes[-1], right[-1] = console.width - sum(sizes[:-1]) - GAP * len(sizes[:-1]), False
-            _draw_line(console, map(_styled, row), sizes, right)
+            cells = [replace(cell, text=_broken(cell.text, size)) for cell, size in zip(row, sizes, strict=True)]
+            _draw_line(console, map(_styled, cells), sizes, right)
 
     def _draw_records(self, console: Console) -> None:
         """Each row as lines of heading and value, between blank lines; what is empty is left out."""
@@ -216,8 +219,13 @@ class Table:
     def _widths(self, width: int) -> list[int] | None:
         """The width of each column, the widest giving way first; None where their longest words have no room.
 
-        A number with its interval stays in one line; headings and words may be wrapped.
+        A number with its interval stays in one line; headings and words may be wrapped. Words are broken after a dash
+        only where that saves the columns.
         """
+        return self._fitted(width, _WORD) or self._fitted(width, _PART)
+
+    def _fitted(self, width: int, unbroken: re.Pattern[str]) -> list[int] | None:
+        """As `_widths`, where what the pattern finds in a text is not broken, unless it has _SPAN characters a line."""
         from rich.cells import cell_len
 
         widths, least = [], []
@@ -226,9 +234,12 @@ class Table:
         for index, (name, number) in enumerate(zip(self._headings, self._numeric, strict=True)):
             texts = [row[index].text for row in [*whole, *before] if index < len(row)]
             words = [word for text in [name, *texts] for word in text.split()]
-            parts = [*words, *texts] if number else words
+            parts = [part for word in words for part in unbroken.findall(word)]
+            longest = max(map(cell_len, words), default=0)
+            # A column that is narrower than its longest word would look like a column of syllables.
+            least_room = min(longest, max(_SPAN, max(map(cell_len, parts), default=0)))
             widths.append(max(map(cell_len, [name, *texts])))
-            least.append(max(map(cell_len, parts), default=0))
+            least.append(max([least_room, *map(cell_len, texts)]) if number else least_room)
         if len(widths) == 1:
             # Beside one column nothing else needs room; a longer word is broken.
             return [min(widths[0], width)]
@@ -315,6 +326,21 @@ def _text(text: str, style: str) -> Text:
     from rich.text import Text
 
     return Text().append(text, style=style)
+
+
+def _broken(text: str, width: int) -> str:
+    """A text in which words that are longer than a line are broken after a dash, if they have one."""
+    from rich.cells import cell_len
+
+    def lines(word: str) -> str:
+        found = [""]
+        for part in _PART.findall(word):
+            if found[-1] and cell_len(found[-1] + part) > width:
+                found.append("")
+            found[-1] += part
+        return "\n".join(found)
+
+    return _WORD.sub(lambda found: lines(found[0]) if cell_len(found[0]) > width else found[0], text)
 
 
 def _styled(cell: Cell) -> Text:

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 
 from layerlab.base.errors import LayerlabWarning, first_line
+from layerlab.base.files import cache_folder
 
 # Files that changed less than so many seconds ago may change again within one tick of the file system's clock.
 _SETTLED = 2.0
@@ -40,11 +41,6 @@ class Kept(NamedTuple):
     images: np.ndarray
     bad: dict[int, tuple[str, str]]
     treated: dict[str, int]
-
-
-def cache_folder() -> Path:
-    """Where decoded datasets are kept: `$LAYERLAB_CACHE`, else `~/.cache/layerlab`."""
-    return Path(os.environ.get("LAYERLAB_CACHE") or Path.home() / ".cache" / "layerlab")
 
 
 def load_kept(key: str, rows: int, shape: tuple[int, ...]) -> Kept | None:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -35,14 +35,6 @@ def dataset_table(data: Dataset) -> Table:
 Augment = Literal[
     "none", "crop", "crop-flip", "crop-alternate", "translate", "translate-flip", "translate-alternate"
 ]
-
-
-class Shape(NamedTuple):
-    """What is known of a dataset before it is read: classes, channels, and the side of its images (None: varies)."""
-
-    classes: int
-    channels: int
-    side: int | None
 
 
 @dataclass(eq=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 from layerlab.base.errors import LayerlabError
 from layerlab.workload.cache import content_digests
 from layerlab.workload.decoding import BadImage
-from layerlab.workload.halves import TRAINING, assigned, half_of, one_each
+from layerlab.workload.halves import assigned, one_each
+from layerlab.workload.places import TRAINING, half_of
 from layerlab.workload.sources import Source
 
 IMAGE_SUFFIXES = (

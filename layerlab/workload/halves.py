@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import TypeVar
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning
+from layerlab.workload.places import HALVES, TESTING, TRAINING, VALIDATION
 from layerlab.workload.sources import Source, held_out
 
-TRAINING, VALIDATION, TESTING = "train", "validation", "test"
-HALVES = (TRAINING, VALIDATION, TESTING)
-_NAMES = {
-    TRAINING: ("train", "training", "trn"),
-    VALIDATION: ("val", "valid", "validation", "validate", "dev", "devel", "development", "eval", "evaluation"),
-    TESTING: ("test", "testing", "tst"),
-}
-_HALF = {name: half for half, names in _NAMES.items() for name in names}
-# What people write before or behind such a name.
-_FILLING = ("datasets", "dataset", "pictures", "images", "photos", "subset", "folder", "files", "image",
-            "split", "shard", "data", "imgs", "part", "img", "set")
 _Any = TypeVar("_Any")
-
-
-def half_of(name: str) -> str | None:
-    """The half that a folder or file is by its name, in any case and common spelling; None where it is none.
-
-    Example:
-        >>> [half_of(name) for name in ("Train", "test_set", "VALID", "dev-images", "trainset", "cat")]
-        ['train', 'test', 'validation', 'validation', 'train', None]
-    """
-    words = [word for word in re.findall(r"[^\W\d_]+", name.lower()) if word not in _FILLING]
-    if len(words) != 1:
-        return None
-    word = words[0]
-    for filling in _FILLING:
-        word = word.removesuffix(filling).removeprefix(filling)
-    return _HALF.get(words[0]) or _HALF.get(word)
 
 
 def one_each(found: Mapping[str, list[_Any]], place: str) -> dict[str, _Any]:

@@ -16,8 +16,8 @@ from layerlab.base.errors import LayerlabError
 from layerlab.show.table import Cell, Table, Tone
 from layerlab.workload.decoding import TREATMENTS, BadImage, open_image
 from layerlab.workload.folders import FolderSource, other_files, shown
-from layerlab.workload.halves import TRAINING
 from layerlab.workload.loading import folder_sources
+from layerlab.workload.places import TRAINING
 from layerlab.workload.sources import Source
 
 # So many examples of each finding, and so many classes, are shown.

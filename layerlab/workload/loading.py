@@ -26,25 +26,13 @@ from layerlab.base.devices import free_memory, resolve_device
 from layerlab.base.errors import LayerlabError, first_line, unknown
 from layerlab.base.usage import note_data
 from layerlab.workload.cache import Kept, keep, load_kept
-from layerlab.workload.dataset import Dataset, Shape, Split, balanced, channel_statistics
+from layerlab.workload.dataset import Dataset, Split, balanced, channel_statistics
 from layerlab.workload.decoding import DECODING, RESIZED, BadImage, bad_images, counted, decode_image, treatment_note
 from layerlab.workload.folders import class_folders, image_folders
-from layerlab.workload.halves import TRAINING, assigned, half_of
-from layerlab.workload.parquet import parquet_files, parquet_halves
+from layerlab.workload.halves import assigned
+from layerlab.workload.parquet import parquet_halves
+from layerlab.workload.places import DATASETS, FOLDERS, TORCHVISION, TRAINING, data_folder, half_of, parquet_files
 from layerlab.workload.sources import Source, Streamed, channels_first
-
-DATASETS = {
-    "digits": Shape(10, 1, 8),
-    "mnist": Shape(10, 1, 28),
-    "fashion-mnist": Shape(10, 1, 28),
-    "cifar10": Shape(10, 3, 32),
-    "imagenette": Shape(10, 3, None),
-    "imagenet": Shape(1000, 3, None),
-}
-# The subfolders in which torchvision keeps its extracted folder datasets, (train, test).
-FOLDERS = {"imagenette": ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette"), "imagenet": ("imagenet",)}
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-
 
 OnBad = Literal["raise", "skip"]
 _Count = Annotated[int, Field(ge=1)]
@@ -108,7 +96,7 @@ def load_dataset(
         found = _Found(_digits(image_size or 8, depth), "scikit-learn", "sklearn-digits")
     else:
         reading = _Reading(image_size, depth, place, memory_budget, on_bad)
-        found = _files(name, path if known is None else None, _root(root), reading, download)
+        found = _files(name, path if known is None else None, data_folder(root), reading, download)
     halves, source = found.halves, found.source
     classes = known.classes if known else len(found.class_names) or int(halves["train"][1].max()) + 1
     for half, (_, labels) in halves.items():
@@ -154,24 +142,6 @@ def _check_labels(labels: Tensor, classes: int, dataset: str, half: str, source:
             f"{dataset} in {source} has {half} labels from {low} to {high}, out of range for its {classes} classes "
             f"(0 to {classes - 1}); correct the labels."
         )
-
-
-def available(name: str, root: str | os.PathLike[str] | None = None) -> str:
-    """Where a known dataset would be read from, or an empty string; looks for its files without reading them."""
-    if name == "digits":
-        return "embedded (scikit-learn)"
-    folder = _root(root)
-    if TRAINING in parquet_files(folder / name):
-        return str(folder / name)
-    for candidate in (folder / sub for sub in FOLDERS.get(name, ())):
-        if (candidate / "train").is_dir():
-            return str(candidate)
-    laid_out = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py"}.get(name)
-    return str(folder / laid_out) if laid_out and (folder / laid_out).is_dir() else ""
-
-
-def _root(root: str | os.PathLike[str] | None) -> Path:
-    return Path(root or os.environ.get("LAYERLAB_DATA") or Path.home() / ".cache/layerlab/data")
 
 
 def _digits(size: int, channels: int) -> dict[str, tuple[Tensor | Streamed, Tensor]]:

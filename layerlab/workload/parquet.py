@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.workload.cache import content_digests
 from layerlab.workload.decoding import BadImage
-from layerlab.workload.halves import HALVES, TRAINING, half_of
+from layerlab.workload.places import TRAINING
 from layerlab.workload.sources import Source
 
 if TYPE_CHECKING:
@@ -26,36 +25,8 @@ if TYPE_CHECKING:
 # The columns' names on the common hubs, the likeliest first.
 IMAGES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "labels", "fine_label", "cls", "class", "classes", "target", "targets", "y", "category")
-# A file in a half's own folder (train/0000.parquet) is one of its parts.
-_PART = re.compile(r"^(part|data|shard|chunk|batch)?[-_.]?\d")
 # What the hubs use where a label is held back.
 _NO_LABEL = -1
-
-
-def parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """Half → its files in a folder or one or two folders below it; empty where no file is one of a half.
-
-    A file is of the half that its name begins with (`train-00000-of-00001.parquet`, `valid.parquet`), or a part in a
-    folder of that name (`train/0000.parquet`).
-
-    Raises:
-        LayerlabError: the files of one half lie in two folders, as those of two datasets do.
-    """
-    found: dict[str, list[Path]] = {}
-    for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"):
-        for file in sorted(folder.glob(pattern)):
-            places = file.relative_to(folder).parts[:-1]
-            half = half_of(re.split(r"\d", file.stem)[0])
-            if half is None and places and _PART.match(file.stem):
-                half = half_of(places[-1])
-            if half is not None and not any(part.startswith(".") for part in (*places, file.name)):
-                found.setdefault(half, []).append(file)
-    for half, files in found.items():
-        several = sorted({str(file.parent) for file in files})
-        if len(several) > 1:
-            raise LayerlabError(f"{folder} has {half} files in {several[0]} and in {several[1]}; name one of the two "
-                                "folders.")
-    return {half: found[half] for half in HALVES if half in found}
 
 
 class ParquetSource(Source):

@@ -23,6 +23,7 @@ from layerlab.runs import tracking
 from layerlab.runs.batch.cluster import on_cluster
 from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.one_job import Outcome, Stop, run_job
+from layerlab.runs.batch.runners import Runners, imported
 from layerlab.runs.jobs import Job
 from layerlab.runs.record import read_record, workbook_folder
 from layerlab.show.progress import Board, clock
@@ -141,7 +142,9 @@ def _on_this_machine(
         jobs[number].rename_partial()
         board.step()
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
-    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
+    # The first is forked before anything is imported, and what is imported behind it is for the others.
+    imports = imported({Path(jobs[number].notebook) for number in waiting}) if len(waiting) > 1 else []
+    with Runners(imports) as runners, ThreadPoolExecutor(max(1, len(jobs))) as pool:
         while waiting or running:
             for number in list(waiting):
                 if stop.asked.is_set():
@@ -157,7 +160,7 @@ def _on_this_machine(
                 board.start(job.label, job.last_seconds)
                 future = pool.submit(
                     run_job, job, {**environment, **room[0]},
-                    partial(board.event, job.label), stop, **limits,
+                    partial(board.event, job.label), stop, start=runners.start, **limits,
                 )
                 running[future] = (number, room[1])
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,11 +19,13 @@ from layerlab.base.errors import LayerlabError
 from layerlab.base.processes import end_marked
 from layerlab.base.text import as_json
 from layerlab.runs.batch.notebook_process import STOP, TIME
+from layerlab.runs.batch.runners import Runner, started_anew
 from layerlab.runs.execution import fail
 from layerlab.runs.jobs import Job
 from layerlab.show.progress import VARIABLE, followed
 
 Tell = Callable[[dict[str, Any]], None]
+Start = Callable[[Mapping[str, str], Path], tuple[Runner, int]]
 Status = Literal["finished", "done before", "failed", "refused", "stopped"]
 GRACE = 15.0  # seconds that a runner has for ending its kernel and closing its runs
 
@@ -61,6 +62,7 @@ def run_job(
     time_limit: float | None = None,
     retries: int = 2,
     since: float = 0.0,
+    start: Start = started_anew,
 ) -> Outcome:
     """Run one job in a process of its own, and again if that or its kernel dies.
 
@@ -71,6 +73,7 @@ def run_job(
         time_limit: seconds.
         retries: for a dead kernel or runner; an error in a cell is not tried again.
         since: what was finished before that time does not count as done, in seconds since 1970.
+        start: starts the process, see `Runners.start`.
     """
     for left in range(retries, -1, -1):
         if stop.asked.is_set():
@@ -81,7 +84,7 @@ def run_job(
         if state.done:
             job.rename_partial()
             return Outcome("done before", state.why)
-        status, message = _once(job, environment, tell, stop, time_limit, since)
+        status, message = _once(job, environment, tell, stop, time_limit, since, start)
         if status == "finished":
             return Outcome("finished")
         if status != "dead":
@@ -97,12 +100,13 @@ def run_job(
 
 
 def _once(
-    job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, since: float
+    job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, since: float,
+    start: Start,
 ) -> tuple[Status | Literal["dead"], str]:
     with tempfile.TemporaryDirectory(prefix="layerlab-", ignore_cleanup_errors=True) as temporary:
         events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
         events.touch()
-        process, channel = _started({**environment, VARIABLE: str(events)}, log)
+        process, channel = start({**environment, VARIABLE: str(events)}, log)
         told = _tell_process(process, json.dumps({"job": as_json(asdict(job)), "since": since}))
         deadline = time.monotonic() + time_limit if time_limit else float("inf")
         end = float("inf")
@@ -118,7 +122,7 @@ def _once(
                     process.wait(0.1)
         if not told:
             _kill(process, events)
-        process.wait()
+        status = process.wait()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -129,27 +133,7 @@ def _once(
             return "stopped", ""
         if end < float("inf"):
             return "failed", str(fail(job, "ran out of its time and had to be killed"))
-        return "dead", _last_words(process.returncode, log)
-
-
-def _started(environment: Mapping[str, str], log: Path) -> tuple[subprocess.Popen[str], int]:
-    """A runner, and the file descriptor that its outcome comes from; what it and its cells print goes to a log."""
-    channel, told = os.pipe()
-    try:
-        with log.open("wb") as printed:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "layerlab.runs.batch.notebook_process", str(told)],
-                stdin=subprocess.PIPE, stdout=printed, stderr=printed, text=True, pass_fds=[told],
-                env={**os.environ, **environment},
-                # A terminal's Ctrl-C is for the batch, which passes it on in its own way.
-                start_new_session=True,
-            )
-    except BaseException:
-        os.close(channel)
-        raise
-    finally:
-        os.close(told)
-    return process, channel
+        return "dead", _last_words(status, log)
 
 
 def _answer(channel: int) -> tuple[Status | Literal["dead"], str] | None:
@@ -160,7 +144,7 @@ def _answer(channel: int) -> tuple[Status | Literal["dead"], str] | None:
     return None
 
 
-def _tell_process(process: subprocess.Popen[str], line: str) -> bool:
+def _tell_process(process: Runner, line: str) -> bool:
     assert process.stdin is not None
     try:
         process.stdin.write(line + "\n")
@@ -170,7 +154,7 @@ def _tell_process(process: subprocess.Popen[str], line: str) -> bool:
     return True
 
 
-def _kill(process: subprocess.Popen[str], events: Path) -> None:
+def _kill(process: Runner, events: Path) -> None:
     """End a runner, its kernel and all that the cells have started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
