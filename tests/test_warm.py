@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import uuid
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,7 +33,8 @@ import json, logging, os, resource, signal, threading, warnings
 import matplotlib.pyplot, numpy, seaborn, torch
 told = {
     "warm": warm, "path": sys.path, "cwd": os.getcwd(), "argv": (sys.argv[:1], sys.orig_argv[1:3]), "main": __name__,
-    **{f"${name}": value for name, value in os.environ.items() if name not in ("JPY_PARENT_PID", "LAYERLAB_PROGRESS")},
+    **{f"${name}": value for name, value in os.environ.items() if name not in (
+        "JPY_PARENT_PID", "LAYERLAB_PROGRESS", "LAYERLAB_RERUN")},
     "signals": {each.name: str(signal.getsignal(each)) for each in signal.Signals},
     "mask": str(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "umask": os.umask(0o22),
     "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if "RLIMIT_" in name},
@@ -86,7 +87,7 @@ def warmed(notebook, tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
 
     with Runners(IMPORTS) as runners:
         def run(job: Job, start: Start = runners.start) -> Outcome:
-            return run_job(job, environment, lambda event: None, Stop(), since=time.time(), start=start, retries=0)
+            return run_job(job, environment, lambda event: None, Stop(), rerun=uuid.uuid4().hex, start=start, retries=0)
 
         for _ in range(50):
             assert run(notebook("warms", WARM + write)).status == "finished"
@@ -180,7 +181,8 @@ def test_a_warning_that_an_import_tells_is_shown_by_each_notebook(notebook, tmp_
 
         for _ in range(50):
             job = notebook("warned", "import seaborn")
-            assert run_job(job, {}, lambda event: None, Stop(), since=time.time(), start=start).status == "finished"
+            outcome = run_job(job, {}, lambda event: None, Stop(), rerun=uuid.uuid4().hex, start=start)
+            assert outcome.status == "finished"
             assert "mind the gap" in nbformat.read(job.file, 4).cells[0].outputs[0].text
             if isinstance(started[-1], subprocess.Popen):
                 break

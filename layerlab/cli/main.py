@@ -201,7 +201,7 @@ def _run(
 
     jobs = jobs_of(plan, beside, output)
     if dry_run:
-        listed = [[job.label, status, last] for job, status, last in preview(jobs, float("inf") if rerun else 0.0)]
+        listed = [[job.label, status, last] for job, status, last in preview(jobs, rerun)]
         _print(Table(("notebook", "what happens", "last time"), listed))
         return
     minutes = time_limit or plan.time_limit

@@ -22,7 +22,7 @@ from layerlab.runs import tracking
 from layerlab.runs.jobs import import_papermill, quiet_papermill
 from layerlab.runs.notebook_file import kernel_for, prepared, read_notebook
 from layerlab.runs.own_folder import OwnFolder
-from layerlab.runs.record import OUTPUT, RECORD, read_record, workbook_folder
+from layerlab.runs.record import OUTPUT, RECORD, RERUN, read_record, workbook_folder
 from layerlab.show.progress import say
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class DeadKernel(LayerlabError):
     """The kernel is gone without an error in a cell: out of memory, or killed. The same job again goes on."""
 
 
-def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
+def execute(job: Job, wait: bool = False, rerun: str | None = None) -> None:
     """Run a job in this process.
 
     What counts as done is the study's own record, not papermill's word: a dead kernel or a `sys.exit` leaves a
@@ -45,8 +45,9 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
 
     Args:
         wait: for whoever is at work in the folder; otherwise that is an error.
-        since: leave it at that if the job was finished after that time (by whoever was waited for, say), and begin
-            anew what was begun before; None: run it, or go on with it, in any case.
+        rerun: leave it at that if the job is done (by whoever was waited for, say); with the id of a batch that does
+            everything anew, if that batch did it, and begin anew what another began. None: run it, or go on with it,
+            in any case.
 
     Raises:
         DeadKernel: the kernel is gone.
@@ -58,23 +59,23 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
     _check_writable(folder)
     with folder_lock(folder, -1 if wait else 0, say), quiet_papermill():
         OwnFolder(folder).take(job.file.name)
-        if since is not None:
-            if job.is_done(since):
+        if rerun is not None:
+            if job.is_done(rerun):
                 job.rename_partial()
                 return
-            if read_record(folder).get("begun", since) < since:
+            if rerun and read_record(folder).get("rerun", rerun) != rerun:
                 close_runs(job)
                 (folder / RECORD).unlink()
         job.failed.unlink(missing_ok=True)
         if not job.strategy:
             (folder / RECORD).unlink(missing_ok=True)
         begin = time.monotonic()
-        _run(job)
+        _run(job, rerun or "")
         if not job.strategy:
             write_json(folder / RECORD, {
                 "finished": True, "basis": job.basis, "used": _read_used(folder),
-                "parameters": as_json(job.changed),
-                "seconds": round(time.monotonic() - begin, 1), "ended": time.time(),
+                "parameters": as_json(job.changed), "rerun": rerun or "",
+                "seconds": round(time.monotonic() - begin, 1),
             })
         record = read_record(folder)
         if not record.get("finished"):
@@ -87,7 +88,7 @@ def execute(job: Job, wait: bool = False, since: float | None = None) -> None:
             box.send(last=True)
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, rerun: str) -> None:
     """Let papermill execute a job's notebook, and raise what became of it; see `execute`."""
     papermill = import_papermill()
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -97,7 +98,7 @@ def _run(job: Job) -> None:
     keep_keys()
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
-                   HELD: str(folder.resolve()), USED: str(folder / _USED_FILE)}
+                   HELD: str(folder.resolve()), USED: str(folder / _USED_FILE), RERUN: rerun}
     parameters = dict(job.changed)
     killed = out_of_memory_kills()
     _prepare(job, environment)

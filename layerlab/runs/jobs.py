@@ -98,22 +98,23 @@ class Job:
         """How long it took when it last finished; the last session alone, if it had been interrupted."""
         return read_record(Path(self.folder)).get("seconds")
 
-    def state(self, since: float = 0.0) -> State:
+    def state(self, rerun: str = "") -> State:
         """Whether the folder holds this very job, finished, by our own record; papermill's word is no proof.
 
         Args:
-            since: what was finished before does not count, in seconds since 1970.
+            rerun: the id of a batch that does everything anew: what another finished does not count. No time tells
+                that, since clocks jump.
         """
         folder = Path(self.folder)
         record = read_record(folder)
-        if record.get("ended", 0.0) < since:
+        if rerun and record.get("rerun") != rerun:
             return State(False)
         whole = (folder / RESULTS).exists() if self.strategy else self.file.exists()
         return standing(record, self.basis, self.cwd) if whole else State(False)
 
-    def is_done(self, since: float = 0.0) -> bool:
+    def is_done(self, rerun: str = "") -> bool:
         """`state`, without its reason."""
-        return self.state(since).done
+        return self.state(rerun).done
 
     def rename_partial(self) -> None:
         """Give a done job's notebook its name, if it was killed between the study's last word and that: only the saving

@@ -45,6 +45,8 @@ PARTS = ("tables", "figures")
 PARAMETERS = "parameters.json"
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
+# Variable of a notebook's kernel: the id of the batch that does everything anew, if one runs it.
+RERUN = "LAYERLAB_RERUN"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
@@ -65,8 +67,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
-    kinds: dict[str, type] = {"basis": dict, "used": dict, "begun": Real, "ended": Real, "seconds": Real,
-                              "attempt": str, "mlflow_run": str, "artifacts": str}
+    kinds: dict[str, type] = {"basis": dict, "used": dict, "seconds": Real, "rerun": str, "attempt": str,
+                              "mlflow_run": str, "artifacts": str}
     return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 

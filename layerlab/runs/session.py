@@ -37,6 +37,7 @@ from layerlab.runs.record import (
     OUTPUT,
     PARAMETERS,
     RECORD,
+    RERUN,
     RESULTS,
     default_folder,
     read_record,
@@ -154,9 +155,8 @@ class Session:
         self._manifest = Manifest(notebook)
         self._opened = time.monotonic()
         record = read_record(self.folder)
-        begun = time.time()
         if record and not record["finished"] and record.get("parameters") == values and record.get("attempt"):
-            self.attempt, begun = record["attempt"], record.get("begun", begun)
+            self.attempt = record["attempt"]
         else:
             self.attempt = uuid.uuid4().hex
             (self.folder / RESULTS).unlink(missing_ok=True)
@@ -165,7 +165,7 @@ class Session:
                 tracking.end_open_runs(experiment, record["mlflow_run"])
         self._record: dict[str, Any] = {
             "attempt": self.attempt, "finished": False, "parameters": values, **(notes or {}),
-            "begun": begun,
+            "rerun": os.environ.get(RERUN, ""),
             "process": [os.getpid(), psutil.Process().create_time()],
             # How long the last finished one took stays known while the next one runs.
             "seconds": record.get("seconds"),
@@ -239,7 +239,7 @@ class Session:
         self._outbox.add(**tracking.ended("FINISHED"))
         self._outbox.send(last=True)
         seconds = round(time.monotonic() - self._opened, 1)
-        self._record |= {"finished": True, "process": None, "ended": time.time(), "seconds": seconds,
+        self._record |= {"finished": True, "process": None, "seconds": seconds,
                          "used": self._usage.content(self._known)}
         write_json(self.folder / RECORD, self._record)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)

@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,6 +19,7 @@ from typing import Any
 
 from layerlab.base.errors import reason
 from layerlab.runs import tracking
+from layerlab.runs.basis import State
 from layerlab.runs.batch.cluster import on_cluster
 from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.one_job import Outcome, Stop, run_job
@@ -29,7 +29,7 @@ from layerlab.runs.record import read_record, workbook_folder
 from layerlab.show.progress import Board, clock
 
 
-def preview(jobs: Sequence[Job], since: float = 0.0) -> list[tuple[Job, str, str]]:
+def preview(jobs: Sequence[Job], rerun: bool = False) -> list[tuple[Job, str, str]]:
     """What a batch would do: (job, `done before`, `goes on`, `runs` or `refused`, how long it took last time, why it
     is refused, or what has changed since it was finished) each."""
     rows = []
@@ -38,10 +38,10 @@ def preview(jobs: Sequence[Job], since: float = 0.0) -> list[tuple[Job, str, str
             rows.append((job, "refused", job.problem))
             continue
         record = read_record(Path(job.folder))
-        status, state = "runs", job.state(since)
+        status, state = "runs", State(False) if rerun else job.state()
         if state.done:
             status = "done before"
-        elif record and not record.get("finished") and record.get("basis") == job.basis and not since:
+        elif record and not record.get("finished") and record.get("basis") == job.basis and not rerun:
             status = "goes on"
         last = clock(record["seconds"]) if record.get("seconds") else "never run"
         rows.append((job, status, f"{last}; {state.why}" if state.why and not state.done else last))
@@ -85,7 +85,7 @@ def run_batch(
         "LAYERLAB_HOME": str(workbook_folder()),
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
     }
-    limits = {"time_limit": time_limit, "retries": retries, "since": time.time() if rerun else 0.0}
+    limits = {"time_limit": time_limit, "retries": retries, "rerun": uuid.uuid4().hex if rerun else ""}
     try:
         with _stoppable(board) as stop:
             if scheduler:
@@ -132,7 +132,7 @@ def _on_this_machine(
     # Those that need the machine to themselves last, the longest of the others first.
     waiting = sorted(range(len(jobs)), key=lambda i: (jobs[i].cores == "all", -(jobs[i].last_seconds or 1e9)))
     # Asked here as well as in run_job, so that what is done does not wait for room.
-    states = {number: jobs[number].state(limits["since"]) for number in waiting}
+    states = {number: jobs[number].state(limits["rerun"]) for number in waiting}
     outcomes = {number: Outcome("done before", state.why) for number, state in states.items() if state.done}
     for number, state in states.items():
         if state.why and not state.done:

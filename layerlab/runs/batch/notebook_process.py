@@ -38,7 +38,7 @@ def main() -> None:
     threading.Thread(target=_watch, args=(reasons,), daemon=True).start()
     status, message = "finished", ""
     try:
-        execute(job, wait=True, since=spec["since"])
+        execute(job, wait=True, rerun=spec["rerun"])
     except DeadKernel as error:
         status, message = "dead", str(error)
     except NotebookFailed as error:

@@ -61,7 +61,7 @@ def run_job(
     *,
     time_limit: float | None = None,
     retries: int = 2,
-    since: float = 0.0,
+    rerun: str = "",
     start: Start = started_anew,
 ) -> Outcome:
     """Run one job in a process of its own, and again if that or its kernel dies.
@@ -72,7 +72,7 @@ def run_job(
         stop: looked at a few times a second.
         time_limit: seconds.
         retries: for a dead kernel or runner; an error in a cell is not tried again.
-        since: what was finished before that time does not count as done, in seconds since 1970.
+        rerun: the id of a batch that does everything anew; empty: what is done is done.
         start: starts the process, see `Runners.start`.
     """
     for left in range(retries, -1, -1):
@@ -80,11 +80,11 @@ def run_job(
             return Outcome("stopped")
         # Looked up each time: a runner may have died after its notebook's last word, and dask gives a dead worker's
         # jobs to another one although they were finished.
-        state = job.state(since)
+        state = job.state(rerun)
         if state.done:
             job.rename_partial()
             return Outcome("done before", state.why)
-        status, message = _once(job, environment, tell, stop, time_limit, since, start)
+        status, message = _once(job, environment, tell, stop, time_limit, rerun, start)
         if status == "finished":
             return Outcome("finished")
         if status != "dead":
@@ -100,14 +100,14 @@ def run_job(
 
 
 def _once(
-    job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, since: float,
+    job: Job, environment: Mapping[str, str], tell: Tell, stop: Stop, time_limit: float | None, rerun: str,
     start: Start,
 ) -> tuple[Status | Literal["dead"], str]:
     with tempfile.TemporaryDirectory(prefix="layerlab-", ignore_cleanup_errors=True) as temporary:
         events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
         events.touch()
         process, channel = start({**environment, VARIABLE: str(events)}, log)
-        told = _tell_process(process, json.dumps({"job": as_json(asdict(job)), "since": since}))
+        told = _tell_process(process, json.dumps({"job": as_json(asdict(job)), "rerun": rerun}))
         deadline = time.monotonic() + time_limit if time_limit else float("inf")
         end = float("inf")
         with followed(events, tell):
