@@ -334,6 +334,14 @@ def test_a_format_that_was_measured_is_one_of_both_and_touches_no_random_state(d
     assert last or chosen.run.memory_format is torch.contiguous_format
 
 
+@pytest.mark.parametrize("text", ["", "{}", '{"memory_format": "sideways"}', "[1]"])
+def test_a_damaged_choice_of_format_is_one_sentence(digits, residual, tmp_path, text):
+    Fit(residual, digits, channels_last="auto", checkpoint=tmp_path, epochs=2, batch_size=256).train_epoch()
+    (tmp_path / choosing.CHOSEN).write_text(text)
+    with pytest.raises(LayerlabError, match="does not say in which memory format this fit computes; delete the folder"):
+        Fit(residual, digits, channels_last="auto", checkpoint=tmp_path, epochs=2, batch_size=256)
+
+
 def test_slow_bfloat16_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(choosing, "SLOWER", 0.0)
     with pytest.warns(LayerlabWarning, match=r"takes [0-9.]+ times as long .* in bfloat16 .*; use precision='float32'"):

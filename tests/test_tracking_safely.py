@@ -146,11 +146,11 @@ def test_a_database_whose_making_was_killed_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERLAB_HOME", str(home))
     process = subprocess.Popen([sys.executable, "-c", "from layerlab.runs import tracking; tracking.client()"])
     end = time.monotonic() + 60
-    while not (home / ".mlflow.db.new").exists() and time.monotonic() < end:
+    while not list(home.glob(".mlflow.db.*new")) and time.monotonic() < end:
         time.sleep(0.01)
     process.kill()
     process.wait()
     assert not (home / "mlflow.db").exists()
     assert tracking.client().search_experiments()
     assert (home / "mlflow.db").exists()
-    assert not (home / ".mlflow.db.new").exists()
+    assert not list(home.glob(".mlflow.db.*new"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import warnings
@@ -20,8 +21,20 @@ FORMS = ("text", "markdown", "html", "csv", "latex", "json")
 NOTHING_INSTALLED = "No strategies are installed; install a plugin with pip, such as a folder of plugins/."
 
 
+# What the system refuses → what a person can do about it.
+REMEDIES = {
+    errno.ENOSPC: "make room there", errno.EDQUOT: "make room within your quota",
+    errno.EROFS: "name a folder that can be written", errno.EACCES: "name a folder that you may use",
+    errno.EPERM: "name a folder that you may use", errno.EIO: "look after that disk",
+    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end some programs", errno.ENOMEM: "end some programs",
+}
+
+
 class _Group(click.Group):
-    """Bad input ends with one sentence on standard error and exit status 2, a training that diverged with 1."""
+    """Bad input ends with one sentence on standard error and exit status 2, a training that diverged with 1.
+
+    So does what the system refuses: a disk that is full, say.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -29,8 +42,20 @@ class _Group(click.Group):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except LayerlabError as error:
-            click.echo(f"{click.style('Error:', fg='red')} {visible(str(error))}", err=True)
+            _say_error(str(error))
             ctx.exit(1 if isinstance(error, Diverged) else 2)
+        except OSError as error:
+            if error.errno not in REMEDIES:
+                raise
+            # Of two files the second is the one that is written.
+            where = error.filename2 or error.filename
+            _say_error(f"{error.strerror}{f': {where}' if where else ''}; {REMEDIES[error.errno]}, and run the same "
+                       "command again.")
+            ctx.exit(2)
+
+
+def _say_error(sentence: str) -> None:
+    click.echo(f"{click.style('Error:', fg='red')} {visible(sentence)}", err=True)
 
 
 def _show_warning(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layerlab.base.errors import LayerlabWarning
+from layerlab.base.errors import LayerlabError, LayerlabWarning
 from layerlab.base.files import write_json
 from layerlab.measure.clock import time_by_turns
 from layerlab.training.settings import Settings
@@ -40,11 +40,25 @@ def memory_format(
         return torch.channels_last if settings.channels_last else torch.contiguous_format
     file = folder / CHOSEN if folder is not None else None
     if file is not None and file.exists():
-        return FORMATS[json.loads(file.read_text())["memory_format"]]
+        return _chosen_before(file)
     chosen = _faster_format(network, images, min(IMAGES, settings.batch_size))
     if file is not None and writes:
         write_json(file, {"memory_format": chosen})
     return FORMATS[chosen]
+
+
+def _chosen_before(file: Path) -> torch.memory_format:
+    """What a checkpoint's folder says.
+
+    Raises:
+        LayerlabError: it says no memory format.
+    """
+    try:
+        return FORMATS[json.loads(file.read_text(encoding="utf-8"))["memory_format"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise LayerlabError(f"{file} does not say in which memory format this fit computes; delete the folder "
+                            f"{file.parent} to start anew, or write {{\"memory_format\": \"contiguous\"}} or "
+                            "{\"memory_format\": \"channels-last\"} into it.") from None
 
 
 def _faster_format(network: nn.Module, images: Split, count: int) -> str:

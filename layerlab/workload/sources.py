@@ -134,7 +134,11 @@ class Streamed:
         return Streamed(self.source, self.side, self.channels, self.rows[rows])
 
     def stream(self, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each chunk of indices its images, uint8 (len, channels, side, side), in host memory."""
+        """For each chunk of indices its images, uint8 (len, channels, side, side), in host memory.
+
+        Raises:
+            LayerlabError: one that cannot be used, with the command that lists all of them.
+        """
         ahead = 4
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             pending = [self._submit(pool, chunk) for chunk in chunks[:ahead]]
@@ -149,7 +153,12 @@ class Streamed:
         return [pool.submit(self._one, row) for row in self.rows[chunk.cpu()].tolist()]
 
     def _one(self, row: int) -> Decoded:
-        return decode_image(self.source.read(row), self.source.where(row), self.side, self.channels)
+        try:
+            return decode_image(self.source.read(row), self.source.where(row), self.side, self.channels)
+        except BadImage as error:
+            # Only now: to look at all of them first would decode a large dataset twice.
+            raise LayerlabError(f"{str(error).rstrip('.')}. `layerlab data check` lists all that are like it, and "
+                                "load_dataset(…, on_bad='skip') leaves them out.") from None
 
 
 def channels_first(images: np.ndarray) -> Tensor:

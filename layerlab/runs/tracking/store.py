@@ -7,11 +7,13 @@ an epoch again after an interruption changes nothing.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
 import socket
 import tempfile
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,10 +125,19 @@ def as_sentence(uri: str = "") -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, RequestException, ImportError, OSError) as error:
         remedy = "set MLFLOW_TRACKING_URI to a database or server that can be written"
+        reason = first_line(_told_plainly(error))
         if isinstance(error, ImportError):
             remedy = "install the driver of this database with pip, or " + remedy
-        what = without_password(f"Runs cannot be tracked at {uri or tracking_uri()} ({first_line(error)})")
+        elif "disk is full" in reason:
+            remedy = "make room there, or " + remedy
+        what = without_password(f"Runs cannot be tracked at {uri or tracking_uri()} ({reason})")
         raise NotTracked(f"{what}; {remedy}.", getattr(error, "error_code", "")) from None
+
+
+def _told_plainly(error: Exception) -> Exception:
+    """The same without the advice on SQLAlchemy's sessions that stands before the database's own words."""
+    text = re.sub(r"\(raised as a result of [^\n]*\)\n", "", str(error))
+    return error if text == str(error) else Exception(text)
 
 
 class _Client:
@@ -185,8 +196,10 @@ def _bring_up(file: Path) -> None:
     that one cannot read any more: a copy is kept."""
     state, revision = schema(file)
     if state == "none":
-        new = file.with_name(f".{file.name}.new")
-        new.unlink(missing_ok=True)
+        for left in file.parent.glob(f".{glob.escape(file.name)}.*new*"):  # of a try that was killed, or had no room
+            left.unlink()
+        # With a name of its own: MLflow goes on with what it has once opened under a name.
+        new = file.with_name(f".{file.name}.{uuid.uuid4().hex}.new")
         _Client(sqlite_uri(new)).search_experiments()
         os.replace(new, file)
     if state == "older":
