@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -36,22 +37,23 @@ class Ahead:
     """
 
     def __init__(self, train: Training, seeds: Sequence[int], at_once: int) -> None:
-        self._pool = ThreadPoolExecutor(max(1, at_once - 1))
         self._pending: dict[int, Future[None]] = {}
         self._running: list[subprocess.Popen[bytes]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="layerlab-ahead-")
-        later = list(seeds)[1:] if at_once > 1 else []
-        if later:
-            try:
-                call = cloudpickle.dumps(train)
-            # Whatever a network's builder or a strategy may hold: a lock, a generator, a file.
-            except Exception as error:
-                say(f"Seeds are trained one after the other, since what is trained cannot be sent to another process: "
-                    f"{error}")
-                return
-            file = Path(self._folder.name) / "training"
-            file.write_bytes(call)
-            self._pending = {seed: self._pool.submit(self._run, file, seed) for seed in later}
+        self._stack = ExitStack()
+        self._over = False
+        if at_once == 1 or len(seeds) == 1:
+            return
+        try:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="layerlab-ahead-"))
+            file = Path(folder) / "training"
+            file.write_bytes(cloudpickle.dumps(train))
+        # A disk without room; or whatever a network's builder or a strategy may hold: a lock, a generator, a file.
+        except Exception as error:
+            say("Seeds are trained one after the other, since what is trained cannot be sent to another process: "
+                f"{error}")
+            return
+        pool = self._stack.enter_context(ThreadPoolExecutor(at_once - 1))
+        self._pending = {seed: pool.submit(self._run, file, seed) for seed in seeds[1:]}
 
     def __enter__(self) -> Ahead:
         return self
@@ -59,12 +61,12 @@ class Ahead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over = True
         for each in self._pending.values():
             each.cancel()
         for process in self._running:
             process.kill()
-        self._pool.shutdown()
-        self._folder.cleanup()
+        self._stack.close()
 
     def wait(self, seed: int) -> None:
         """Until nothing trains the seed any more."""
@@ -73,9 +75,15 @@ class Ahead:
 
     def _run(self, file: Path, seed: int) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
-                                   env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
+                                       env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except OSError as error:
+            say(f"Seed {seed} could not be trained ahead and is trained here: {error}")
+            return
         self._running.append(process)
+        if self._over:
+            process.kill()
         _, said = process.communicate()
         if process.returncode > 0:
             last = said.decode(errors="replace").strip().splitlines()[-1:]

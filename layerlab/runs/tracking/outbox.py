@@ -19,6 +19,7 @@ from layerlab.base.files import write_atomically
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking import store
 from layerlab.runs.tracking.database import QUIET, wait_for_database
+from layerlab.runs.tracking.writer import is_alive, this_process
 from layerlab.show.progress import say
 
 # Folder, in that of a run or of all runs, of what waits to be sent.
@@ -51,7 +52,7 @@ class Outbox:
         self.folder = folder or workbook_folder() / "runs"
         self.file = self.folder / UNSENT / f"{attempt}.jsonl"
         self._run: dict[str, Any] = {"experiment": experiment, "name": name, "attempt": attempt, "tags": dict(tags),
-                                     "process": store.this_process()}
+                                     "process": this_process()}
         self._messages: list[dict[str, Any]] = []
         self._pause, self._next = FIRST, 0.0
         self._artifacts = artifacts
@@ -206,7 +207,7 @@ def send_unsent(files: Sequence[Path]) -> int:
 def _send_file(file: Path) -> bool:
     """Send one file's messages and remove it; False where its process is alive."""
     run, *messages = [json.loads(line) for line in file.read_text().splitlines()]
-    if store.is_alive(run["process"]) and run["process"] != store.this_process():
+    if is_alive(run["process"]) and run["process"] != this_process():
         return False
     run_id = run["run_id"] or store.find_run(run["experiment"], run["attempt"]) or store.create_run(
         run["experiment"], run["name"], run["attempt"], run["tags"], run["process"])

@@ -11,7 +11,6 @@ import glob
 import json
 import os
 import re
-import socket
 import tempfile
 import uuid
 import warnings
@@ -33,6 +32,7 @@ from layerlab.base.provenance import provenance, versions, versions_text
 from layerlab.runs.record import DATABASE, workbook_folder
 from layerlab.runs.tracking.database import PATIENCE, check_file, wait_for_database
 from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
+from layerlab.runs.tracking.writer import is_alive, this_machine, this_process
 from layerlab.show.progress import say
 
 PREFIX = "layerlab."
@@ -382,45 +382,13 @@ def found_experiment(name: str) -> Any:
     return there.get_experiment_by_name(name) if there is not None else None
 
 
-@cache
-def _here() -> str:
-    """This machine as far as process numbers mean anything: host, boot and namespace of process numbers."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
-        space = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        boot = space = ""
-    return f"{socket.gethostname()}/{boot}/{space}"
-
-
-def _process(number: int) -> str:
-    """A process, told apart from a later one of the same number by its start; empty if there is none."""
-    try:
-        # After the name, which may hold anything, comes a parenthesis; the 20th field from there is the start.
-        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-    return f"{_here()}:{number}:{started}"
-
-
-def this_process() -> str:
-    """This process as the writer of runs."""
-    return _process(os.getpid())
-
-
-def is_alive(writer: str) -> bool:
-    """Whether a writer of runs, as `this_process` names it, is a process of this machine that has not ended."""
-    number = writer.split(":")[-2:-1]
-    return bool(number) and _process(int(number[0])) == writer
-
-
 def _close_dead_runs(client: Any) -> None:
     """Mark runs as killed that processes of this machine were writing and that are gone.
 
     A study that goes on sets its runs running again.
     """
     numbers = [experiment.experiment_id for experiment in client.search_experiments()]
-    wanted = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{_here()}:%'"
+    wanted = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{this_machine()}:%'"
     for run in client.search_runs(numbers, wanted, max_results=5000):
         if not is_alive(run.data.tags[PROCESS]):
             client.set_terminated(run.info.run_id, "KILLED")
