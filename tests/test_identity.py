@@ -58,7 +58,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Job]:
     return lambda: notebook_job(file)
 
 
-def test_finished_before_says_what_was_compared_and_runs_again_what_changed(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("root", ["", "/nowhere"])
+def test_finished_before_says_what_was_compared_and_runs_again_what_changed(job, tmp_path, monkeypatch, root):
+    monkeypatch.setenv("LAYERLAB_DATA", root)
     assert [outcome.status for outcome in run_batch([job()])] == ["finished"]
     outcome, = run_batch([job()])
     assert outcome.status == "done before"

@@ -79,7 +79,7 @@ class Recorder:
             # Python's path, or named by a parameter.
             "cwd": os.getcwd() if any(_below(path, [os.getcwd()])
                                       for path in [*files, *self.data] if not path.endswith(".py")) else "",
-            "data_root": _data_root() if any(map(os.path.isdir, self.data)) else "",
+            "data_root": _data_root() if any(map(os.path.isdir, self.data)) else None,
             "strategies": self._listed,
         }
 
@@ -145,8 +145,8 @@ def changes(used: Mapping[str, Any], cwd: str) -> list[str]:
             found.append(f"{_short(path)} was {EDITED}")
         elif now != digest:
             found.append(f"{_short(path)} was edited")
-    if used.get("data_root", "") not in ("", _data_root()):
-        found.append(f"LAYERLAB_DATA is {_data_root() or 'not set'}, which was {used['data_root']}")
+    if used.get("data_root") not in (None, _data_root()):
+        found.append(f"LAYERLAB_DATA is {_data_root() or 'not set'}, which was {used['data_root'] or 'not set'}")
     found += [f"the data in {_short(source)} changed" for source, digest in used.get("data", {}).items()
               if folder_digest(source) != digest]
     before = used.get("strategies")
