@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -34,12 +35,19 @@ def test_seeds_side_by_side_give_what_one_after_the_other_gives(digits, residual
         assert result.final["test/top1"] == together.results[key].final["test/top1"]
 
 
-def test_a_seed_that_was_trained_ahead_is_not_trained_again(digits, residual, tmp_path):
-    run = compare(residual, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path, at_once=2, **QUICK)
-    again = compare(residual, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path, **QUICK)
-    # The seconds of an epoch are those of the process that trained it.
-    assert [row["time/epoch_seconds"] for row in again.results["plain", 1].history] == [
-        row["time/epoch_seconds"] for row in run.results["plain", 1].history]
+def test_a_seed_is_trained_in_a_process_of_its_own(digits, residual, tmp_path):
+    built = tmp_path / "built"
+    built.mkdir()
+
+    def network():
+        (built / str(os.getpid())).touch()
+        return residual()
+
+    compare(network, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path / "runs", at_once=2, **QUICK)
+    # That process, and this one, which finds the training finished.
+    assert len(list(built.iterdir())) == 2
+    compare(network, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path / "more", **QUICK)
+    assert len(list(built.iterdir())) == 2
 
 
 def test_what_cannot_be_sent_to_another_process_trains_here_and_says_so(digits, residual, tmp_path):
