@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import nbformat
 import pytest
 import torch
 from pydantic import PrivateAttr
@@ -98,6 +99,14 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def write_notebook(file: Path, cells: Sequence[Any]) -> Path:
+    """Write a notebook of these cells for Python's own kernel; gives its file."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=list(cells), metadata={"kernelspec": kernel}), file)
+    return file
 
 
 @contextlib.contextmanager

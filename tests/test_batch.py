@@ -22,7 +22,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
-from helpers import free_port, slow, small_disk
+from helpers import free_port, slow, small_disk, write_notebook
 
 from layerlab import LayerlabError, Study
 from layerlab.base.usage import note_data
@@ -45,13 +45,9 @@ def notebook(tmp_path: Path) -> Callable[..., Job]:
             f"name = {name!r}  # its name\nlog = {str(tmp_path / 'log')!r}  # where it notes that it ran\n"
             "size = 1  # a number\nseed = 0  # another",
             metadata={"tags": ["parameters"]})
-        book = nbformat.v4.new_notebook(
-            cells=[parameters, *(nbformat.v4.new_code_cell(cell) for cell in (COUNT, *cells))],
-            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
         file = tmp_path / "home" / "notebooks" / f"{name}.ipynb"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(book, file)
-        return notebook_job(file)
+        return notebook_job(write_notebook(
+            file, [parameters, *(nbformat.v4.new_code_cell(cell) for cell in (COUNT, *cells))]))
 
     return write
 

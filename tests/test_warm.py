@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+from helpers import write_notebook
 
 from layerlab.base.provenance import package_folders
 from layerlab.runs.batch.local import run_batch
@@ -61,13 +62,8 @@ def notebook(tmp_path: Path) -> Callable[..., Job]:
     """Write a notebook of the given cells; gives its job."""
 
     def write(name: str, *cells: str) -> Job:
-        book = nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
-            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
         file = tmp_path / "home" / "notebooks" / f"{name}.ipynb"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(book, file)
-        return notebook_job(file)
+        return notebook_job(write_notebook(file, [nbformat.v4.new_code_cell(cell) for cell in cells]))
 
     return write
 

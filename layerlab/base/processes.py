@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 import psutil
 
 # Looks for processes that were started while others were being ended.
 _LOOKS = 5
+
+
+def import_path() -> str:
+    """$PYTHONPATH for a Python that shall find the modules that this one finds."""
+    return os.pathsep.join(path for path in sys.path if path)
 
 
 def marked_processes(variable: str, value: str) -> list[psutil.Process]:

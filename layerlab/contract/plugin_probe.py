@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from layerlab.base.errors import LayerlabError, brief, reason
 from layerlab.base.files import cache_folder, write_json
-from layerlab.base.processes import end_marked
+from layerlab.base.processes import end_marked, import_path
 from layerlab.base.provenance import package_folders
 from layerlab.base.text import as_json, from_json
 from layerlab.contract.registry import Plugin
@@ -86,7 +86,7 @@ class PluginProbe:
         command = [sys.executable, "-m", "layerlab.contract.plugin_probe"]
         self._mark = uuid.uuid4().hex
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                         env={**os.environ, "PYTHONPATH": _path(), MARK: self._mark})
+                                         env={**os.environ, "PYTHONPATH": import_path(), MARK: self._mark})
 
     def __enter__(self) -> PluginProbe:
         return self
@@ -179,11 +179,6 @@ def settings_of(plugin: Plugin) -> tuple[Setting, ...]:
     return found.settings
 
 
-def _path() -> str:
-    """Where this process looks for modules, for one that shall find the same."""
-    return os.pathsep.join(path for path in sys.path if path)
-
-
 def _memory(plugin: Plugin) -> Path:
     """The file of the cache for a plugin, as it is installed and with all else that decides about its import."""
     package = plugin.target.partition(":")[0].partition(".")[0]
@@ -193,7 +188,7 @@ def _memory(plugin: Plugin) -> Path:
     except (ImportError, ValueError):
         spec = None
     torch = importlib.metadata.version("torch")
-    content = [asdict(plugin), spec and spec.origin, sys.version, sys.prefix, _path(), torch]
+    content = [asdict(plugin), spec and spec.origin, sys.version, sys.prefix, import_path(), torch]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
     return cache_folder() / "plugins" / f"{digest}.json"
 

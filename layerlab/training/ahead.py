@@ -22,6 +22,7 @@ from types import TracebackType
 
 import cloudpickle
 
+from layerlab.base.processes import import_path
 from layerlab.show.progress import VARIABLE, say
 
 Training = Callable[[int], object]
@@ -74,7 +75,7 @@ class Ahead:
             self._pending[seed].result()
 
     def _run(self, file: Path, seed: int) -> None:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = os.environ | {"PYTHONPATH": import_path()}
         try:
             process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
                                        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
