@@ -30,8 +30,8 @@ class Bfloat16(Strategy):
 def torchao_networks(build: Build) -> dict[str, Build]:
     """The same network for torchao's kinds of low-bit training, which act on linear layers only.
 
-    Its int8 products, and float8 with scales of the current tensors, emulated where there are no such units. Its int8
-    weights are left out: no foreach optimizer takes them.
+    Its int8 products, and float8 with scales of the current tensors, emulated where there are no such units, of the
+    layers whose sides such units take. Its int8 weights are left out: no foreach optimizer takes them.
     """
     # torchao's import writes to stderr what concerns torchao alone.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -50,9 +50,15 @@ def torchao_networks(build: Build) -> dict[str, Build]:
 
     def float8() -> nn.Module:
         emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
-        return convert_to_float8_training(build(), config=Float8LinearConfig(emulate=emulate))
+        return convert_to_float8_training(
+            build(), config=Float8LinearConfig(emulate=emulate), module_filter_fn=lambda layer, _: emulate or _fits(layer))
 
     return {"torchao int8": int8, "torchao float8": float8}
+
+
+def _fits(layer: nn.Module) -> bool:
+    """Whether a GPU's float8 units take a linear layer: its sides are multiples of 16."""
+    return isinstance(layer, nn.Linear) and layer.in_features % 16 == 0 and layer.out_features % 16 == 0
 
 
 class EightBitSGD(Strategy):
