@@ -20,10 +20,14 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from layerlab import LayerlabError, Preflight, Refused, Run, Split, Strategy, devices
+from layerlab_comm_overlap.method.choosing import Choice, Way
 from layerlab_comm_overlap.method.coverage import idle_parameters, notes_on_shares
-from layerlab_comm_overlap.method.engine import Engine
+from layerlab_comm_overlap.method.engine import Engine, no_early_updates, waits_for_all
 from layerlab_comm_overlap.method.peers import TIME_LIMIT, watched
-from layerlab_comm_overlap.method.transport import Link, Transport
+from layerlab_comm_overlap.method.stock import STOCK, StockEngine
+from layerlab_comm_overlap.method.transport import Transport, slower
+
+_TECHNIQUES = {"overlap_backward", "overlap_forward", "pipeline_segments", "bucket_mb", "segment_mb", "in_flight"}
 
 
 class CommOverlap(Strategy):
@@ -41,6 +45,10 @@ class CommOverlap(Strategy):
     name: ClassVar[str] = "comm-overlap"
     acts_in_backward: ClassVar[bool] = True
 
+    choose: bool | None = None
+    """Time DDP as it comes and the techniques in the first steps (some hundred), each with small and large buckets, and
+    go on with the fastest; DDP where nothing is over 2 % faster. Runs repeat within rounding only, since sums are taken
+    in the order of whatever was chosen. Default: where none of the six settings below is given."""
     overlap_backward: bool = True
     """Technique 1: a bucket's gradients go as soon as backward has computed them, rather than after backward."""
     overlap_forward: bool = True
@@ -65,8 +73,9 @@ class CommOverlap(Strategy):
     time_limit_s: float = Field(TIME_LIMIT, gt=0)
     """Seconds that a worker waits for the others; then the job ends and names the one that does not answer."""
 
-    _transport: Transport | None = PrivateAttr(None)
-    _engine: Engine | None = PrivateAttr(None)
+    _transports: dict[bool, Transport] = PrivateAttr(default_factory=dict)
+    _engine: Engine | StockEngine | None = PrivateAttr(None)
+    _choice: Choice | None = PrivateAttr(None)
     _key: list[Any] = PrivateAttr(default_factory=list)
     _seed: int = PrivateAttr(0)
     _random: list[Tensor] = PrivateAttr(default_factory=list)
@@ -74,6 +83,8 @@ class CommOverlap(Strategy):
     _done: int = PrivateAttr(0)
     _loss: Tensor | None = PrivateAttr(None)
     _synchronised: bool = PrivateAttr(False)
+    _waited: float = PrivateAttr(0.0)
+    _sent: int = PrivateAttr(0)
 
     def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
         """All layers that learn, found by one pass forward and backward on a copy; the other processes take no part.
@@ -100,7 +111,7 @@ class CommOverlap(Strategy):
             LayerlabError: fewer images in a batch than processes.
         """
         self._release()
-        self._epoch, self._key, self._synchronised = 0, [], False
+        self._epoch, self._key, self._synchronised, self._choice = 0, [], False, None
         self._seed = run.generator.initial_seed()
         join(run.device, self.time_limit_s)
         if _workers() == 1:
@@ -108,7 +119,6 @@ class CommOverlap(Strategy):
         if run.batch_size < _workers():
             raise Refused(f"batch_size {run.batch_size} leaves some of {_workers()} workers without an image; "
                           "make it larger or start fewer.")
-        self._transport = self._open(run.device)
 
     def on_epoch_start(self, run: Run) -> None:
         """Take this worker's share of whatever the epoch's data are.
@@ -136,6 +146,9 @@ class CommOverlap(Strategy):
             if self._epoch != run.epoch:
                 self._begin_epoch(run)
             assert self._loss is not None
+            assert self._choice is not None
+            if self._engine is not None and self._choice.before_step(run.steps_per_epoch - self._done):
+                self._build(run)
             x, y, weight = self._share(run, x, y)
             self._done += 1
             last = self._done >= run.steps_per_epoch
@@ -154,11 +167,7 @@ class CommOverlap(Strategy):
         """Leave the same network in all workers, and log what all of them saw."""
         if _workers() == 1 or self._loss is None:
             return
-        assert self._transport is not None
-        waited = 0.0
-        if self._engine is not None:
-            self._engine.arrive()
-            waited, self._engine.waited = self._engine.waited, 0.0
+        self._account()
         statistics = [b for b in run.training_model.buffers() if b.is_floating_point()]
         flat = torch.cat([(self._loss / self._done).double().view(1),
                           *(b.detach().double().reshape(-1) / _workers() for b in statistics)])
@@ -170,15 +179,25 @@ class CommOverlap(Strategy):
                 buffer.copy_(part.view(buffer.shape))
         run.log("train/loss", mean_loss.item())
         run.log("comm-overlap/workers", _workers())
-        run.log("comm-overlap/waited_seconds", waited)
-        run.log("comm-overlap/gradient_bytes", self._transport.volume)
-        self._transport.volume, self._transport.busy = 0, 0.0
+        run.log("comm-overlap/waited_seconds", self._waited)
+        run.log("comm-overlap/gradient_bytes", self._sent)
+        self._waited, self._sent = 0.0, 0
 
     def on_fit_end(self, run: Run) -> None:
         """Leave the network plain."""
         if isinstance(run.data, Split):
             run.data = replace(run.data, share=(0, 1))
         self._release()
+
+    @property
+    def chosen(self) -> str:
+        """How gradients are averaged, such as `1 + 2, 1 MB buckets`; empty while that is being chosen, or not begun."""
+        return self._choice.way.name if self._choice is not None and self._choice.over else ""
+
+    @property
+    def tried(self) -> dict[str, float]:
+        """What was chosen from: name → seconds a step, the mean over workers; empty where nothing was to choose."""
+        return self._choice.seconds if self._choice is not None and self._choice.over else {}
 
     @property
     def buckets(self) -> list[dict[str, int]]:
@@ -210,36 +229,69 @@ class CommOverlap(Strategy):
         finally:
             _close(transport)
 
-    def _open(self, device: torch.device) -> Transport:
-        link = None
-        if self.link_megabits is not None or self.link_latency_ms:
-            link = Link(self.link_megabits and self.link_megabits * 1e6, self.link_latency_ms / 1e3)
+    def _open(self, device: torch.device, segments: bool | None = None) -> Transport:
+        segments = self.pipeline_segments if segments is None else segments
         # A group of its own: its operations must not mix with anyone else's.
-        group = dist.new_group(backend="gloo" if self.pipeline_segments else None,
-                               timeout=timedelta(seconds=self.time_limit_s))
-        segment = int(self.segment_mb * 2**20) if self.pipeline_segments else None
-        return Transport(group, device, segment, self.in_flight, link, time_limit=self.time_limit_s)
+        group = dist.new_group(backend="gloo" if segments else None, timeout=timedelta(seconds=self.time_limit_s))
+        return Transport(group, device, int(self.segment_mb * 2**20) if segments else None, self.in_flight,
+                         slower(self.link_megabits, self.link_latency_ms), time_limit=self.time_limit_s)
+
+    def _ways(self, run: Run) -> list[Way]:
+        """What to choose from; one where the settings say it, or nothing else would do."""
+        given = Way(self.bucket_mb, (self.overlap_backward, self.overlap_forward, self.pipeline_segments))
+        choose = not _TECHNIQUES & self.model_fields_set if self.choose is None else self.choose
+        if not choose or run.wire is not None:
+            return [given]
+        ways = [Way(size) for size in STOCK.values()]
+        if not waits_for_all(run, self.find_unused_parameters) and not no_early_updates(run):
+            ways += [Way(size, (True, True, False)) for size in (1.0, 5.0)]
+            # Segments are copied to the host from a device alone; in host memory they are messages more, nothing else.
+            ways += [Way(1.0, (True, True, True))] * (run.device.type != "cpu")
+        return ways
 
     def _begin_epoch(self, run: Run) -> None:
         """At an epoch's first step, when every strategy has adapted the network and its freezing."""
+        self._choice = self._choice or Choice(self._ways(run), run.device)
+        self._choice.interrupt()
         key = [run.training_model, run.optimizer, run.wire, bool(run.after_backward),
                *(p for p in run.training_model.parameters() if p.requires_grad)]
         if len(key) != len(self._key) or any(new is not old for new, old in zip(key, self._key, strict=True)):
-            if self._engine is not None:
-                self._engine.detach()
-            self._engine = None
-            assert self._transport is not None
-            self._transport.follow(())
-            if any(parameter.requires_grad for parameter in run.training_model.parameters()):
-                self._engine = Engine(run, self._transport, self.overlap_backward, self.overlap_forward,
-                                      int(self.bucket_mb * 2**20), self.find_unused_parameters, not self._synchronised)
-                self._synchronised = True
+            self._build(run)
             self._key = key
         self._epoch, self._done = run.epoch, 0
         self._loss = torch.zeros((), device=run.device)
         # Outside of steps all workers have the same random state, so that all strategies decide alike.
         self._random = devices.random_state(run.device)
         torch.manual_seed((self._seed * 1_000_003 + run.epoch) * _workers() + dist.get_rank())
+
+    def _build(self, run: Run) -> None:
+        """The engine for the present way and the present network."""
+        assert self._choice is not None
+        self._account()
+        if self._engine is not None:
+            self._engine.detach()
+        self._engine = None
+        if not any(parameter.requires_grad for parameter in run.training_model.parameters()):
+            return
+        way, synchronise = self._choice.way, not self._synchronised
+        if way.techniques is None:
+            self._engine = StockEngine(run, way.bucket_mb, self.find_unused_parameters, synchronise, False,
+                                       slower(self.link_megabits, self.link_latency_ms))
+        else:
+            backward, forward, segments = way.techniques
+            if segments not in self._transports:
+                self._transports[segments] = self._open(run.device, segments)
+            self._transports[segments].follow(())
+            self._engine = Engine(run, self._transports[segments], backward, forward, int(way.bucket_mb * 2**20),
+                                  self.find_unused_parameters, synchronise)
+        self._synchronised = True
+
+    def _account(self) -> None:
+        """Let everything arrive, and count what was waited for and sent."""
+        if self._engine is not None:
+            self._engine.arrive()
+            self._waited, self._engine.waited = self._waited + self._engine.waited, 0.0
+            self._sent += self._engine.sent()
 
     def _share(self, run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
         """This worker's images and labels, and the part of the batch that they are."""
@@ -258,10 +310,10 @@ class CommOverlap(Strategy):
         if self._engine is not None:
             self._engine.arrive()
             self._engine.detach()
-        if self._transport is not None:
-            _close(self._transport)
-        self._engine = self._transport = self._loss = None
-        self._key = []
+        for transport in self._transports.values():
+            _close(transport)
+        self._engine = self._loss = None
+        self._transports, self._key = {}, []
 
 
 def join(device: torch.device, time_limit: float = TIME_LIMIT) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from layerlab import LayerlabError, Refused, Run, Split, Strategy, build_model, fit, forward_order, load_dataset
 from layerlab_comm_overlap import CommOverlap, analysis, launch
+from layerlab_comm_overlap.method.choosing import Choice, Way
 from layerlab_comm_overlap.method.model import AllReduce, Measured, fit_link, margins, scaling, step_seconds
 from layerlab_comm_overlap.method.stock import STOCK, StockDDP
 from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
@@ -166,6 +167,9 @@ CASES = {
     "nothing learns": (lenet, [Still()], CommOverlap(**SMALL), {"epochs": 3}),
     "nothing learns in a chain": (chain, [Still()], CommOverlap(bucket_mb=0.004), {"epochs": 3}),
     "unused": (Changing, [], CommOverlap(find_unused_parameters=True, **SMALL), {}),
+    # 33 steps an epoch, of which each of ten visits takes nine.
+    "chosen": (lenet, [], CommOverlap(choose=True, **SMALL), {"batch_size": 6, "epochs": 4, "lr": 0.01}),
+    "chosen, frozen meanwhile": (chain, [Freezer()], CommOverlap(), {"batch_size": 6, "epochs": 4, "lr": 0.01}),
     "DDP as it comes": (lenet, [], StockDDP(bucket_mb=0.05), {"batch_size": 30}),
     "DDP over a slow link": (chain, [], StockDDP(bucket_mb=0.02, link_megabits=100, link_latency_ms=2),
                              {"batch_size": 30}),
@@ -180,7 +184,11 @@ def train(network, others, ours, more):
     strategies = sorted([*others, *([ours] if ours else [])], key=lambda each: isinstance(each, Whole))
     result = fit(network, digits(), strategies, **(SETTINGS | more))
     hooks = any(module._forward_pre_hooks or module._forward_hooks for module in result.model.modules())
-    return {"weights": result.model.state_dict(), "history": result.history, "hooks": hooks}
+    found = {"weights": result.model.state_dict(), "history": result.history, "hooks": hooks}
+    for each in result.strategies:
+        if isinstance(each, CommOverlap):
+            found |= {"chosen": each.chosen, "tried": each.tried}
+    return found
 
 
 def staged_sum() -> torch.Tensor:
@@ -320,6 +328,64 @@ def test_workers_end_with_the_weights_of_one_process(name, workers, one_process)
             assert row["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-4)
             assert row["test/top1"] == pytest.approx(wanted["test/top1"], abs=0.01)
     assert not any(each[name]["hooks"] for each in workers)
+
+
+def test_all_workers_stay_with_the_same_of_all_ways(workers):
+    ways = {"DDP, 1 MB buckets", "DDP, 5 MB buckets", "DDP, 25 MB buckets"}
+    # Beside a strategy that needs all gradients at once the techniques have nothing to offer.
+    for name, wanted in (("chosen", ways | {"1 + 2, 1 MB buckets", "1 + 2, 5 MB buckets"}),
+                         ("chosen, frozen meanwhile", ways)):
+        first = workers[0][name]
+        assert set(first["tried"]) == wanted
+        assert first["chosen"] in wanted
+        assert all((each[name]["tried"], each[name]["chosen"]) == (first["tried"], first["chosen"]) for each in workers)
+    # Nothing is chosen where the settings say how.
+    assert workers[0]["switches 7"]["chosen"] == "1 + 2 + 3, 0.05 MB buckets"
+    assert workers[0]["switches 7"]["tried"] == {}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("epoch", [20, 33, 1000])
+@pytest.mark.parametrize(("seconds", "wanted"), [
+    ({"DDP": (1.0, 1.1), "1 + 2": (0.9, 0.95)}, 2),
+    ({"DDP": (1.0, 1.1), "1 + 2": (1.2, 0.99)}, 0),
+    ({"DDP": (1.2, 1.1), "1 + 2": (1.3, 1.2)}, 1),
+])
+def test_the_fastest_way_is_chosen_over_epochs_of_any_length(alone, monkeypatch, seconds, wanted, epoch):
+    ways = [Way(1), Way(5), Way(1, (True, True, False)), Way(5, (True, True, False))]
+    cost = dict(zip(ways, [*seconds["DDP"], *seconds["1 + 2"]], strict=True))
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    choice, visited = Choice(ways, torch.device("cpu")), []
+    for _ in range(40):
+        choice.interrupt()
+        # What happens between two epochs belongs to no way.
+        now += 100
+        for step in range(epoch):
+            choice.before_step(epoch - step)
+            visited.append(choice.way)
+            now += cost[choice.way]
+    assert choice.over
+    assert choice.way == ways[wanted]
+    assert choice.seconds == pytest.approx({way.name: value for way, value in cost.items()})
+    assert set(visited) == set(ways)
+
+
+def test_epochs_too_short_for_a_visit_choose_nothing(alone):
+    choice = Choice([Way(1), Way(5)], torch.device("cpu"))
+    for _ in range(50):
+        choice.interrupt()
+        for step in range(9):
+            assert not choice.before_step(9 - step)
+    assert choice.way == Way(1)
+    assert not choice.over
 
 
 def test_a_wire_of_8_bits_carries_a_quarter_and_all_workers_end_alike(workers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from layerlab import Refused, Run
+from layerlab_comm_overlap.method.stock import OWN_BUFFERS
 from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
 
 _MEASURED = range(2, 5)
@@ -61,10 +61,10 @@ class Engine:
         self.model, self.optimizer, self.transport = run.training_model, run.optimizer, transport
         self.overlap_backward = overlap_backward
         # Other strategies' hooks need all gradients at once, and which parameters are unused is known at the end only.
-        self.apply_early = overlap_forward and not run.after_backward and not find_unused
+        self.apply_early = overlap_forward and not waits_for_all(run, find_unused)
         self.wire = run.wire
-        if self.apply_early:
-            _check_updates(run)
+        if self.apply_early and (reason := no_early_updates(run)):
+            raise Refused(reason)
         self.waited = 0.0
         self._steps = 0
         self._backward_start = 0.0
@@ -81,13 +81,9 @@ class Engine:
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._group_of = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         self._groups: list[dict[str, Any]] = []
-        takes = inspect.signature(DistributedDataParallel.__init__).parameters
-        buffers: dict[str, Any] = {
-            "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers": False
-        }
         self.ddp = DistributedDataParallel(
             self.model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_bytes / 2**20,
-            find_unused_parameters=find_unused, init_sync=synchronise, **buffers,
+            find_unused_parameters=find_unused, init_sync=synchronise, **OWN_BUFFERS,
         )
         # DDP compares a hook's annotations, as objects, with its own.
         self.ddp.register_comm_hook(None, lambda _, bucket: self._on_bucket(bucket))
@@ -164,6 +160,11 @@ class Engine:
         self.arrive()
         return self.transport.exchange([sum(bucket.values()) for bucket in self.buckets])
 
+    def sent(self) -> int:
+        """Bytes of gradients that went since the last call."""
+        volume, self.transport.volume, self.transport.busy = self.transport.volume, 0, 0.0
+        return volume
+
     def detach(self) -> None:
         """Leave the network plain."""
         for handle in self._handles:
@@ -226,12 +227,6 @@ class Engine:
     # ------------------------------------------------------------------------------------ forward
 
     def _wait_in_forward(self) -> None:
-        compiled = [name for name, module in self.model.named_modules() if module._compiled_call_impl is not None]
-        if compiled:
-            raise Refused(
-                f"comm-overlap with overlap_forward waits inside the forward pass, which torch.compile cannot trace "
-                f"(module {compiled[0]!r}); set compile=False or overlap_forward=False."
-            )
         for module in self.model.modules():
             own = [p for p in module.parameters(recurse=False) if p in self._learning]
             if own:
@@ -282,13 +277,22 @@ class Engine:
         self._expected = len(self._sizes)
 
 
-def _check_updates(run: Run) -> None:
+def waits_for_all(run: Run, find_unused: bool) -> bool:
+    """Whether the update has to wait for all gradients, so that technique 2 has no effect."""
+    return bool(run.after_backward) or find_unused
+
+
+def no_early_updates(run: Run) -> str:
+    """Why technique 2 cannot be had, in a sentence with the remedy; empty where it can."""
     if isinstance(run.optimizer, torch.optim.LBFGS):
-        raise Refused("comm-overlap with overlap_forward updates one bucket of layers at a time and LBFGS needs "
-                      "all gradients at once; use another optimizer or overlap_forward=False.")
+        return ("comm-overlap with overlap_forward updates one bucket of layers at a time and LBFGS needs "
+                "all gradients at once; use another optimizer or overlap_forward=False.")
     if run.optimizer._optimizer_step_pre_hooks or run.optimizer._optimizer_step_post_hooks:
-        raise Refused(
-            "comm-overlap with overlap_forward updates one bucket of layers at a time, so that a function registered "
-            "around the optimizer's step (clipping the whole model's gradient, say) would see a part of the gradients; "
-            "remove it or set overlap_forward=False."
-        )
+        return ("comm-overlap with overlap_forward updates one bucket of layers at a time, so that a function "
+                "registered around the optimizer's step (clipping the whole model's gradient, say) would see a part "
+                "of the gradients; remove it or set overlap_forward=False.")
+    compiled = [name for name, module in run.training_model.named_modules() if module._compiled_call_impl is not None]
+    if compiled:
+        return ("comm-overlap with overlap_forward waits inside the forward pass, which torch.compile cannot trace "
+                f"(module {compiled[0]!r}); set compile=False or overlap_forward=False.")
+    return ""

@@ -103,6 +103,13 @@ class Link:
         return landed + hops * self.latency
 
 
+def slower(megabits: float | None, latency_ms: float) -> Link | None:
+    """A link by its settings (megabits a second, milliseconds a message); None: as it is."""
+    if megabits is None and not latency_ms:
+        return None
+    return Link(megabits and megabits * 1e6, latency_ms / 1e3)
+
+
 @dataclass(eq=False)
 class _Flight:
     """A segment under way."""
