@@ -65,6 +65,35 @@ def _job(
     return results, measuring.timeline(network, batch, settings, shown) if shown else {}
 
 
+def by_link(
+    megabits: Sequence[float], workers: Sequence[int], network: Mapping[str, Any], batch: int, latency_ms: float,
+    steps: int, rounds: int, settings: Mapping[str, Any],
+) -> tuple[pd.DataFrame, list[str]]:
+    """Where on the bandwidth curve overlap beats DDP as it comes.
+
+    Args:
+        megabits: a second, of each link; 0: the link as it is, without the latency.
+        workers, network, batch, latency_ms, steps, rounds, settings: of `measured`.
+
+    Returns:
+        `against_bounds` of every link, with `Mbit/s`, `over DDP` with `low over DDP` and `high over DDP` (mean of the
+        rounds' ratios, 95 % interval) and `chosen` (what `measuring.CHOSEN` went on with); and a sentence a link that
+        says how it was limited.
+    """
+    tables, how = [], []
+    for each in megabits:
+        latency = latency_ms if each else 0.0
+        found, _, link = measured(workers, network, batch, each, latency, steps, rounds, settings, ())
+        table = against_bounds(found)
+        over = [gains(found[row.workers], row.variant, best_stock(found[row.workers])) for row in table.itertuples()]
+        table["over DDP"] = [each.mean for each in over]
+        table["low over DDP"], table["high over DDP"] = [each.low for each in over], [each.high for each in over]
+        table["chosen"] = [found[count].results["chosen"] for count in table["workers"]]
+        tables.append(table.assign(**{"Mbit/s": each}))
+        how.append(f"{each:g} Mbit/s: {link.how}" if each else link.how)
+    return pd.concat(tables, ignore_index=True), how
+
+
 def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
     """Seconds a step against max(compute, communicate) and compute + communicate.
 
@@ -80,7 +109,7 @@ def against_bounds(found: Mapping[int, Measured]) -> pd.DataFrame:
         compute, communicate = each.seconds[COMPUTE], each.seconds[WHOLE]
         upper, lower = compute + communicate, max(compute, communicate)
         for name, values in seconds.items():
-            if name not in VARIANTS and name not in STOCK:
+            if name in (COMPUTE, WHOLE, CUT):
                 continue
             quartiles = (
                 statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import seaborn as sns
@@ -39,6 +39,34 @@ def bars(frame: pd.DataFrame) -> Figure:
         axis.margins(x=0.14)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def links(frame: pd.DataFrame, variants: Sequence[str]) -> Figure:
+    """Speed over the fastest DDP as it comes against the link's bandwidth, with 95 % intervals; a panel a number of
+    workers.
+
+    Args:
+        frame: `analysis.by_link`.
+        variants: to show.
+    """
+    groups = list(frame.groupby("workers"))
+    figure, axes = figures.canvas(len(groups), width=5.6, height=4.0)
+    colours = sns.color_palette("colorblind")
+    shown = [variant for variant in variants if variant in set(frame["variant"])]
+    given = sorted(frame["Mbit/s"].unique(), key=lambda each: each or float("inf"))
+    for axis, (workers, part) in zip(axes[0], groups, strict=True):
+        for number, (variant, colour) in enumerate(zip(shown, colours, strict=False)):
+            rows = part[part["variant"] == variant].set_index("Mbit/s").loc[given]
+            at = [place + 0.06 * (number - (len(shown) - 1) / 2) for place in range(len(given))]
+            below, above = rows["over DDP"] - rows["low over DDP"], rows["high over DDP"] - rows["over DDP"]
+            axis.errorbar(at, rows["over DDP"], [below.clip(0), above.clip(0)], marker="o", capsize=3, color=colour,
+                          label=variant)
+        axis.axhline(1, color="0.4", linewidth=1, linestyle="--")
+        axis.set_xticks(range(len(given)), [f"{each:g}" if each else "as it is" for each in given])
+        axis.set(xlabel="link [Mbit/s]", title=f"{workers} workers")
+    axes[0][0].set_ylabel("speed, the fastest DDP as it comes = 1")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
     return figure
 
 

@@ -14,6 +14,8 @@ MARGIN = 0.02
 """Share of a step by which a technique has to beat DistributedDataParallel as it comes."""
 # Steps of a visit. DDP makes its buckets anew after the first, and the order of segments is decided after four.
 _WARM, _TIMED = 5, 4
+VISIT = _WARM + _TIMED
+"""Steps of a visit; an epoch has to be longer."""
 _ROUNDS = 2
 
 
@@ -72,10 +74,10 @@ class Choice:
         Returns:
             Whether `way` has changed.
         """
-        whole = left > _WARM + _TIMED
+        whole = left > VISIT
         if self.over or (self._steps == 0 and not whole):
             return False
-        if self._steps < _WARM + _TIMED:
+        if self._steps < VISIT:
             if self._steps == _WARM:
                 self._since = time.perf_counter()
             self._steps += 1

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from layerlab import Dataset, Fit, Split, build_model, forward_order, noise
 from layerlab.measure import synchronise
+from layerlab_comm_overlap.method.choosing import VISIT
 from layerlab_comm_overlap.method.stock import STOCK, StockDDP
 from layerlab_comm_overlap.strategy import CommOverlap
 
@@ -33,6 +34,8 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "all together": {name: True for name in OFF},
 }
 """Name → the switches of `CommOverlap`."""
+CHOSEN = "chosen by measuring"
+"""Name of `CommOverlap` as it comes."""
 COMPUTE, WHOLE, CUT = "compute alone", "communicate alone", "communicate alone, in segments"
 
 
@@ -52,25 +55,31 @@ def measure(
 
     Returns:
         `seconds`: name → seconds a step, one a round, the mean over the workers; with `STOCK` (the null arms); with
-        `COMPUTE` (the same steps without communication, in all workers at the same time), `WHOLE` and `CUT` (all
-        buckets with nothing computed).
+        `CHOSEN`, where epochs are long enough to choose in; with `COMPUTE` (the same steps without communication, in
+        all workers at the same time), `WHOLE` and `CUT` (all buckets with nothing computed).
         `layers`: see `layer_times`. `link`: see `link_times`. `buckets`: of each bucket, the bytes of each layer.
+        `chosen`: see `CommOverlap.chosen`.
     """
     options = dict(network)
     shape = (options["channels"], options["image_size"], options["image_size"])
     workers = dist.get_world_size()
     torch.manual_seed(0)
     model = build_model(options.pop("name"), **options)
+    alone, shared = noise(batch * steps, shape), noise(batch * steps * workers, shape)
     common: dict[str, Any] = {"epochs": rounds + 1, "lr": 1e-3, "measure": False, "device": str(_device())}
-    alone = noise(batch * steps, shape)
-    shared = noise(batch * steps * workers, shape)
     jobs = {COMPUTE: Fit(model, alone, batch_size=batch, **common)}
+    common["batch_size"] = batch * workers
     strategies = {name: CommOverlap(**settings, **VARIANTS[name]) for name in variants}
     for name, strategy in strategies.items():
-        jobs[name] = Fit(model, shared, strategy, batch_size=batch * workers, **common)
+        jobs[name] = Fit(model, shared, strategy, **common)
     delays = {name: value for name, value in settings.items() if name in ("link_megabits", "link_latency_ms")}
     for name, megabytes in STOCK.items():
-        jobs[name] = Fit(model, shared, StockDDP(bucket_mb=megabytes, **delays), batch_size=batch * workers, **common)
+        jobs[name] = Fit(model, shared, StockDDP(bucket_mb=megabytes, **delays), **common)
+    chooser = CommOverlap(choose=True, **delays)
+    if steps > VISIT:
+        jobs[CHOSEN] = Fit(model, shared, chooser, **common | {"epochs": rounds + 1 + _CHOOSING})
+        while not chooser.chosen:
+            jobs[CHOSEN].train_epoch()
     seconds: dict[str, list[float]] = defaultdict(list)
     for turn in range(rounds + 1):
         names = list(jobs)
@@ -86,12 +95,17 @@ def measure(
     layers = layer_times(model, noise(batch * 4, shape), batch)
     buckets = [[bucket.get(layer, 0) for layer in layers["layer"]] for bucket in strategies[variants[-1]].buckets]
     link = link_times(CommOverlap(**settings, **OFF))
+    chosen = chooser.chosen
     for job in jobs.values():
         job.finish()
     table = torch.tensor([seconds[name] for name in seconds], dtype=torch.float64)
     dist.all_reduce(table)
     means = {name: row for name, row in zip(seconds, (table / workers).tolist(), strict=True)}
-    return {"seconds": means, "layers": layers, "link": link, "buckets": buckets}
+    return {"seconds": means, "layers": layers, "link": link, "buckets": buckets, "chosen": chosen}
+
+
+# Epochs that a choice may take: one for each visit of each way.
+_CHOOSING = 12
 
 
 def _device() -> torch.device:
