@@ -80,18 +80,7 @@ def measure(
         jobs[CHOSEN] = Fit(model, shared, chooser, **common | {"epochs": rounds + 1 + _CHOOSING})
         while not chooser.chosen:
             jobs[CHOSEN].train_epoch()
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        names = list(jobs)
-        for name in names if turn % 2 else reversed(names):
-            dist.barrier()
-            row = jobs[name].train_epoch()
-            if turn:
-                seconds[name].append(row["time/epoch_seconds"] / steps)
-        for name, label in ((variants[0], WHOLE), (variants[-1], CUT)):
-            values = [strategies[name].seconds_to_communicate() for _ in range(3)]
-            if turn:
-                seconds[label].append(statistics.median(values))
+    seconds = _by_turns(jobs, rounds, steps, {WHOLE: strategies[variants[0]], CUT: strategies[variants[-1]]})
     layers = layer_times(model, noise(batch * 4, shape), batch)
     buckets = [[bucket.get(layer, 0) for layer in layers["layer"]] for bucket in strategies[variants[-1]].buckets]
     link = link_times(CommOverlap(**settings, **OFF))
@@ -102,6 +91,25 @@ def measure(
     dist.all_reduce(table)
     means = {name: row for name, row in zip(seconds, (table / workers).tolist(), strict=True)}
     return {"seconds": means, "layers": layers, "link": link, "buckets": buckets, "chosen": chosen}
+
+
+def _by_turns(
+    jobs: Mapping[str, Fit], rounds: int, steps: int, sending: Mapping[str, CommOverlap]
+) -> dict[str, list[float]]:
+    """Name → seconds a step, one a round: of each job's epochs, and of communicating alone by those of `sending`."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for turn in range(rounds + 1):
+        names = list(jobs)
+        for name in names if turn % 2 else reversed(names):
+            dist.barrier()
+            row = jobs[name].train_epoch()
+            if turn:
+                seconds[name].append(row["time/epoch_seconds"] / steps)
+        for label, strategy in sending.items():
+            values = [strategy.seconds_to_communicate() for _ in range(3)]
+            if turn:
+                seconds[label].append(statistics.median(values))
+    return seconds
 
 
 # Epochs that a choice may take: one for each visit of each way.
