@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerlab.base.errors import reason
+from layerlab.base.errors import reason, refusal
 from layerlab.runs import tracking
 from layerlab.runs.basis import State
 from layerlab.runs.batch.cluster import on_cluster
@@ -179,4 +179,4 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
     try:
         return future.result()
     except Exception as error:  # no process, no temporary folder, no file descriptor left
-        return Outcome("failed", f"The notebook of {job.name!r} could not be run ({reason(error)}).")
+        return Outcome("failed", f"The notebook of {job.name!r} could not be run ({refusal(error) or reason(error)}).")
