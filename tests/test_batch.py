@@ -29,6 +29,7 @@ from layerlab.base.usage import note_data
 from layerlab.cli.main import main
 from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
+from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.plans import Plan, jobs_of, read_plan
 from layerlab.runs.jobs import Job, notebook_job, paper_job
 from layerlab.show.progress import Board
@@ -746,6 +747,14 @@ def test_what_the_system_kills_because_memory_ran_out_is_said_so_and_the_others_
     assert re.search(f"{said}.*, and the system ran out of memory and killed a process: ", ended.stderr), ended.stderr
     assert "good: finished" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("variable", "threads"), [("2,1", "2"), ("1", "1"), ("x", "3"), ("0", "3"), ("", "3")])
+def test_a_job_gets_the_threads_that_openmp_would_take(notebook, monkeypatch, variable, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr("layerlab.runs.batch.machine.usable_cores", lambda: 3)
+    environment, _ = Machine().take(notebook("any"), 3)
+    assert environment["OMP_NUM_THREADS"] == threads
 
 
 def test_a_batch_takes_no_more_memory_than_its_container_has(tmp_path):

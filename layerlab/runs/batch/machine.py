@@ -53,7 +53,9 @@ class Machine:
             if gpu is not None:
                 self.gpus.append(gpu)
 
-        threads = min(cores, self.threads, int(os.environ.get("OMP_NUM_THREADS") or cores))
+        # OpenMP takes a list as well, of which the first counts here, and ignores what is no number.
+        wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        threads = min(cores, self.threads, int(wanted) if wanted.isdecimal() and int(wanted) else cores)
         environment = {"OMP_NUM_THREADS": str(threads)}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu

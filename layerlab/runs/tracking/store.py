@@ -29,6 +29,7 @@ from layerlab.base.files import write_atomically
 from layerlab.base.folder_lock import acquire_lock
 from layerlab.base.names import file_name, marked
 from layerlab.base.provenance import provenance, versions, versions_text
+from layerlab.base.usage import note_absent
 from layerlab.runs.record import DATABASE, workbook_folder
 from layerlab.runs.tracking.database import PATIENCE, check_file, wait_for_database
 from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
@@ -272,6 +273,7 @@ def reader() -> Any:
         return client()
     state, _ = schema(file)
     if state == "none":
+        note_absent(file)
         return None
     return _copied(file, file.stat().st_mtime_ns) if state == "older" else _Client(tracking_uri())
 
