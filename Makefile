@@ -31,10 +31,10 @@ docs: $(READY)  ## docs/contract.md from the docstrings
 	$(BIN)/python docs/contract.py
 
 ui: $(READY)  ## MLflow on http://127.0.0.1:5000
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/mlflow ui --backend-store-uri "$$(LAYERLAB_HOME="$$PWD" MLFLOW_TRACKING_URI= $(BIN)/python -c 'from layerlab.runs.tracking import tracking_uri; print(tracking_uri())')" --host 127.0.0.1 --port 5000
 
 lab: $(READY)  ## JupyterLab on 127.0.0.1
-	LAYERLAB_HOME=$(CURDIR) $(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir=notebooks --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate
+	LAYERLAB_HOME="$$PWD" $(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir=notebooks --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate
 
 benchmarks: $(READY)  ## every speed and memory ratio, into results/benchmarks.md (about an hour)
 	$(BIN)/python benchmarks/all.py

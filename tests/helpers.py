@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,6 +124,37 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     finally:
         # Lazily, since what runs there may hold a file open.
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def small_memory(size: int) -> Iterator[Callable[[], None]]:
+    """What a process calls so that the system kills one of it and all that it starts when they take more bytes.
+
+    Skips the test where no such group of processes may be made.
+    """
+    entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    first = [entry[2] for entry in entries if "memory" in entry[1].split(",")]
+    second = [entry[2] for entry in entries if not entry[1]]
+    folder = Path("/sys/fs/cgroup", *(["memory", first[0].strip("/")] if first else [second[0].strip("/")]),
+                  f"layerlab-test-{os.getpid()}")
+    limit = folder / ("memory.limit_in_bytes" if first else "memory.max")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("needs to make a control group, which takes root")
+    try:
+        if not limit.exists():
+            pytest.skip("needs a control group for memory")
+        limit.write_text(str(size))
+        yield lambda: (folder / "cgroup.procs").write_text(str(os.getpid())) and None
+    finally:
+        deadline = time.monotonic() + 30
+        while folder.exists():
+            # Those that were killed leave it a moment later.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            assert time.monotonic() < deadline, f"{folder} has processes in it"
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager

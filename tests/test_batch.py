@@ -22,13 +22,14 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
-from helpers import free_port, slow, small_disk, write_notebook
+from helpers import free_port, slow, small_disk, small_memory, write_notebook
 
 from layerlab import LayerlabError, Study
 from layerlab.base.usage import note_data
 from layerlab.cli.main import main
 from layerlab.runs import tracking
 from layerlab.runs.batch.local import preview, run_batch
+from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.plans import Plan, jobs_of, read_plan
 from layerlab.runs.jobs import Job, notebook_job, paper_job
 from layerlab.show.progress import Board
@@ -713,12 +714,58 @@ def test_what_a_batch_would_do_is_known_without_pandas():
 
 
 def test_memory_that_runs_out_is_said_with_the_peak(notebook):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9,) * 2)"
-    (full,) = run_batch([notebook("full", limit, "x = bytearray(8 * 10**9)")])
-    assert re.search(r"MemoryError.*it took up to \d+\.\d\d GB", full.message)
+    limit = "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9,) * 2)"
+    for cell, kind in (("bytearray(8 * 10**9)", "MemoryError"), ("torch.empty(8 * 10**9)", "RuntimeError")):
+        (full,) = run_batch([notebook("full", limit, cell)])
+        assert re.search(rf"{kind}.*it took up to \d+\.\d\d GB", full.message)
     (killed,) = run_batch([notebook("killed", "x = bytearray(10**9); import os; os.kill(os.getpid(), 9)")], retries=0)
     peak = float(re.search(r"lost its kernel .*it took up to (\S+) GB", killed.message)[1])
     assert 1.0 < peak < 3.0
+
+
+@pytest.mark.parametrize(("victim", "said"), [
+    ("kernel", r"'full' lost its kernel .*; it took up to 0\.\d+ GB"),
+    ("a child of the cell", r"failed in cell 3 \(CalledProcessError: .* it took up to 0\.\d+ GB"),
+    ("runner", r"died 1 times .* its process was killed by signal 9"),
+])
+def test_what_the_system_kills_because_memory_ran_out_is_said_so_and_the_others_go_on(
+    notebook, tmp_path, victim, said
+):
+    fill = "x = [bytearray(10**7) for _ in range(300)]"
+    cells = {
+        "kernel": fill,
+        "a child of the cell": f"import subprocess, sys; subprocess.run([sys.executable, '-c', {fill!r}], check=True)",
+        # The system kills it first, and what the kernel takes stays.
+        "runner": f"import os; open(f'/proc/{{os.getppid()}}/oom_score_adj', 'w').write('1000'); {fill}",
+    }
+    files = [notebook("full", cells[victim]).notebook, notebook("good", "1 + 1").notebook]
+    with small_memory(10**9) as limit:
+        ended = subprocess.run(
+            [sys.executable, "-m", "layerlab.cli", "reproduce", "--workers", "1", "--retries", "0", *files],
+            preexec_fn=limit, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    assert re.search(f"{said}.*, and the system ran out of memory and killed a process: ", ended.stderr), ended.stderr
+    assert "good: finished" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("variable", "threads"), [("2,1", "2"), ("1", "1"), ("x", "3"), ("0", "3"), ("", "3")])
+def test_a_job_gets_the_threads_that_openmp_would_take(notebook, monkeypatch, variable, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr("layerlab.runs.batch.machine.usable_cores", lambda: 3)
+    environment, _ = Machine().take(notebook("any"), 3)
+    assert environment["OMP_NUM_THREADS"] == threads
+
+
+def test_a_batch_takes_no_more_memory_than_its_container_has(tmp_path):
+    script = ("from layerlab.runs.batch.machine import Machine; from layerlab.base.memory import memory_limit; "
+              "print(Machine().memory, memory_limit())")
+    with small_memory(10**9) as limit:
+        told = subprocess.run([sys.executable, "-c", script], preexec_fn=limit, capture_output=True, text=True)
+    free, most = map(float, told.stdout.split())
+    assert 0.2 < free < 1.0
+    # The system counts whole pages.
+    assert 0 <= 10**9 - most < 2**16
 
 
 @slow

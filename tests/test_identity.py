@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import os
+import sqlite3
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
 import pytest
 from fake_paper import FINISH, OPEN, TRAIN
+from helpers import write_notebook
 from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell
 from PIL import Image
 
 from layerlab import LayerlabError, Study
@@ -142,6 +147,49 @@ def test_what_a_process_writes_itself_is_nothing_that_it_rests_on(tmp_path):
         assert file.read_text()
         write(file)
     assert [path for path in recorder.content()["files"] if str(tmp_path) in path] == []
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_a_database_that_was_only_read_counts_and_one_that_was_written_does_not(tmp_path, journal):
+    def run(file: str, command: str) -> list[tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(file)) as connection, connection:
+            return connection.execute(command).fetchall()
+
+    read, written = str(tmp_path / "100% read#.db"), str(tmp_path / "written.db")
+    for file in (read, written):
+        run(file, f"PRAGMA journal_mode = {journal}")
+        run(file, "CREATE TABLE numbers (n)")
+    recorder = usage.start()
+    # Without the line by which it is open all the time, the last one to close would clear the journal away.
+    kept = sqlite3.connect(f"{Path(read).as_uri()}?mode=ro", uri=True)
+    assert kept.execute("SELECT * FROM numbers").fetchall() == []
+    run(written, "INSERT INTO numbers VALUES (1)")
+    sqlite3.connect(":memory:").close()
+    used = recorder.content()
+    assert list(used["databases"]) == [read]
+    assert [path for path in used["files"] if str(tmp_path) in path] == []
+    assert usage.counted(used).endswith("1 database, 0 datasets")
+    run(written, "INSERT INTO numbers VALUES (2)")
+    assert usage.changes(used, os.getcwd()) == []
+    run(read, "INSERT INTO numbers VALUES (3)")
+    assert usage.changes(used, os.getcwd()) == [f"{read} was written to"]
+    kept.close()
+    assert usage.changes(used, os.getcwd()) == [f"{read} was written to"]
+
+
+def test_a_scoreboard_is_made_again_when_runs_are_added_and_not_otherwise(fake, tmp_path):
+    fake()
+    job = notebook_job(write_notebook(tmp_path / "home" / "notebooks" / "board.ipynb",
+                                      [new_code_cell("from layerlab import scoreboard\nscoreboard.collect(['fake'])")]))
+
+    def again() -> str:
+        (outcome,) = run_batch([job])
+        return outcome.status
+
+    assert [again(), again()] == ["finished", "done before"]
+    for number in range(2):
+        Study("fake", "cpu", output=tmp_path / f"run{number}").finish()
+        assert [again(), again()] == ["finished", "done before"]
 
 
 def test_comments_and_docstrings_are_no_other_code(tmp_path):

@@ -17,8 +17,12 @@ from pathlib import Path
 import pytest
 from helpers import chromium, free_port, serving, slow
 
+from layerlab.base.processes import import_path
+from layerlab.runs import tracking
 from layerlab.runs.execution import execute
 from layerlab.runs.jobs import notebook_job
+from layerlab.runs.tracking.schema import sqlite_file
+from layerlab.runs.tracking.store import open_client
 
 ROOT = Path(__file__).parents[1]
 # `LAYERLAB_SHOTS=docs` keeps the picture that the docs show.
@@ -52,11 +56,47 @@ def test_lab_and_ui_listen_on_this_machine_alone():
 @slow
 def test_the_ui_listens_on_this_machine_alone_when_it_runs(tmp_path):
     port = free_port()
-    arguments = _recipe("ui").partition("/mlflow ")[2].replace("$(CURDIR)", str(tmp_path)).replace("5000", str(port))
-    assert str(tmp_path) in arguments
-    command = [sys.executable, "-m", "mlflow", *arguments.split()]
-    with serving(command, f"http://127.0.0.1:{port}/health", cwd=tmp_path):
+    place = _checkout(tmp_path / "plain", {"mlflow": f'exec "{sys.executable}" -m mlflow "$@"'})
+    with (place / "Makefile").open("r+") as file:
+        text = file.read().replace("--port 5000", f"--port {port}")
+        file.seek(0)
+        file.write(text)
+    with serving(["make", "ui"], f"http://127.0.0.1:{port}/health", cwd=place):
         assert _addresses(port) == {"0100007F"}
+
+
+def _checkout(folder: Path, programs: dict[str, str]) -> Path:
+    """A folder with the Makefile and an environment of these programs, lines for the shell each, beside `python`."""
+    binaries = folder / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    (folder / ".venv" / ".ready").touch()
+    shutil.copy(ROOT / "Makefile", folder)
+    for name, line in {"python": f'exec "{sys.executable}" "$@"', **programs}.items():
+        (binaries / name).write_text(f"#!/bin/sh\n{line}\n")
+        (binaries / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a checkout#1", "100%41?it's", 'two" and\'one', "a :b$HOME`;x"])
+def test_lab_and_ui_work_wherever_the_checkout_lies(tmp_path, monkeypatch, name):
+    place = _checkout(tmp_path / name, {"mlflow": 'printf "%s\\n" "$@"', "jupyter": 'printf "%s" "$LAYERLAB_HOME"'})
+    monkeypatch.setenv("PYTHONPATH", import_path())
+    # What a person has set for another workbook is not what a checkout shows.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////elsewhere.db")
+    told = {target: subprocess.run(["make", "-s", target], cwd=place, capture_output=True, text=True, check=True).stdout
+            for target in ("ui", "lab")}
+    words = told["ui"].splitlines()
+    address = words[words.index("--backend-store-uri") + 1]
+    assert sqlite_file(address) == place / "mlflow.db"
+    assert told["lab"] == str(place)
+    # What layerlab tracks there is what the address shows.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("LAYERLAB_HOME", str(place))
+    monkeypatch.chdir(place)
+    number = tracking.experiment_id("mine")
+    assert open_client(address).get_experiment(number).name == "mine"
 
 
 def test_lab_asks_nobody_for_news_or_updates():

@@ -232,7 +232,7 @@ from layerlab import fit, load_dataset, track
 network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 fit(network, load_dataset("digits"), Mine(), observers=[track("thrower")], epochs=1)
 """
-def test_what_is_plugged_into_papermill_and_broken_stops_nobody(site):
+def test_what_is_plugged_into_papermill_and_broken_stops_nobody(site, tmp_path):
     _install(site, "fine")
     points_of = {"engines": "[papermill.engine]\nbad = no_such_module:Engine\n", "twice": "[a]\nx = m:f\nx = m:g\n"}
     for name, points in points_of.items():
@@ -240,12 +240,17 @@ def test_what_is_plugged_into_papermill_and_broken_stops_nobody(site):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(points)
-    notebook = site / "tiny.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")]), notebook)
-    ended = subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", str(notebook)], capture_output=True,
-                           text=True)
+    notebooks = [site / f"tiny{number}.ipynb" for number in range(3)]
+    for notebook in notebooks:
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")]), notebook)
+    place = tmp_path / "empty"
+    place.mkdir()
+    # One after another, so that the later ones are forked from a server which has imported papermill.
+    ended = subprocess.run([sys.executable, "-m", "layerlab.cli", "reproduce", "--workers", "1", *map(str, notebooks)],
+                           capture_output=True, text=True, cwd=place)
     assert ended.returncode == 0, ended.stderr
-    assert "What engines plugs into papermill (bad) is left out: ModuleNotFoundError" in ended.stderr
+    assert ended.stderr.count("What engines plugs into papermill (bad) is left out: ModuleNotFoundError") == 3
+    assert list(place.iterdir()) == []
 
 
 GARBAGE = """

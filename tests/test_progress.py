@@ -9,7 +9,8 @@ import nbclient
 import nbformat
 import pytest
 
-from layerlab.show.progress import Board, Progress, report
+from layerlab.base.errors import LayerlabWarning
+from layerlab.show.progress import Board, Progress, report, say
 
 
 class Terminal(io.StringIO):
@@ -88,10 +89,20 @@ def test_a_comparison_outside_a_terminal_writes_a_line_a_run(capsys):
 def test_nothing_is_shown_when_asked_so_or_when_somebody_follows_the_events(capsys, monkeypatch, tmp_path):
     Progress(1, show=False).epoch("plain", 1, 1, "loss")
     monkeypatch.setenv("LAYERLAB_PROGRESS", str(tmp_path / "events"))
+    (tmp_path / "events").touch()
     assert report({"cell": 1})
     Progress(1).epoch("plain", 1, 1, "loss")
     assert capsys.readouterr().err == ""
     assert len((tmp_path / "events").read_text().splitlines()) == 2
+
+
+def test_events_that_nobody_follows_make_no_file_and_a_sentence_among_them_is_told(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAYERLAB_PROGRESS", "left-over")
+    assert not report({"cell": 1})
+    with pytest.warns(LayerlabWarning, match="mind the gap"):
+        say("mind the gap")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_notebook_shows_two_bars_while_it_trains_and_keeps_nothing_of_them(monkeypatch):

@@ -45,6 +45,15 @@ def test_a_plugin_of_another_distribution_is_found(install):
     assert found("mine", strength=0.25).strength == 0.25
 
 
+@pytest.mark.parametrize("folder", ["their_plugin.egg-info", "their_plugin-1.2-py3.11.egg-info"])
+def test_a_plugin_in_a_checkout_that_is_on_the_path_has_its_version(install, tmp_path, folder):
+    install("their-plugin", GOOD.format(name="mine"), "[layerlab.strategies]\nmine = their_plugin:Mine\n")
+    (installed,) = tmp_path.glob("*.dist-info")
+    (installed / "METADATA").rename(installed / "PKG-INFO")
+    installed.rename(tmp_path / folder)
+    assert (Registry()["mine"].distribution, Registry()["mine"].version) == ("their-plugin", "1.2")
+
+
 def test_an_unknown_name_lists_what_is_installed_and_the_nearest_spelling(install):
     install("their-plugin", GOOD.format(name="mine"), "[layerlab.strategies]\nmine = their_plugin:Mine\n")
     with pytest.raises(LayerlabError, match=r"Unknown strategy 'lars-skp'. Did you mean 'lars-skip'\?.*mine"):

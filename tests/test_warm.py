@@ -22,7 +22,7 @@ from helpers import write_notebook
 from layerlab.base.provenance import package_folders
 from layerlab.runs.batch.local import run_batch
 from layerlab.runs.batch.one_job import Outcome, Start, Stop, run_job
-from layerlab.runs.batch.runners import Runner, Runners, imported, started_anew
+from layerlab.runs.batch.runners import SERVER_GB, Runner, Runners, imported, started_anew
 from layerlab.runs.jobs import Job, notebook_job
 from layerlab.show.progress import VARIABLE
 
@@ -193,15 +193,18 @@ def test_a_notebook_uses_the_core_as_it_is_when_the_notebook_starts(notebook, tm
     assert not [file for file in used if "/layerlab/runs/" in file], used
 
 
-def test_the_server_has_one_thread_when_it_forks_and_holds_nothing_open(tmp_path):
-    script = ("import os, layerlab.runs.batch.warm_server as server\n"
+def test_the_server_has_one_thread_when_it_forks_holds_nothing_open_and_takes_what_a_batch_reserves(tmp_path):
+    script = ("import os, psutil, layerlab.runs.batch.warm_server as server\n"
               "os.environ.update(server.SINGLE)\n"
               "for _ in server._steps(list(server.ALONG)): pass\n"
+              "memory = psutil.Process().memory_info()\n"
               "print(len(os.listdir('/proc/self/task')), [os.readlink(f'/proc/self/fd/{each}') for each in range(3, 64)"
-              " if os.path.exists(f'/proc/self/fd/{each}')])")
+              " if os.path.exists(f'/proc/self/fd/{each}')], memory.rss - memory.shared)")
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert told.stdout.split() == ["1", "[]"], told.stderr
+    *state, memory = told.stdout.split()
+    assert state == ["1", "[]"], told.stderr
+    assert SERVER_GB / 2 < int(memory) / 1e9 < SERVER_GB
 
 
 def test_a_runner_lives_on_when_its_server_is_killed_and_the_next_has_another(tmp_path):

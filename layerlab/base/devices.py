@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from layerlab.base.errors import LayerlabError, first_line
+from layerlab.base.memory import available_memory
 
 
 def random_state(device: torch.device) -> list[Tensor]:
@@ -61,4 +61,4 @@ def free_memory(device: torch.device) -> float:
     """Bytes that are free on the device; on the CPU in main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import traceback
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,34 @@ def located(error: BaseException) -> str:
     kind, text = type(error).__name__, first_line(error)
     said = text if text == kind else f"{kind}: {text}"
     return f"{said}, line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else said
+
+
+# What the system refuses → what a person can do about it.
+_REMEDIES = {
+    errno.ENOSPC: "make room there", errno.EDQUOT: "make room within your quota",
+    errno.EROFS: "name a folder that can be written", errno.EACCES: "name a folder that you may use",
+    errno.EPERM: "name a folder that you may use", errno.EIO: "look after that disk",
+    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end some programs", errno.ENOMEM: "end some programs",
+}
+
+
+def refusal(error: BaseException) -> str:
+    """What the system refuses and the remedy, in a sentence without its end; empty for any other error.
+
+    Example:
+        >>> refusal(OSError(errno.ENOSPC, "No space left on device", "/tmp/x"))
+        'No space left on device: /tmp/x; make room there'
+    """
+    if not isinstance(error, OSError):
+        return ""
+    if str(error.strerror).startswith("No usable temporary directory"):
+        # Python has tried to write to each of those that it lists.
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
+    if error.errno not in _REMEDIES:
+        return ""
+    # Of two files the second is the one that is written.
+    where = error.filename2 or error.filename
+    return f"{error.strerror}{f': {where}' if where else ''}; {_REMEDIES[error.errno]}"
 
 
 def brief(value: Any) -> str:

@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from layerlab.base.digests import file_digest, folder_digest
+from layerlab.base.digests import database_digest, file_digest, folder_digest
 from layerlab.base.names import GROUP
 
 # Digest of a file that was edited after it had been read: which content was used is not known.
@@ -37,6 +38,8 @@ class Recorder:
         self._begun = time.time_ns()
         self._opened: dict[str, int] = {}
         self._written: set[str] = set()
+        self._databases: dict[str, str] = {}
+        self._absent: set[str] = set()
         self._listed: list[str] | None = None
         self.data: dict[str, str] = {}
 
@@ -46,6 +49,21 @@ class Recorder:
             self._written.add(path)
         elif path not in self._opened and not _below(path, self.data) and os.path.exists(path):
             self._opened[path] = time.time_ns()
+
+    def hear_database(self, path: str) -> None:
+        """Note that a sqlite database is opened: what it holds then, since Python sees none of its reads and writes."""
+        if path not in self._databases and path not in self._written:
+            # Known before it is read, which is heard, too.
+            self._databases[path] = ""
+            self._databases[path] = database_digest(Path(path))
+
+    def note_written(self, path: str) -> None:
+        """Note that what the process reads of a file it wants to write, too."""
+        self._written.add(path)
+
+    def note_absent(self, path: str) -> None:
+        """Note that a file was looked for and is not there."""
+        self._absent.add(path)
 
     def note_data(self, source: str, fingerprint: str) -> None:
         """Note a dataset."""
@@ -64,7 +82,8 @@ class Recorder:
         # Decoded images are made again where they are gone.
         kept = os.path.abspath(os.environ["LAYERLAB_CACHE"]) if os.environ.get("LAYERLAB_CACHE") else ""
         left_out = [*_libraries(), *map(str, without), *self.data, kept]
-        seen = {_source_of(path): when for path, when in self._opened.items() if path not in self._written}
+        seen = {_source_of(path): when for path, when in self._opened.items()
+                if path not in self._written and path not in self._databases}
         seen = {path: when for path, when in seen.items() if not _is_library(path, left_out) and _is_users(path)}
         seen |= {path: self._begun for path in _modules() if path not in seen}
         files = {}
@@ -72,13 +91,19 @@ class Recorder:
             digest = file_digest(Path(path))
             if digest:
                 files[path] = EDITED if os.stat(path).st_mtime_ns > when else digest
+        files |= {path: "" for path in sorted(self._absent) if not os.path.exists(path)}
+        # One that is as it was has only been read; of any other it is not known who wrote it.
+        databases = {path: digest for path, digest in sorted(self._databases.items())
+                     if digest and path not in self._written and not _is_library(path, left_out) and _is_users(path)
+                     and database_digest(Path(path)) == digest}
         return {
             "files": files,
+            "databases": databases,
             "data": {source: folder_digest(source) for source in sorted(self.data)},
             # Where something lies below the current folder, its name was perhaps taken from there. Code is found by
             # Python's path, or named by a parameter.
             "cwd": os.getcwd() if any(_below(path, [os.getcwd()])
-                                      for path in [*files, *self.data] if not path.endswith(".py")) else "",
+                                      for path in [*files, *databases, *self.data] if not path.endswith(".py")) else "",
             "data_root": _data_root() if any(map(os.path.isdir, self.data)) else None,
             "strategies": self._listed,
         }
@@ -121,6 +146,18 @@ def note_data(source: str, fingerprint: str) -> None:
         each.note_data(source, fingerprint)
 
 
+def note_written(file: Path) -> None:
+    """Note that the process writes a file, whatever it reads of it, even if another process does that for it later."""
+    for each in _recorders:
+        each.note_written(os.path.abspath(file))
+
+
+def note_absent(file: Path) -> None:
+    """Note that a file was looked for and is not there."""
+    for each in _recorders:
+        each.note_absent(os.path.abspath(file))
+
+
 def note_listed(names: Iterable[str]) -> None:
     """Note that the installed strategies were looked through."""
     known = list(names)
@@ -139,12 +176,16 @@ def changes(used: Mapping[str, Any], cwd: str) -> list[str]:
         found.append(f"it is started in {cwd}, was in {used['cwd']}")
     for path, digest in used.get("files", {}).items():
         now = file_digest(Path(path))
-        if not now:
+        if not digest:
+            found += [f"{_short(path)} is new"] if now else []
+        elif not now:
             found.append(f"{_short(path)} is gone")
         elif digest == EDITED:
             found.append(f"{_short(path)} was {EDITED}")
         elif now != digest:
             found.append(f"{_short(path)} was edited")
+    found += [f"{_short(path)} was written to" for path, digest in used.get("databases", {}).items()
+              if database_digest(Path(path)) != digest]
     if used.get("data_root") not in (None, _data_root()):
         found.append(f"LAYERLAB_DATA is {_data_root() or 'not set'}, which was {used['data_root'] or 'not set'}")
     found += [f"the data in {_short(source)} changed" for source, digest in used.get("data", {}).items()
@@ -159,15 +200,17 @@ def changes(used: Mapping[str, Any], cwd: str) -> list[str]:
 
 def counted(used: Mapping[str, Any]) -> str:
     """How much was used, in a few words."""
-    files, data = len(used.get("files", {})), len(used.get("data", {}))
-    return f"{files} file{'s' * (files != 1)}, {data} dataset{'s' * (data != 1)}"
+    counts = {kind: len(used.get(f"{kind}s" if kind != "dataset" else "data", {}))
+              for kind in ("file", "database", "dataset")}
+    return ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items()
+                     if count or kind != "database")
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "os.rename":  # os.replace, too: a file that this process has made gets its name
         path, mode, flags = arguments[1], "w", 0
-    elif event == "sqlite3.connect":  # a database is written without Python's knowing: the one of runs is
-        path, mode, flags = arguments[0], "w", 0
+    elif event == "sqlite3.connect":
+        path, mode, flags = arguments[0], "r", 0
     elif event == "open":
         path, mode, flags = arguments
     else:
@@ -176,10 +219,21 @@ def _heard(event: str, arguments: tuple[Any, ...]) -> None:
         path = os.fsdecode(path)
     if not isinstance(path, str):
         return
+    if event == "sqlite3.connect":
+        _heard_database(path)
+        return
     writes = any(sign in mode for sign in "wax+") if mode else bool(flags & (os.O_WRONLY | os.O_RDWR))
     whole = os.path.abspath(path)
     for each in _recorders:
         each.hear(whole, writes)
+
+
+def _heard_database(name: str) -> None:
+    # An address, where it is no path.
+    path = unquote(urlsplit(name).path) if name.startswith("file:") else name
+    if path and not path.startswith(":memory:"):
+        for each in _recorders:
+            each.hear_database(os.path.abspath(path))
 
 
 def _source_of(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import warnings
@@ -13,21 +12,12 @@ from typing import Any, TextIO
 
 import click
 
-from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning
+from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning, refusal
 from layerlab.base.screen import printable, visible
 from layerlab.show.table import Cell, Table, Tone
 
 FORMS = ("text", "markdown", "html", "csv", "latex", "json")
 NOTHING_INSTALLED = "No strategies are installed; install a plugin with pip, such as a folder of plugins/."
-
-
-# What the system refuses → what a person can do about it.
-REMEDIES = {
-    errno.ENOSPC: "make room there", errno.EDQUOT: "make room within your quota",
-    errno.EROFS: "name a folder that can be written", errno.EACCES: "name a folder that you may use",
-    errno.EPERM: "name a folder that you may use", errno.EIO: "look after that disk",
-    errno.EMFILE: "raise `ulimit -n`", errno.ENFILE: "end some programs", errno.ENOMEM: "end some programs",
-}
 
 
 class _Group(click.Group):
@@ -45,12 +35,10 @@ class _Group(click.Group):
             _say_error(str(error))
             ctx.exit(1 if isinstance(error, Diverged) else 2)
         except OSError as error:
-            if error.errno not in REMEDIES:
+            refused = refusal(error)
+            if not refused:
                 raise
-            # Of two files the second is the one that is written.
-            where = error.filename2 or error.filename
-            _say_error(f"{error.strerror}{f': {where}' if where else ''}; {REMEDIES[error.errno]}, and run the same "
-                       "command again.")
+            _say_error(f"{refused}, and run the same command again.")
             ctx.exit(2)
 
 

@@ -31,6 +31,7 @@ from layerlab.base.processes import end_marked, import_path
 from layerlab.base.provenance import package_folders
 from layerlab.base.text import as_json, from_json
 from layerlab.contract.registry import Plugin
+from layerlab.show.progress import say
 
 LIMIT = 60.0  # seconds that a plugin has for its import
 # Variable by which the processes of a look are known.
@@ -155,11 +156,18 @@ def probe(plugins: Sequence[Plugin], limit: float = LIMIT) -> list[Probe]:
             answers = process.answers([(plugins[number], []) for number in missing], limit)
         for number, answer in zip(missing, answers, strict=True):
             found[number] = _read(answer)
-            if not answer["broken"]:
-                # A cache that cannot be written costs the time of the next import, nothing else.
-                with contextlib.suppress(LayerlabError):
-                    write_json(files[number], answer)
+        _remember({files[number]: answer for number, answer in zip(missing, answers, strict=True)
+                   if not answer["broken"]})
     return [each or Probe() for each in found]
+
+
+def _remember(answers: Mapping[Path, dict[str, Any]]) -> None:
+    """Keep what imports showed in the cache; where that fails, say so."""
+    try:
+        for file, answer in answers.items():
+            write_json(file, answer)
+    except LayerlabError as error:
+        say(f"What the plugins' imports showed is not kept, so the next command imports them again: {error}")
 
 
 def import_errors(plugins: Sequence[Plugin], limit: float = LIMIT) -> list[str]:

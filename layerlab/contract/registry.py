@@ -157,7 +157,7 @@ def installed_plugins() -> list[Plugin]:
                 f"{point.module_name}:{point.object_name or ''}",
                 # Taken from the folder's name, where a dash is written as an underscore.
                 point.distro.name.replace("_", "-") if point.distro else "?",
-                point.distro.version if point.distro else "?",
+                _version(point.distro) if point.distro else "?",
             )
             for point in points
         ]
@@ -177,6 +177,17 @@ def installed_plugins() -> list[Plugin]:
     # An editable install can be seen through two folders of sys.path; the same target of the same owner is one plugin.
     unique = {(plugin.name, plugin.distribution.replace("_", "-").lower(), plugin.target): plugin for plugin in plugins}
     return list(unique.values())
+
+
+def _version(found: entrypoints.Distribution) -> str:
+    """A distribution's version, from its folder's name if it stands there: that of a checkout, `x.egg-info`, has
+    none, that of an egg the Python's behind it."""
+    if found.version is None:
+        try:
+            return importlib.metadata.version(found.name)
+        except importlib.metadata.PackageNotFoundError:
+            return "?"
+    return found.version.partition("-py")[0]
 
 
 def _malformed() -> list[str]:

@@ -18,6 +18,7 @@ import psutil
 from layerlab.base.errors import LayerlabError, reason
 from layerlab.base.files import cache_folder
 from layerlab.base.folder_lock import NAME, lock_holder
+from layerlab.base.memory import available_memory, memory_limit
 from layerlab.base.provenance import commit, versions, versions_text
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking import database
@@ -78,11 +79,10 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    tone: Tone = "warning" if memory.available < LITTLE else ""
-    yield f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free; swap {swap.free / 1e9:.1f} GB free", tone
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    free, total, swap = available_memory(), psutil.virtual_memory().total, psutil.swap_memory()
+    tone: Tone = "warning" if free < LITTLE else ""
+    yield f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free; swap {swap.free / 1e9:.1f} GB free", tone
+    if limit := memory_limit():
         yield f"this container may take {limit / 1e9:.1f} GB", ""
 
 

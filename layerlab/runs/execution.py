@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import tempfile
 import time
@@ -121,7 +122,8 @@ def _run(job: Job, rerun: str) -> None:
             close_runs(job)
             job.partial.unlink(missing_ok=True)
             raise LayerlabError(error.evalue) from None
-        peak = _memory(killed) if "MemoryError" in error.ename or "OutOfMemory" in error.ename else ""
+        ran_out = _NO_MEMORY.search(f"{error.ename}: {error.evalue}") or out_of_memory_kills() > killed
+        peak = _memory(killed) if ran_out else ""
         raise fail(job, f"failed in cell {error.exec_count} ({error.ename}: {error.evalue}{peak})") from None
     except CellTimeoutError as error:
         raise fail(job, f"ran out of a cell's time ({first_line(error)})") from None
@@ -209,11 +211,19 @@ def _memory(killed_before: int) -> str:
     """
     # In kilobytes on Linux; of the largest child that has ended, which is the kernel.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    text = f"; it took up to {peak / 1e9:.2f} GB"
-    if out_of_memory_kills() > killed_before:
-        text += ", and the system ran out of memory and killed a process: run fewer notebooks at once (--workers), or "
-        text += "take a smaller batch"
-    return text
+    return f"; it took up to {peak / 1e9:.2f} GB{killed_for_memory(killed_before)}"
+
+
+def killed_for_memory(killed_before: int) -> str:
+    """That the system has run out of memory since then, with the remedy, to follow what happened; or nothing.
+
+    Args:
+        killed_before: what `out_of_memory_kills` gave then.
+    """
+    if out_of_memory_kills() <= killed_before:
+        return ""
+    return (", and the system ran out of memory and killed a process: run fewer notebooks at once (--workers), or take "
+            "a smaller batch")
 
 
 def _trained(folder: Path) -> bool:
@@ -264,6 +274,8 @@ def _check_writable(folder: Path) -> None:
 
 
 _USED_FILE = ".used.json"
+# Errors of Python, NumPy and CUDA by their type; of torch's memory on the CPU, C++ and the system by what they say.
+_NO_MEMORY = re.compile(r"MemoryError|OutOfMemory|can't allocate memory|bad_alloc|Cannot allocate memory")
 # Tags: of a cell that may raise, and of the cells by which papermill points to an error.
 _EXPECTED, _MARKER = "raises-exception", "papermill-error-cell-tag"
 # Errors that mean this run has nothing to clean up in a folder: another run has it, there is none, or none of ours.

@@ -200,12 +200,26 @@ def notebook_job(
                cwd=place, kernel=kernel)
 
 
+# What is plugged into papermill and broken, a sentence each.
+_left_out: list[str] = []
+
+
 def import_papermill() -> Any:
     """papermill, without what costs each process two seconds and without what is plugged into it and broken.
 
     It imports jsonschema, which builds a grammar of web addresses if the package that holds it can be imported.
     Notebooks are valid or not without that. And it loads engines of all distributions with nothing around that.
+
+    What is left out is said at each call: the process that imported papermill may have been one that this was forked
+    from, and that nobody hears.
     """
+    papermill = _imported_papermill()
+    for sentence in _left_out:
+        say(sentence)
+    return papermill
+
+
+def _imported_papermill() -> Any:
     if "papermill" in sys.modules:
         import papermill
 
@@ -228,14 +242,14 @@ def import_papermill() -> Any:
 
 
 def _sound_points(group: str) -> list[Any]:
-    """The entry points of a group that can be loaded; the others get a warning."""
+    """The entry points of a group that can be loaded; why each of the others cannot is kept."""
     sound = []
     for point in importlib.metadata.entry_points(group=group):
         try:
             point.load()
         except Exception as error:  # whatever somebody's module raises
             owner = point.dist.name if point.dist else "a package"
-            say(f"What {owner} plugs into papermill ({point.name}) is left out: {reason(error)}.")
+            _left_out.append(f"What {owner} plugs into papermill ({point.name}) is left out: {reason(error)}.")
         else:
             sound.append(point)
     return sound

@@ -42,14 +42,26 @@ def say_not_first() -> None:
 
 
 def report(event: dict[str, Any]) -> bool:
-    """Append an event to the file that `$LAYERLAB_PROGRESS` names; says whether there is one."""
+    """Append an event to the file that `$LAYERLAB_PROGRESS` names; says whether there is one.
+
+    Whoever follows the file has made it: one that is not there is followed by nobody, and is not made here.
+    """
     file = os.environ.get(VARIABLE)
     if not file:
         return False
-    # A full disk takes the bars away and nothing else.
-    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(event) + "\n")
+    try:
+        with open(file, "a", encoding="utf-8", opener=_open_made) as stream:
+            stream.write(json.dumps(event) + "\n")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        # A full disk takes the bars away and nothing else.
+        pass
     return True
+
+
+def _open_made(file: str, flags: int) -> int:
+    return os.open(file, flags & ~os.O_CREAT)
 
 
 def say(sentence: str) -> None:

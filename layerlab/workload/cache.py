@@ -9,7 +9,6 @@ import os
 import socket
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from layerlab.base.errors import LayerlabWarning, first_line
+from layerlab.base.errors import first_line
 from layerlab.base.files import cache_folder
+from layerlab.show.progress import say
 
 # Files that changed less than so many seconds ago may change again within one tick of the file system's clock.
 _SETTLED = 2.0
@@ -66,7 +66,7 @@ def load_kept(key: str, rows: int, shape: tuple[int, ...]) -> Kept | None:
             raise ValueError("other pixels than were written")
         return Kept(images, bad, {name: int(count) for name, count in about["treated"].items()})
     except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError):
-        warnings.warn(f"{file} was damaged and is made again.", LayerlabWarning, stacklevel=2)
+        say(f"{file} was damaged and is made again.")
         return None
 
 
@@ -81,8 +81,7 @@ def keep(key: str, kept: Kept) -> None:
         _write(folder / f"{key}.json", json.dumps(about).encode())
         _write(folder / f"{key}.npy", kept.images)
     except OSError as error:
-        warnings.warn(f"Decoded images are not kept, so the next start decodes again: {first_line(error)}.",
-                      LayerlabWarning, stacklevel=2)
+        say(f"Decoded images are not kept, so the next start decodes again: {first_line(error)}.")
 
 
 def content_digests(paths: Sequence[str | os.PathLike[str]]) -> list[bytes]:

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerlab.base.errors import reason
+from layerlab.base.errors import reason, refusal
 from layerlab.runs import tracking
 from layerlab.runs.basis import State
 from layerlab.runs.batch.cluster import on_cluster
 from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.one_job import Outcome, Stop, run_job
-from layerlab.runs.batch.runners import Runners, imported
+from layerlab.runs.batch.runners import SERVER_GB, Runners, imported
 from layerlab.runs.jobs import Job
 from layerlab.runs.record import read_record, workbook_folder
 from layerlab.show.progress import Board, clock
@@ -144,6 +144,8 @@ def _on_this_machine(
     running: dict[Future[Outcome], tuple[int, Callable[[], None]]] = {}
     # The first is forked before anything is imported, and what is imported behind it is for the others.
     imports = imported({Path(jobs[number].notebook) for number in waiting}) if len(waiting) > 1 else []
+    # What a notebook is forked from takes memory besides it.
+    machine.memory -= SERVER_GB if imports else 0.0
     with Runners(imports) as runners, ThreadPoolExecutor(max(1, len(jobs))) as pool:
         while waiting or running:
             for number in list(waiting):
@@ -177,4 +179,4 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
     try:
         return future.result()
     except Exception as error:  # no process, no temporary folder, no file descriptor left
-        return Outcome("failed", f"The notebook of {job.name!r} could not be run ({reason(error)}).")
+        return Outcome("failed", f"The notebook of {job.name!r} could not be run ({refusal(error) or reason(error)}).")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import psutil
 
+from layerlab.base.memory import available_memory
 from layerlab.runs.jobs import Job
 
 
@@ -26,7 +27,7 @@ class Machine:
     def __init__(self, at_once: int = 1) -> None:
         self.threads = usable_cores()
         self.cores = self.all_cores = max(self.threads, at_once)
-        self.memory = psutil.virtual_memory().available / 1e9
+        self.memory = available_memory() / 1e9
         self.gpus = _gpus()
         self.has_gpus = bool(self.gpus)
         self.running = 0
@@ -52,7 +53,9 @@ class Machine:
             if gpu is not None:
                 self.gpus.append(gpu)
 
-        threads = min(cores, self.threads, int(os.environ.get("OMP_NUM_THREADS") or cores))
+        # OpenMP takes a list as well, of which the first counts here, and ignores what is no number.
+        wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        threads = min(cores, self.threads, int(wanted) if wanted.isdecimal() and int(wanted) else cores)
         environment = {"OMP_NUM_THREADS": str(threads)}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu

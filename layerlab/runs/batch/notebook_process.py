@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 
-from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.errors import LayerlabError, reason, refusal
 from layerlab.base.processes import end_marked
 from layerlab.base.text import from_json
 from layerlab.runs.execution import DeadKernel, NotebookFailed, close_runs, execute, fail
@@ -48,7 +48,7 @@ def main() -> None:
     except KeyboardInterrupt:
         status = "stopped"
     except Exception as error:  # a full disk in the middle of papermill, for one
-        status, message = "failed", str(fail(job, f"could not be run ({reason(error)})"))
+        status, message = "failed", str(fail(job, f"could not be run ({refusal(error) or reason(error)})"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if reasons and status != "finished":
         # The kernel was ended from here, whatever that looked like to papermill.

@@ -20,7 +20,7 @@ from layerlab.base.processes import end_marked
 from layerlab.base.text import as_json
 from layerlab.runs.batch.notebook_process import STOP, TIME
 from layerlab.runs.batch.runners import Runner, started_anew
-from layerlab.runs.execution import fail
+from layerlab.runs.execution import fail, killed_for_memory, out_of_memory_kills
 from layerlab.runs.jobs import Job
 from layerlab.show.progress import VARIABLE, followed
 
@@ -106,6 +106,7 @@ def _once(
     with tempfile.TemporaryDirectory(prefix="layerlab-", ignore_cleanup_errors=True) as temporary:
         events, log = Path(temporary) / "progress.jsonl", Path(temporary) / "log"
         events.touch()
+        killed = out_of_memory_kills()
         process, channel = start({**environment, VARIABLE: str(events)}, log)
         told = _tell_process(process, json.dumps({"job": as_json(asdict(job)), "rerun": rerun}))
         deadline = time.monotonic() + time_limit if time_limit else float("inf")
@@ -133,7 +134,7 @@ def _once(
             return "stopped", ""
         if end < float("inf"):
             return "failed", str(fail(job, "ran out of its time and had to be killed"))
-        return "dead", _last_words(status, log)
+        return "dead", _last_words(status, log) + killed_for_memory(killed)
 
 
 def _answer(channel: int) -> tuple[Status | Literal["dead"], str] | None:

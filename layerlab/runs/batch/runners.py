@@ -25,6 +25,9 @@ from layerlab.show.progress import VARIABLE
 _LATE = (VARIABLE, "CUDA_VISIBLE_DEVICES")
 # How often a server that ends by itself is started again.
 _STARTS = 3
+# Memory of a server that has imported everything, in 10⁹ bytes: 0.63 were measured, and 0.4 of files, which the system
+# can give up.
+SERVER_GB = 0.8
 # Seconds that a server has for a fork, behind the import of a module.
 _PATIENCE = 60.0
 

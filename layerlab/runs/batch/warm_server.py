@@ -69,7 +69,8 @@ def _serve(requests: socket.socket) -> Work | None:
         In a forked process, what it is to do; None in the server, at its end.
     """
     # Where processes cannot be labelled or watched this ends here, and whoever waits sees the socket close.
-    relabel(sys.orig_argv, VARIABLE, os.environ[VARIABLE])
+    # The text there keeps room for a path and is none.
+    relabel(sys.orig_argv, VARIABLE, os.environ.pop(VARIABLE))
     os.close(os.pidfd_open(os.getpid()))
     steps = _steps(sys.argv[2:])
     waiting = True

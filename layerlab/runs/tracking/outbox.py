@@ -16,9 +16,11 @@ from typing import Any
 
 from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.files import write_atomically
+from layerlab.base.usage import note_written
 from layerlab.runs.record import workbook_folder
 from layerlab.runs.tracking import store
 from layerlab.runs.tracking.database import QUIET, wait_for_database
+from layerlab.runs.tracking.schema import sqlite_file
 from layerlab.runs.tracking.writer import is_alive, this_process
 from layerlab.show.progress import say
 
@@ -56,6 +58,8 @@ class Outbox:
         self._messages: list[dict[str, Any]] = []
         self._pause, self._next = FIRST, 0.0
         self._artifacts = artifacts
+        if (file := sqlite_file(store.tracking_uri())) is not None:
+            note_written(file)
 
     def open(self, patience: float) -> str:
         """Begin the run, or go on with it, before anything is spent on it; gives its id.

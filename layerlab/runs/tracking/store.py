@@ -29,6 +29,7 @@ from layerlab.base.files import write_atomically
 from layerlab.base.folder_lock import acquire_lock
 from layerlab.base.names import file_name, marked
 from layerlab.base.provenance import provenance, versions, versions_text
+from layerlab.base.usage import note_absent
 from layerlab.runs.record import DATABASE, workbook_folder
 from layerlab.runs.tracking.database import PATIENCE, check_file, wait_for_database
 from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
@@ -200,7 +201,7 @@ def _bring_up(file: Path) -> None:
             left.unlink()
         # With a name of its own: MLflow goes on with what it has once opened under a name.
         new = file.with_name(f".{file.name}.{uuid.uuid4().hex}.new")
-        _Client(sqlite_uri(new)).search_experiments()
+        _fill(new, (file.parent / "mlruns").as_uri())
         os.replace(new, file)
     if state == "older":
         kept = file.with_name(f"{file.name}.{revision}")
@@ -209,6 +210,23 @@ def _bring_up(file: Path) -> None:
             upgrade(file)
         warnings.warn(f"{file} was written by an older MLflow and is brought up to the one that is installed; {kept} "
                       "is the database as it was.", LayerlabWarning, stacklevel=2)
+
+
+def _fill(file: Path, artifacts: str) -> None:
+    """Make MLflow's tables in a new database.
+
+    Args:
+        file: the database's.
+        artifacts: address for the artifacts of MLflow's own experiment `Default`. MLflow takes the current folder's by
+            itself, and writes its path into SQL as it is, where quotes and colons mean something.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    uri = sqlite_uri(file)
+    with quiet(silent=True), as_sentence(uri):
+        SqlAlchemyStore(uri, artifacts).search_experiments()
 
 
 # MLflow's settings, where the environment has none: a server that is down is not waited for for minutes.
@@ -255,6 +273,7 @@ def reader() -> Any:
         return client()
     state, _ = schema(file)
     if state == "none":
+        note_absent(file)
         return None
     return _copied(file, file.stat().st_mtime_ns) if state == "older" else _Client(tracking_uri())
 
