@@ -135,6 +135,7 @@ class Strategy(BaseModel):
         run.apply_freezing()
         self.on_epoch_start(run)
         for x, y in run.data.batches(run.batch_size, run.generator, torch.float32, torch.contiguous_format):
+            self.on_train_batch_start(run)
             if self.defines("training_step"):
                 assert isinstance(x, Tensor)
                 self.training_step(run, x, y)
@@ -157,6 +158,12 @@ class Strategy(BaseModel):
 
     def on_epoch_start(self, run: Run) -> None:
         """Before each epoch; the network is in training mode."""
+
+    def on_train_batch_start(self, run: Run) -> None:
+        """Before each step, of which nothing is computed yet: for what changes from step to step, such as what learns.
+
+        `run.step` counts the steps that are done. It counts to the step's cost.
+        """
 
     def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
         """Replace the whole step (forward, `run.backward`, update). At most one strategy of a run defines it.
