@@ -43,11 +43,13 @@ _PUBLIC = {
     "NORMALISATION": "layerlab.workload.order",
     "forward_order": "layerlab.workload.order",
     "prefixes": "layerlab.workload.order",
+    "Attached": "layerlab.training.attached",
     "Comparison": "layerlab.training.results",
     "Pays": "layerlab.training.pays",
     "FitResult": "layerlab.training.results",
     "Fit": "layerlab.training.loop",
     "Observer": "layerlab.training.loop",
+    "attach": "layerlab.training.attached",
     "compare": "layerlab.training.fit",
     "evaluate": "layerlab.training.evaluation",
     "fit": "layerlab.training.fit",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from layerlab.show.interval import Estimate
     from layerlab.show.layer_map import LayerMap
     from layerlab.show.table import Table
+    from layerlab.training.attached import Attached, attach
     from layerlab.training.evaluation import evaluate
     from layerlab.training.fit import compare, fit
     from layerlab.training.loop import Fit, Observer
@@ -94,6 +97,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NORMALISATION",
+    "Attached",
     "Augment",
     "Batches",
     "Comparison",
@@ -117,6 +121,7 @@ __all__ = [
     "Study",
     "Table",
     "Wire",
+    "attach",
     "build_model",
     "compare",
     "devices",

@@ -12,7 +12,7 @@ from layerlab import Fit, Run, Strategy, fit, forward_order
 
 
 class Draws(Strategy):
-    """Freezes, from step to step, as many layers as its own random numbers say, with dropout's and shuffling's beside."""
+    """Freezes in each step as many layers as its own random numbers say."""
 
     name: ClassVar[str] = "draws"
     stream: str = "draws"
