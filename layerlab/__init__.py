@@ -50,6 +50,8 @@ _PUBLIC = {
     "Fit": "layerlab.training.loop",
     "Observer": "layerlab.training.loop",
     "attach": "layerlab.training.attached",
+    "huggingface_callback": "layerlab.training.callbacks",
+    "lightning_callback": "layerlab.training.callbacks",
     "compare": "layerlab.training.fit",
     "evaluate": "layerlab.training.evaluation",
     "fit": "layerlab.training.fit",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from layerlab.show.layer_map import LayerMap
     from layerlab.show.table import Table
     from layerlab.training.attached import Attached, attach
+    from layerlab.training.callbacks import huggingface_callback, lightning_callback
     from layerlab.training.evaluation import evaluate
     from layerlab.training.fit import compare, fit
     from layerlab.training.loop import Fit, Observer
@@ -132,6 +135,8 @@ __all__ = [
     "first_line",
     "fit",
     "forward_order",
+    "huggingface_callback",
+    "lightning_callback",
     "load_dataset",
     "load_model",
     "load_paper",
