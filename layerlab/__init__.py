@@ -38,6 +38,8 @@ _PUBLIC = {
     "noise": "layerlab.workload.dataset",
     "pass_order": "layerlab.workload.dataset",
     "load_dataset": "layerlab.workload.loading",
+    "ResidualBlock": "layerlab.workload.blocks",
+    "residual_blocks": "layerlab.workload.blocks",
     "build_model": "layerlab.workload.builders",
     "model_names": "layerlab.workload.builders",
     "NORMALISATION": "layerlab.workload.order",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from layerlab.training.model_file import load_model, save_model
     from layerlab.training.pays import Pays
     from layerlab.training.results import Comparison, FitResult
+    from layerlab.workload.blocks import ResidualBlock, residual_blocks
     from layerlab.workload.builders import build_model, model_names
     from layerlab.workload.dataset import Augment, Dataset, Split, noise, pass_order
     from layerlab.workload.loading import load_dataset
@@ -117,6 +120,7 @@ __all__ = [
     "Preflight",
     "Refused",
     "Replaced",
+    "ResidualBlock",
     "Run",
     "Session",
     "Split",
@@ -145,6 +149,7 @@ __all__ = [
     "noise",
     "pass_order",
     "prefixes",
+    "residual_blocks",
     "save_model",
     "scoreboard",
     "strategies",

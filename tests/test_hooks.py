@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from helpers import same_weights
 from pydantic import PrivateAttr
+from torch import nn
 
-from layerlab import Fit, Run, Strategy, fit, forward_order
+from layerlab import Fit, Refused, ResidualBlock, Run, Strategy, build_model, fit, forward_order, residual_blocks
 
 
 class Draws(Strategy):
@@ -81,3 +83,74 @@ def test_own_random_numbers_go_on_after_an_interruption(digits, residual, tmp_pa
             training.train_epoch()
         again = fit(residual, digits, Draws(), checkpoint=folder, **OPTIONS)
         assert same_weights(whole.model, again.model)
+
+
+def names(block: ResidualBlock) -> tuple[str, list[str], list[str]]:
+    return block.name, list(block.branch), list(block.shortcut)
+
+
+@pytest.mark.parametrize(("network", "count", "place", "wanted"), [
+    ("resnet18", 8, 0, ("layer1.0", ["layer1.0.conv1", "layer1.0.bn1", "layer1.0.relu", "layer1.0.conv2",
+                                     "layer1.0.bn2"], [])),
+    ("resnet18", 8, 2, ("layer2.0", ["layer2.0.conv1", "layer2.0.bn1", "layer2.0.relu", "layer2.0.conv2",
+                                     "layer2.0.bn2"], ["layer2.0.downsample.0", "layer2.0.downsample.1"])),
+    ("preact-resnet", 54, 0, ("stage1.0", [f"stage1.0.{kind}{i}" for i in (1, 2, 3) for kind in ("bn", "relu", "conv")],
+                              ["stage1.0.downsample"])),
+    ("swin_t", 24, 0, ("features.1.0", ["features.1.0.norm1", "features.1.0.attn", "features.1.0.attn.qkv",
+                                        "features.1.0.attn.proj"], [])),
+    ("convnext_tiny", 18, 0, ("features.1.0", ["features.1.0", *(f"features.1.0.block.{i}" for i in (0, 2, 3, 4, 5))],
+                              [])),
+    ("mobilenet_v2", 10, 9, None), ("vit_b_16", 24, 0, None), ("efficientnet_b0", 9, 0, None), ("vgg11", 0, 0, None),
+    ("densenet121", 0, 0, None), ("lenet", 0, 0, None),
+])
+def test_residual_blocks_are_found_in_networks_of_all_makes(network, count, place, wanted):
+    blocks = residual_blocks(build_model(network, num_classes=10))
+    assert len(blocks) == count
+    if wanted is not None:
+        assert names(blocks[place]) == wanted
+
+
+def test_residual_blocks_within_another_and_sums_that_are_none(residual):
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.shift = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.shift
+            y = self.outer(x)
+            y += self.inner(y)
+            return self.last(torch.add(torch.relu(x), y) + x.mean())
+
+    assert [names(block) for block in residual_blocks(Nested())] == [
+        ("", ["inner"], []), ("", ["outer", "inner"], []), ("", ["outer", "inner"], [])]
+    assert [names(block) for block in residual_blocks(residual())] == [("", ["conv2", "bn2"], [])]
+
+
+def test_a_network_that_cannot_be_traced_gets_one_sentence():
+    class Depends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + x if x.sum() > 0 else x
+
+    with pytest.raises(Refused, match=r"The residual blocks of Depends cannot be found.*let its forward not depend"):
+        residual_blocks(Depends())
+
+
+def test_a_strategy_may_let_branches_rest_and_the_rest_learns(digits, residual):
+    class Drops(Strategy):
+        name: ClassVar[str] = "drops"
+
+        def on_epoch_start(self, run: Run) -> None:
+            (block,) = residual_blocks(run.model)
+            run.freeze(self.name, block.branch.values())
+
+    trained = fit(residual, digits, Drops(), **OPTIONS).model
+    torch.manual_seed(0)
+    before = residual()
+    assert torch.equal(trained.conv2.weight, before.conv2.weight)
+    assert not torch.equal(trained.conv1.weight, before.conv1.weight)
