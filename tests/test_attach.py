@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -346,6 +348,19 @@ def test_a_network_whose_output_is_no_tensor_of_logits_is_attached_without_a_pre
             loss.backward()
             attached.after_backward()
             attached.run.optimizer.step()
+
+
+def test_the_loop_of_the_front_page_runs_with_five_lines_of_layerlab_s(digits, residual):
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(import layerlab\n.*?)^```", page, re.M | re.S)
+    assert block.count("attached") == 5
+    model = residual()
+    names: dict[str, Any] = {
+        "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "epochs": 3,
+        "criterion": nn.CrossEntropyLoss(), "loader": list(digits.train.batches(BATCH)),
+        "images": next(digits.test.batches(2))[0]}
+    exec(compile(block, "README.md", "exec"), names)
+    assert len(names["attached"].history) == 3
 
 
 def test_the_kit_has_the_check():
