@@ -206,12 +206,12 @@ def _card(plugin: Plugin) -> str:
             if file.is_file() and (file.parent / "pyproject.toml").is_file():
                 return file.read_text(encoding="utf-8")
     try:
-        text = importlib.metadata.metadata(plugin.distribution).get_payload()
+        text = str(importlib.metadata.metadata(plugin.distribution).json.get("description", ""))
     except importlib.metadata.PackageNotFoundError:
         text = ""
-    if not str(text or "").strip():
+    if not text.strip():
         raise unittest.SkipTest("the distribution carries no README.md (readme in pyproject.toml)")
-    return str(text)
+    return text
 
 
 def _sections(text: str) -> dict[str, str]:
