@@ -138,6 +138,10 @@ class Undeclared(Strategy):
     def preflight(self, network: nn.Module, example: torch.Tensor) -> Preflight:
         return Preflight.of(network)
 
+    def on_after_backward(self, run: Run) -> None:
+        if self.what == "later":
+            run.training_model = copy.deepcopy(run.model)
+
     def on_epoch_start(self, run: Run) -> None:
         if self.what == "model":
             run.model = copy.deepcopy(run.model)
@@ -157,7 +161,8 @@ class Undeclared(Strategy):
 
 @pytest.mark.parametrize(("what", "said"), [
     ("model", "undeclared replaces the network,"), ("optimizer", "undeclared replaces the optimizer,"),
-    ("data", "undeclared replaces the training data,"), ("restructure", "undeclared changes the network's structure,"),
+    ("later", "undeclared replaces the network that trains,"), ("data", "undeclared replaces the training data,"),
+    ("restructure", "undeclared changes the network's structure,"),
     ("batches", "undeclared reads the training data itself,"), ("frozen", "lets nothing learn in epoch 1"),
     ("history", "reads 'train/loss' of an epoch, which `fit` measures"),
 ])

@@ -182,6 +182,13 @@ def test_an_error_in_a_lightning_step_leaves_no_block_open(module, images, tmp_p
 
 # ---------------------------------------------------------------------------- Hugging Face
 
+@pytest.fixture
+def hugging() -> None:
+    """A skip where a package is missing."""
+    for name in ("accelerate", "transformers"):
+        package(name, "huggingface")
+
+
 WORDS = {0: "bad poor dull slow sad", 1: "good fine nice quick glad"}
 VOCABULARY = {word: 1 + index for index, word in enumerate(" ".join(WORDS.values()).split())}
 
@@ -248,7 +255,6 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def hugging_face(model: nn.Module, folder: Path, callbacks: list[Any], **options: Any) -> Any:
-    package("accelerate", "huggingface")
     transformers = package("transformers", "huggingface")
 
     class InOrder(transformers.Trainer):
@@ -268,6 +274,7 @@ def hugging_face(model: nn.Module, folder: Path, callbacks: list[Any], **options
 IDS = torch.ones(2, 8, dtype=torch.long)
 
 
+@pytest.mark.usefixtures("hugging")
 @quiet
 @pytest.mark.parametrize(("build", "given"), [
     (text_cnn, strategies("lars-skip", alpha=4)), (text_cnn, Freezer()),
@@ -299,6 +306,7 @@ def test_a_text_classifier_in_hugging_face_s_trainer_acts_and_ends_with_the_weig
     assert not trained._forward_hooks
 
 
+@pytest.mark.usefixtures("hugging")
 @quiet
 def test_hugging_face_s_trainer_goes_on_from_its_checkpoint_with_the_same_weights(tmp_path):
     given = [Freezer(), strategies("lars-skip", alpha=4)]
@@ -313,6 +321,7 @@ def test_hugging_face_s_trainer_goes_on_from_its_checkpoint_with_the_same_weight
     assert [row["epoch"] for row in callback.attached.history] == [1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("hugging")
 def test_a_checkpoint_of_hugging_face_s_within_an_epoch_is_none_to_go_on_from(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -325,6 +334,7 @@ def test_a_checkpoint_of_hugging_face_s_within_an_epoch_is_none_to_go_on_from(tm
             resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.usefixtures("hugging")
 @quiet
 def test_accumulated_gradients_in_hugging_face_s_trainer_are_one_step(tmp_path):
     callback = huggingface_callback("lars-skip", example=IDS)

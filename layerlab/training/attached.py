@@ -156,6 +156,7 @@ class Attached:
         optimizer = run.optimizer
         scheduled = run.told("schedule") is not None or hasattr(optimizer.step, "_wrapped_by_lr_sched")
         mine, precision = run.told("schedule"), run.autocast
+        self._parts = run.parts
         self._handles = [optimizer.register_step_pre_hook(lambda *_: self._count()),
                          optimizer.register_step_post_hook(lambda *_: self._after_step())]
         try:
@@ -255,6 +256,7 @@ class Attached:
         for hook in self.run.after_backward:
             self.run.asking = getattr(getattr(hook, "__self__", None), "name", "")
             hook(self.run)
+            self.run.check_parts(self._parts)
         self._hooked, self._begun = True, False
 
     def finish(self) -> None:
@@ -329,12 +331,11 @@ class Attached:
             LayerlabError: as the strategy; or it has put something else in the place of the network, say.
         """
         run = self.run
-        own = run.parts
         for strategy in self.strategies:
             if strategy.defines(hook):
                 run.asking = strategy.name
                 getattr(strategy, hook)(run)
-                run.check_parts(own)
+                run.check_parts(self._parts)
 
     def _check_forward(self) -> None:
         """Refuse a step whose forward pass the strategies did not see, where they have to."""
