@@ -315,6 +315,21 @@ def test_a_precision_of_the_loop_s_own_is_told_and_one_that_is_not_is_found(digi
         pass
 
 
+def test_a_second_attach_to_an_optimizer_is_refused_until_the_first_is_detached(digits, residual):
+    loop = Loop(digits, residual, strategies("lars-skip", alpha=0.0))
+    loop.epoch()
+    images = torch.rand(2, 1, 8, 8)
+    with pytest.raises(Refused, match=r"attached to this optimizer already; give all of them in one call"):
+        attach(loop.model, loop.optimizer, Halves(), example=images)
+    with pytest.raises(ZeroDivisionError):
+        loop.epoch(before=lambda: 1 / 0)
+    assert not loop.model.conv1.weight.requires_grad
+    loop.attached.detach()
+    assert loop.model.conv1.weight.requires_grad
+    attach(loop.model, loop.optimizer, Halves(), example=images).finish()
+    loop.optimizer.step()  # without a word from either
+
+
 @pytest.mark.parametrize(("changed", "said"), [
     ({"model": "resnet18"}, "model must be an nn.Module, got str"),
     ({"optimizer": None}, "optimizer must be a torch.optim.Optimizer, got NoneType"),

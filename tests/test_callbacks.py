@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +16,16 @@ from helpers import Freezer, Residual, same_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from layerlab import LayerlabWarning, Refused, attach, huggingface_callback, lightning_callback, strategies
+from layerlab import (
+    LayerlabWarning,
+    Refused,
+    Run,
+    Strategy,
+    attach,
+    huggingface_callback,
+    lightning_callback,
+    strategies,
+)
 
 EPOCHS, BATCH = 4, 128
 
@@ -44,6 +55,25 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any, loss
                 optimizer.step()
     attached.finish()
     return model
+
+
+class Marks(Strategy):
+    """Has a context for forward passes, of which one can see whether it is in force."""
+
+    name: ClassVar[str] = "marks"
+    depth: ClassVar[int] = 0
+
+    def on_fit_start(self, run: Run) -> None:
+        @contextmanager
+        def marked() -> Iterator[None]:
+            Marks.depth += 1
+            yield
+            Marks.depth -= 1
+
+        run.autocast = marked
+
+    def on_fit_end(self, run: Run) -> None:
+        run.autocast = nullcontext
 
 
 # ---------------------------------------------------------------------------- Lightning
@@ -166,6 +196,24 @@ def test_what_lightning_cannot_do_with_a_strategy_gets_one_sentence(module, imag
     manual.automatic_optimization = False
     with pytest.raises(Refused, match=r"needs automatic optimization with one optimizer.*use layerlab.attach"):
         trainer(tmp_path, [lightning_callback("lars-skip", example=EXAMPLE)]).fit(manual, images)
+
+
+@quiet
+def test_what_lightning_calls_forward_is_within_the_strategies_context_and_backward_is_not(module, images, tmp_path):
+    seen: dict[str, set[int]] = {"training": set(), "backward": set(), "validation": set()}
+
+    class Looks(module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen["training"].add(Marks.depth)
+            loss = super().training_step(batch, batch_idx)
+            loss.register_hook(lambda _: seen["backward"].add(Marks.depth))
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen["validation"].add(Marks.depth)
+
+    trainer(tmp_path, [lightning_callback(Marks(), example=EXAMPLE)]).fit(Looks(), images, images)
+    assert seen == {"training": {1}, "backward": {0}, "validation": {1}}
 
 
 @quiet
@@ -304,6 +352,24 @@ def test_a_text_classifier_in_hugging_face_s_trainer_acts_and_ends_with_the_weig
         assert (trained(**whole).logits.argmax(1) == whole["labels"]).float().mean() > 0.9
     assert not trained._forward_pre_hooks
     assert not trained._forward_hooks
+
+
+@pytest.mark.usefixtures("hugging")
+@quiet
+def test_what_hugging_face_calls_forward_is_within_the_context_also_in_a_second_try(tmp_path):
+    seen: set[tuple[bool, int]] = set()
+    model = text_cnn()
+    model.classifier.register_forward_hook(lambda module, *_: seen.add((module.training, Marks.depth)))
+    made = hugging_face(model, tmp_path, [huggingface_callback(Marks(), example=IDS)], eval_strategy="epoch")
+    failing = model.second.register_forward_hook(lambda *_: 1 / 0 if torch.is_grad_enabled() else None)
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    failing.remove()
+    seen.clear()
+    made.train()
+    # The example is tried before training, outside of it.
+    assert seen == {(True, 1), (False, 1), (False, 0)}
+    assert Marks.depth == 0
 
 
 @pytest.mark.usefixtures("hugging")

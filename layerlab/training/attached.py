@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from layerlab.training.fit import Strategies, chosen
 from layerlab.training.settings import describe
 from layerlab.training.state_file import check_storable
 
+# What is attached to which optimizer, to tell a second time.
+_ATTACHED: WeakKeyDictionary[torch.optim.Optimizer, ref[Attached]] = WeakKeyDictionary()
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -112,6 +115,9 @@ def _checked(model: nn.Module, optimizer: torch.optim.Optimizer, example: Tensor
     if not isinstance(example, Tensor) or not len(example):
         raise Refused("example must be one batch's input, a tensor such as images (batch, channels, height, width), "
                       f"got {type(example).__name__}.")
+    if optimizer in _ATTACHED:
+        raise Refused("Strategies are attached to this optimizer already; give all of them in one call, or call "
+                      "detach() of the earlier ones first.")
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(model.parameters()):
         raise Refused("The optimizer holds none of the network's parameters; make it of model.parameters().")
@@ -157,6 +163,7 @@ class Attached:
         scheduled = run.told("schedule") is not None or hasattr(optimizer.step, "_wrapped_by_lr_sched")
         mine, precision = run.told("schedule"), run.autocast
         self._parts = run.parts
+        _ATTACHED[optimizer] = ref(self)
         self._handles = [optimizer.register_step_pre_hook(lambda *_: self._count()),
                          optimizer.register_step_post_hook(lambda *_: self._after_step())]
         try:
@@ -166,7 +173,7 @@ class Attached:
                 raise Refused(f"{self._names} brings a learning-rate schedule of its own, and yours steps the same "
                               "rates; leave yours out.")
         except BaseException:
-            self._leave()
+            self.detach()
             raise
         self._own_precision = run.autocast is not precision
 
@@ -270,7 +277,15 @@ class Attached:
         if self._over:
             return
         self._call("on_fit_end")
-        self._leave()
+        self.detach()
+
+    def detach(self) -> None:
+        """Leave the loop to itself, after an error, say: everything thaws, and no strategy has its last hook."""
+        for handle in self._handles:
+            handle.remove()
+        self.run.thaw()
+        _ATTACHED.pop(self.run.optimizer, None)
+        self._over, self._within = True, False
 
     def state_dict(self) -> dict[str, Any]:
         """What the strategies need to go on, between two epochs; keep it beside the network's and optimizer's states.
@@ -364,9 +379,3 @@ class Attached:
         self.run.step += 1
         if self._schedules and self.run.schedule_each == "step":
             self.run.schedule.step()
-
-    def _leave(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self.run.thaw()
-        self._over = True

@@ -109,6 +109,9 @@ class HuggingFaceCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._driven is not None:
+            self._driven.leave()
+            self._driven.attached.detach()
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

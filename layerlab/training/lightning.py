@@ -104,9 +104,10 @@ class LightningCallback(Callback):
             self._driven.attached.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave what an error has left open."""
+        """Leave what an error has left open, and the optimizer."""
         if self._driven is not None:
             self._driven.leave()
+            self._driven.attached.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The strategies' state; within an epoch there is none."""
