@@ -38,16 +38,22 @@ _PUBLIC = {
     "noise": "layerlab.workload.dataset",
     "pass_order": "layerlab.workload.dataset",
     "load_dataset": "layerlab.workload.loading",
+    "ResidualBlock": "layerlab.workload.blocks",
+    "residual_blocks": "layerlab.workload.blocks",
     "build_model": "layerlab.workload.builders",
     "model_names": "layerlab.workload.builders",
     "NORMALISATION": "layerlab.workload.order",
     "forward_order": "layerlab.workload.order",
     "prefixes": "layerlab.workload.order",
+    "Attached": "layerlab.training.attached",
     "Comparison": "layerlab.training.results",
     "Pays": "layerlab.training.pays",
     "FitResult": "layerlab.training.results",
     "Fit": "layerlab.training.loop",
     "Observer": "layerlab.training.loop",
+    "attach": "layerlab.training.attached",
+    "huggingface_callback": "layerlab.training.callbacks",
+    "lightning_callback": "layerlab.training.callbacks",
     "compare": "layerlab.training.fit",
     "evaluate": "layerlab.training.evaluation",
     "fit": "layerlab.training.fit",
@@ -81,12 +87,15 @@ if TYPE_CHECKING:
     from layerlab.show.interval import Estimate
     from layerlab.show.layer_map import LayerMap
     from layerlab.show.table import Table
+    from layerlab.training.attached import Attached, attach
+    from layerlab.training.callbacks import huggingface_callback, lightning_callback
     from layerlab.training.evaluation import evaluate
     from layerlab.training.fit import compare, fit
     from layerlab.training.loop import Fit, Observer
     from layerlab.training.model_file import load_model, save_model
     from layerlab.training.pays import Pays
     from layerlab.training.results import Comparison, FitResult
+    from layerlab.workload.blocks import ResidualBlock, residual_blocks
     from layerlab.workload.builders import build_model, model_names
     from layerlab.workload.dataset import Augment, Dataset, Split, noise, pass_order
     from layerlab.workload.loading import load_dataset
@@ -94,6 +103,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NORMALISATION",
+    "Attached",
     "Augment",
     "Batches",
     "Comparison",
@@ -110,6 +120,7 @@ __all__ = [
     "Preflight",
     "Refused",
     "Replaced",
+    "ResidualBlock",
     "Run",
     "Session",
     "Split",
@@ -117,6 +128,7 @@ __all__ = [
     "Study",
     "Table",
     "Wire",
+    "attach",
     "build_model",
     "compare",
     "devices",
@@ -127,6 +139,8 @@ __all__ = [
     "first_line",
     "fit",
     "forward_order",
+    "huggingface_callback",
+    "lightning_callback",
     "load_dataset",
     "load_model",
     "load_paper",
@@ -135,6 +149,7 @@ __all__ = [
     "noise",
     "pass_order",
     "prefixes",
+    "residual_blocks",
     "save_model",
     "scoreboard",
     "strategies",

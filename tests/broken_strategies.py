@@ -208,6 +208,17 @@ class FitsAgain(Strategy):
         self._count = state["count"]
 
 
+class Attaches(Strategy):
+    name: ClassVar[str] = "attaches"
+
+    def on_after_backward(self, run: Run) -> None:
+        # What `fit` measures and a loop of the user's own does not.
+        loss = run.history[-1].get("train/loss", 0.0) if run.history else 0.0
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 1 + 0.01 * loss
+
+
 class HookCalls(Strategy):
     name: ClassVar[str] = "hook-calls"
 
@@ -318,6 +329,6 @@ class Pickles(Strategy):
 EVERY = [
     SettingsRoundTrip, TrainsMlp, TrainsCnn, TrainsResidual, TrainsExample, RefusedAtTheStart, CoverageSaid,
     SharedModules, TiedWeights, FrozenByOthers, Deterministic, LeavesUsersModel, DataUntouched, FinalModel, FitsAgain,
-    HookCalls, Resumes, LeavesNothingBehind, GlobalSwitches, MetricsFinite, CostsLogged, Composes, Bfloat16, Compiles,
-    Pickles,
+    Attaches, HookCalls, Resumes, LeavesNothingBehind, GlobalSwitches, MetricsFinite, CostsLogged, Composes, Bfloat16,
+    Compiles, Pickles,
 ]

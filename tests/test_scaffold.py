@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -10,13 +11,18 @@ from pathlib import Path
 import nbformat
 import pytest
 from click.testing import CliRunner
+from helpers import slow
 
 import layerlab
 from layerlab import LayerlabError, fit, load_dataset, load_paper
 from layerlab.cli.main import main
 from layerlab.cli.scaffold import TEMPLATE, new_plugin
+from layerlab.contract.claims import placeholders
 from layerlab.contract.registry import Registry
+from layerlab.contract.verdicts import judge
+from layerlab.reporting.publish import publish
 from layerlab.testing import CHECKS
+from layerlab.testing.plugin_checks import PLUGIN_CHECKS, badge, check_plugin
 
 
 def _files(folder: Path) -> set[str]:
@@ -126,3 +132,111 @@ def test_its_example_saves_what_it_says(plugin, residual):
     assert [row["fresh-idea/rests"] for row in result.history] == [0, 0, 1]
     costs = [row["cost/backward_flops"] for row in result.history]
     assert costs[0] == costs[1] > costs[2]
+
+
+MARKED = ("strategy_described", "paper_complete", "notebook_whole", "card_whole")
+
+
+def findings(name: str = "fresh-idea") -> dict[str, str]:
+    """Check → what it found, of those that failed."""
+    return {each["check_name"]: str(each["exception"]) for each in check_plugin(name) if each["status"] == "failed"}
+
+
+def fill_in(folder: Path) -> None:
+    """As an author would who knows the paper: no placeholder is left."""
+    for path in folder.rglob("*"):
+        if path.suffix in (".py", ".toml", ".md", ".ipynb"):
+            path.write_text(path.read_text().replace("Replace: ", ""))
+    for name in [name for name in sys.modules if name.startswith("layerlab_fresh_idea")]:
+        del sys.modules[name]
+    layerlab.strategies.refresh()
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_nothing_that_new_invents_can_pass_for_the_authors(plugin, tmp_path):
+    found = findings()
+    assert tuple(found) == MARKED
+    assert all("`layerlab new` wrote" in text for text in found.values())
+    for place in ("authors", "venue", "tables.1.title"):
+        assert place in placeholders(load_paper("fresh-idea").model_dump())
+    for claim in load_paper("fresh-idea").claims:
+        verdict, reason = judge(claim, [claim.value] * 3, claim.conditions, observed={"baseline top-1": 99.0})
+        assert (verdict, "is a placeholder" in reason) == ("not tested", True)
+    run = tmp_path / "run"
+    run.mkdir()
+    row = load_paper("fresh-idea").not_run(load_paper("fresh-idea").claims[0], "cpu")
+    (run / "claims.json").write_text(json.dumps([row.model_dump()]))
+    with pytest.raises(LayerlabError, match=r"The paper.toml of fresh-idea still holds placeholders \(authors, "):
+        publish([run], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_is_filled_in_holds_and_has_a_badge(plugin):
+    fill_in(plugin)
+    assert findings() == {}
+    held = len(PLUGIN_CHECKS)
+    line = badge(check_plugin("fresh-idea"))
+    assert re.fullmatch(rf"!\[layerlab \S+: {held} checks hold\]\(https://\S+{held}_checks_hold\S+\)", line)
+    claim = load_paper("fresh-idea").claims[0]
+    assert judge(claim, [claim.value] * 3, claim.conditions).verdict == "reproduced"
+
+
+@pytest.mark.parametrize(("file", "old", "new", "check", "said"), [
+    ("{}/paper.toml", 'null = "baseline"', "", "paper_claims", "flops-saving, top1-gain compares with nothing; name"),
+    ("{}/paper.toml", "gates = ", "# gates = ", "paper_claims", "top1-gain would be judged from a baseline that did"),
+    ("{}/paper.toml", "[profiles.paper", "[profiles.whole", "paper_profiles", "has no profile paper; add it"),
+    ("{}/paper.toml", "depth = 20", "depths = 20", "paper_profiles",
+     "profile paper and quick differ in their parameters (depths)"),
+    ("{}/paper.toml", "memory_gb = 4", "", "paper_profiles", "profile cpu does not say its memory_gb"),
+    ("{}/paper.toml", "title = ", "titel = ", "paper_complete", "titel"),
+    ("{}/notebook.ipynb", '"lr = None  # learning rate', '"lr = None', "notebook_whole", "parameter lr has no comment"),
+    ("{}/notebook.ipynb", '"depth = None', '"deep = None', "notebook_whole", "differ in deep, depth"),
+    ("{}/notebook.ipynb", '"parameters"', '"else"', "notebook_whole", "has 0 cells tagged `parameters`"),
+    ("{}/notebook.ipynb", '"execution_count": null', '"execution_count": 3', "notebook_whole", "holds outputs; clear"),
+    ("{}/notebook.ipynb", '"cells"', '"sells"', "notebook_whole", "is no notebook"),
+    ("README.md", "`every`", "every", "card_settings", "does not name the setting every; say what it does"),
+    ("README.md", "## What it costs", "## Else", "card_whole", "no section on what it costs; add one to README.md"),
+    ("{}/strategy.py", '"""They rest in each epoch whose number this divides, and learn in the others."""', "",
+     "strategy_described", "setting every has no docstring"),
+])
+def test_what_a_plugin_lacks_is_found_and_said(plugin, file, old, new, check, said):
+    fill_in(plugin)
+    edit(plugin / file.format("layerlab_fresh_idea"), old, new)
+    found = findings()
+    assert said in found[check]
+    # What cannot be read fails each check that reads it.
+    assert set(found) - {check} <= ({"paper_claims", "paper_profiles", "notebook_whole"} if "titel" in new else set())
+
+
+def test_the_card_of_a_wheel_is_read_from_what_pip_keeps(plugin, tmp_path):
+    fill_in(plugin)
+    card = (plugin / "README.md").read_text()
+    (plugin / "pyproject.toml").unlink()  # as where there is no checkout
+    metadata = tmp_path / "layerlab_fresh_idea-0.1.0.dist-info" / "METADATA"
+    statuses = {each["check_name"]: each["status"] for each in check_plugin("fresh-idea")}
+    assert (statuses["card_whole"], statuses["card_settings"]) == ("skipped", "skipped")
+    metadata.write_text(metadata.read_text() + "\n" + card.replace("## Settings", "## Else"))
+    assert list(findings()) == ["card_whole"]
+
+
+@pytest.mark.parametrize("name", [plugin.name for plugin in layerlab.strategies.every()])
+def test_paper_notebook_and_card_of_each_bundled_plugin_hold(name):
+    known = {"memory-reorder": {"paper_claims": "accuracy-unchanged, accuracy-gain would be judged from a baseline"}}
+    found = findings(name)
+    assert found.keys() == known.get(name, {}).keys(), found
+    assert all(said in found[check] for check, said in known.get(name, {}).items())
+
+
+@slow
+def test_the_command_ends_with_the_badge_where_everything_holds(plugin):
+    fill_in(plugin)
+    ended = CliRunner().invoke(main, ["check", "fresh-idea"])
+    assert ended.exit_code == 0, ended.output
+    said, line = ended.output.splitlines()[-2:]
+    assert said == "The contract holds. For the plugin's README.md:"
+    assert re.match(r"!\[layerlab \S+: \d+ checks hold\]\(https://", line)

@@ -377,11 +377,15 @@ def doctor() -> None:
 @click.option("-p", "settings", multiple=True, callback=_pairs, metavar="KEY=VALUE",
               help="A setting of the strategy; values are YAML.")
 def check(name: str, settings: dict[str, Any]) -> None:
-    """Check an installed strategy against the contract; some seconds for each check."""
+    """Check an installed strategy against the contract, some seconds for each check, and its paper, notebook and card.
+
+    Where all checks hold, the last line is a badge for the plugin's README.md.
+    """
     from layerlab.contract.registry import strategies
     from layerlab.show.progress import Bar, Bars
     from layerlab.testing.checks import CHECKS
     from layerlab.testing.kit import check_strategy
+    from layerlab.testing.plugin_checks import PLUGIN_CHECKS, badge, check_plugin
     from layerlab.training.watch import VARIABLE
 
     # A hook that never comes back fails its check, and the checks are small.
@@ -392,16 +396,18 @@ def check(name: str, settings: dict[str, Any]) -> None:
 
     def tell(result: dict[str, Any]) -> None:
         results.append(result)
-        # `CHECKS`, and that of composition.
-        bars.show({"": Bar("checks", len(results) / (len(CHECKS) + 1), f"{result['check_name']} is done")})
+        share = len(results) / (len(CHECKS) + len(PLUGIN_CHECKS))
+        bars.show({"": Bar("checks", share, f"{result['check_name']} is done")})
 
     try:
+        check_plugin(name, tell)
         check_strategy(strategy, on_fail=None, callback=tell)
     finally:
         bars.close()
         _print(Table(("result", "check", "finding"), [_check_row(result) for result in results]))
     failed = sum(result["status"] == "failed" for result in results)
-    click.echo(f"{len(results) - failed} of {len(results)} checks hold." if failed else "The contract holds.")
+    click.echo(f"{len(results) - failed} of {len(results)} checks hold." if failed else
+               f"The contract holds. For the plugin's README.md:\n{badge(results)}")
     if failed:
         raise SystemExit(1)
 

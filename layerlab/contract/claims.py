@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,6 +17,30 @@ Verdict = Literal[
 Kind = Literal["effect", "at-most", "value", "trend"]
 # Seeds below which nothing is decided under the paper's conditions.
 FEWEST = 3
+
+
+# What stands in each place of a new plugin that its author fills in.
+PLACEHOLDER = "Replace:"
+
+
+def placeholders(value: Any, place: str = "") -> list[str]:
+    """The places at which data still hold a placeholder, such as `claims.gain.quote`.
+
+    Args:
+        value: mappings, lists, texts and numbers; of a mapping in a list, its `id` names it.
+        place: of the value itself.
+    """
+    if isinstance(value, str):
+        return [place] if PLACEHOLDER in value else []
+    if isinstance(value, Mapping):
+        return [found for key, each in value.items() for found in placeholders(each, f"{place}.{key}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        found = []
+        for index, each in enumerate(value):
+            name = each.get("id", index) if isinstance(each, Mapping) else index
+            found += placeholders(each, f"{place}.{name}")
+        return found
+    return []
 
 
 class Data(BaseModel):

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+class NoPaper(LayerlabError):
+    """A plugin brings a strategy and no paper."""
+
+
 def paper_table(paper: Paper) -> Table:
     """One row a claim, under the paper's title and summary."""
     rows = [(claim.id, claim.statement, f"{claim.value:g} {claim.unit}", claim.where) for claim in paper.claims]
@@ -267,13 +271,14 @@ def read_paper(file: Path, strategy: str) -> Paper:
     """Read a `paper.toml`.
 
     Raises:
-        LayerlabError: missing, no TOML, or not of `Paper`'s form.
+        NoPaper: missing.
+        LayerlabError: no TOML, or not of `Paper`'s form.
     """
     try:
         # Read each time, so that whoever records what is used hears of it.
         return _parsed(file.read_text(encoding="utf-8"), file, strategy)
     except FileNotFoundError:
-        raise LayerlabError(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
+        raise NoPaper(f"Strategy {strategy!r} has no {file}; a plugin keeps its paper.toml there.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, OSError) as error:
         raise LayerlabError(f"{file} cannot be read: {error}.") from None
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class Run:
         accumulate: parts in which `plain_step` computes its batch's gradient.
         kept: by its keeper's name, a tensor of its own shape for each of some parameters, such as an average. A change
             of structure carries them along, and a checkpoint holds them.
+        generators: what `generator_for` made, by name; a checkpoint holds their states.
 
     Example:
         >>> from layerlab import Strategy, build_model, fit, load_dataset
@@ -170,8 +172,10 @@ class Run:
     clip_norm: float | None = None
     accumulate: int = 1
     kept: dict[str, dict[nn.Parameter, Tensor]] = field(default_factory=dict)
+    generators: dict[str, torch.Generator] = field(default_factory=dict)
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
+    _stilled: list[nn.Module] = field(default_factory=list)
     _left_out: set[nn.Parameter] = field(init=False)
     _besides: set[nn.Parameter] = field(init=False)
 
@@ -218,6 +222,34 @@ class Run:
         """
         self.spent_flops += flops
 
+    def generator_for(self, name: str) -> torch.Generator:
+        """Random numbers of a strategy's own, which disturb neither shuffling nor dropout nor other strategies.
+
+        They follow from the run's seed and the name alone, whatever else is drawn and wherever it trains. A run that
+        goes on after an interruption draws on where it was.
+
+        Args:
+            name: the strategy's, by convention; the same name gives the same generator, which is on the CPU.
+
+        Example:
+            >>> import torch
+            >>> from layerlab import Strategy, build_model, fit, load_dataset
+            >>> class Draws(Strategy):
+            ...     name = "draws"
+            ...     def on_epoch_start(self, run):
+            ...         run.log("draws/number", torch.rand((), generator=run.generator_for(self.name)))
+            >>> data = load_dataset("digits", limit=256, test_limit=64, device="cpu")
+            >>> network = build_model("mlp", num_classes=10, image_size=8, width=16)
+            >>> results = [fit(network, data, each, epochs=1, progress=False) for each in ((), Draws())]
+            >>> results[0].final["train/loss"] == results[1].final["train/loss"]
+            True
+        """
+        if name not in self.generators:
+            text = f"{self.generator.initial_seed()}/{name}"
+            seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+            self.generators[name] = torch.Generator().manual_seed(seed)
+        return self.generators[name]
+
     def freeze(self, owner: str, modules: Iterable[nn.Module]) -> None:
         """Make `modules` all that `owner` keeps frozen from now on; an empty set thaws what it had frozen.
 
@@ -226,6 +258,11 @@ class Run:
         too. Several owners' sets add up. Parameters that the user froze beforehand are never touched.
         """
         self._frozen[owner] = {inner for module in modules for inner in module.modules()}
+        self.apply_freezing()
+
+    def thaw(self) -> None:
+        """Let everything learn again that strategies keep frozen; `fit` does so at the end."""
+        self._frozen.clear()
         self.apply_freezing()
 
     @property
@@ -247,24 +284,26 @@ class Run:
     def apply_freezing(self) -> None:
         """Put `requires_grad` and the batch norms' modes where `frozen` wants them, as `fit` does after train().
 
-        A parameter that several modules share learns until all of them are frozen.
+        A parameter that several modules share learns until all of them are frozen. Batch norms that the user put into
+        evaluation mode stay in it.
         """
         for parameter in self._stopped:
             parameter.requires_grad_(True)
+        for module in self._stilled:
+            module.train(self.training_model.training)
         self._stopped.clear()
+        self._stilled.clear()
         frozen = self.frozen
         learning: set[nn.Parameter] = set()
         for module in self.training_model.modules():
             if module not in frozen:
                 learning.update(module.parameters(recurse=False))
         for module in self.training_model.modules():
-            tracks = getattr(module, "running_mean", None) is not None
             if module not in frozen:
-                if tracks and self.training_model.training:
-                    module.train()
                 continue
-            if tracks:
+            if module.training and getattr(module, "running_mean", None) is not None:
                 module.eval()
+                self._stilled.append(module)
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and parameter not in learning:
                     parameter.requires_grad_(False)

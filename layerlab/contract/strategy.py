@@ -40,8 +40,9 @@ class Strategy(BaseModel):
     which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
     (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
     the layers have to stay what they are; `acts_in_backward` that it uses up or sends gradients while backward runs, so
-    that they are not there to be accumulated or clipped. `expected_failed_checks` maps the checks of
-    `layerlab.testing` that it is known to fail to the reason.
+    that they are not there to be accumulated or clipped. With none of these but `follows_layers`, and without a
+    `training_step`, it works in a training loop of the user's own as well (`layerlab.attach`).
+    `expected_failed_checks` maps the checks of `layerlab.testing` that it is known to fail to the reason.
 
     State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
     one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
@@ -135,6 +136,7 @@ class Strategy(BaseModel):
         run.apply_freezing()
         self.on_epoch_start(run)
         for x, y in run.data.batches(run.batch_size, run.generator, torch.float32, torch.contiguous_format):
+            self.on_train_batch_start(run)
             if self.defines("training_step"):
                 assert isinstance(x, Tensor)
                 self.training_step(run, x, y)
@@ -157,6 +159,12 @@ class Strategy(BaseModel):
 
     def on_epoch_start(self, run: Run) -> None:
         """Before each epoch; the network is in training mode."""
+
+    def on_train_batch_start(self, run: Run) -> None:
+        """Before each step, of which nothing is computed yet: for what changes from step to step, such as what learns.
+
+        `run.step` counts the steps that are done. It counts to the step's cost.
+        """
 
     def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
         """Replace the whole step (forward, `run.backward`, update). At most one strategy of a run defines it.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from layerlab.contract.claims import FEWEST, Claim, Gate, Verdict
+from layerlab.contract.claims import FEWEST, Claim, Gate, Verdict, placeholders
 from layerlab.show.interval import Estimate
 
 # More seeds than this are not asked for.
@@ -50,6 +50,8 @@ def judge(
     """
     if not values:
         return Judgement("not run", "")
+    if found := placeholders(claim.model_dump()):
+        return Judgement("not tested", f"its {found[0]} in paper.toml is a placeholder, so the number is nobody's")
     if by_model or claim.by_model:
         return Judgement("by a model", "computed, not measured")
     if closed := _closed_gate(claim.gates, observed or {}, conditions):

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from layerlab.base.errors import LayerlabError, LayerlabWarning
 from layerlab.base.files import is_plain, plain_file, swap, write_atomically, write_json
 from layerlab.base.folder_lock import folder_lock
-from layerlab.contract.claims import ClaimResult
+from layerlab.contract.claims import ClaimResult, placeholders
 from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
 from layerlab.reporting.pages import MARK, kept_profiles, paper_page, run_part, run_rows, scoreboard_page, with_papers
@@ -169,7 +169,12 @@ def _check_run(folder: Path, results: Sequence[ClaimResult]) -> None:
     if any((row.paper, row.profile) != (first.paper, first.profile) for row in results):
         raise LayerlabError(f"{folder / RESULTS} holds rows of several papers or profiles, which no run writes; "
                             "publish each run's own folder.")
-    load_paper(first.paper).profile(first.profile)
+    paper = load_paper(first.paper)
+    paper.profile(first.profile)
+    if found := placeholders(paper.model_dump(exclude={"folder"})):
+        raise LayerlabError(f"The paper.toml of {first.paper} still holds placeholders ({', '.join(found[:3])}, …), so "
+                            f"nothing of it is published; put the paper's own there, and see `layerlab check "
+                            f"{first.paper}`.")
     if not (folder / PARAMETERS).exists():
         raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
     read_parameters(folder)

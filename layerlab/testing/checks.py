@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layerlab.contract.strategy import Strategy
+from layerlab.testing.loop_checks import attaches
 from layerlab.testing.manners_checks import (
     composes,
     data_untouched,
@@ -52,7 +53,7 @@ CHECKS: dict[str, Check] = {
     for check in (
         settings_round_trip, trains_mlp, trains_cnn, trains_residual, trains_example, refused_at_the_start,
         coverage_said, shared_modules, tied_weights, frozen_by_others, deterministic, leaves_users_model,
-        data_untouched, final_model, fits_again, hook_calls, resumes, leaves_nothing_behind, global_switches,
+        data_untouched, final_model, fits_again, attaches, hook_calls, resumes, leaves_nothing_behind, global_switches,
         metrics_finite, costs_logged, composes, bfloat16, compiles, pickles,
     )
 }

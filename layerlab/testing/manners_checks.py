@@ -120,6 +120,10 @@ class _Recorder(Strategy):
         """Note it."""
         self._calls.append("on_epoch_start")
 
+    def on_train_batch_start(self, run: Run) -> None:
+        """Note it."""
+        self._calls.append("on_train_batch_start")
+
     def on_epoch_end(self, run: Run) -> None:
         """Note it, with the steps that were taken."""
         self._calls.append(f"on_epoch_end at step {run.step}")
@@ -170,8 +174,8 @@ def _hook_calls(strategy: Strategy, before: _Recorder, after: _Recorder) -> None
     for recorder in (before, after):
         wanted = ["on_fit_start"]
         for epoch in range(1, EPOCHS + 1):
-            backward = ["on_after_backward"] * steps if recorder.defines("on_after_backward") else []
-            wanted += ["on_epoch_start", *backward, f"on_epoch_end at step {epoch * steps}", "on_validation_end"]
+            step = ["on_train_batch_start"] + ["on_after_backward"] * recorder.defines("on_after_backward")
+            wanted += ["on_epoch_start", *(step * steps), f"on_epoch_end at step {epoch * steps}", "on_validation_end"]
         wanted.append("on_fit_end")
         if recorder.calls == wanted:
             continue

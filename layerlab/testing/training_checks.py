@@ -71,7 +71,7 @@ def deterministic(strategy: Strategy) -> None:
     where = difference(first.model, second.model)
     assert not where, (
         f"two fits with the same seed end with other weights ({where}); draw from torch's random state, or from "
-        "`torch.Generator().manual_seed(run.generator.initial_seed())`"
+        "`run.generator_for(self.name)`"
     )
     other = trained(strategy, seed=1)
     assert difference(first.model, other.model), (

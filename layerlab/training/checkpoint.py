@@ -133,6 +133,7 @@ def run_state(run: Run, strategies: Sequence[Strategy]) -> dict[str, Any]:
         "schedule": run.schedule.state_dict(),
         "strategies": {strategy.name: strategy.state_dict() for strategy in strategies},
         "generator": run.generator.get_state(),
+        "generators": {name: each.get_state() for name, each in run.generators.items()},
         "epoch": run.epoch,
         "step": run.step,
         "history": run.history,
@@ -153,3 +154,5 @@ def restore_run(run: Run, strategies: Sequence[Strategy], state: dict[str, Any])
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.generator.set_state(state["generator"].cpu())
+    for name, each in state["generators"].items():
+        run.generator_for(name).set_state(each.cpu())

@@ -214,7 +214,7 @@ def compare(
     # Long because its docstring names every argument, with an example.
     _check_kinds(data, arms, seeds)
     checked = checked_settings(settings)
-    every = [Arm(name, _network(model, name), _chosen(given), checked) for name, given in arms.items()]
+    every = [Arm(name, _network(model, name), chosen(given), checked) for name, given in arms.items()]
     companions = Companions(every, equal, placebo, judged)
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
@@ -263,7 +263,7 @@ def _check_kinds(data: object, arms: object, seeds: Sequence[int]) -> None:
                       f"got {type(arms).__name__}.")
 
 
-def _chosen(strategies: Strategies) -> tuple[Strategy, ...]:
+def chosen(strategies: Strategies) -> tuple[Strategy, ...]:
     """The strategies, those that are named with their default settings."""
     from layerlab.contract.registry import strategies as installed
 

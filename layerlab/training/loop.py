@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -193,8 +194,7 @@ class Fit:
         run = self.run
         with self._turn.taken(), self._watched():
             self._call("on_fit_end")
-            for owner in list(run._frozen):
-                run.freeze(owner, ())
+            run.thaw()
             self._compiler.release()
             run.optimizer.zero_grad(set_to_none=True)
             run.model.eval()
@@ -318,11 +318,21 @@ class Fit:
     def _step(self) -> Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor]:
         """One step as a function of a batch that returns its detached loss."""
         run = self.run
+        step: Callable[..., Tensor] = run.plain_step
         for strategy in self.strategies:
             if strategy.defines("training_step"):
                 # Batches of several tensors come from strategies that are not composed with such a one.
-                return lambda x, y: strategy.training_step(run, x, y).detach()  # type: ignore[arg-type]
-        return lambda x, y: run.plain_step(x, y).detach()
+                step = partial(strategy.training_step, run)
+        hooks = [each.on_train_batch_start for each in self.strategies if each.defines("on_train_batch_start")]
+        if not hooks:
+            return lambda x, y: step(x, y).detach()
+
+        def with_hooks(x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+            for hook in hooks:
+                hook(run)
+            return step(x, y).detach()
+
+        return with_hooks
 
     def _taken(self, gauge: Gauge) -> dict[str, float]:
         """The epoch's `cost/…`, as far as it was measured."""
