@@ -38,6 +38,8 @@ _PUBLIC = {
     "noise": "layerlab.workload.dataset",
     "pass_order": "layerlab.workload.dataset",
     "load_dataset": "layerlab.workload.loading",
+    "OwnData": "layerlab.workload.own",
+    "own_data": "layerlab.workload.own",
     "build_model": "layerlab.workload.builders",
     "model_names": "layerlab.workload.builders",
     "NORMALISATION": "layerlab.workload.order",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from layerlab.workload.dataset import Augment, Dataset, Split, noise, pass_order
     from layerlab.workload.loading import load_dataset
     from layerlab.workload.order import NORMALISATION, forward_order, prefixes
+    from layerlab.workload.own import OwnData, own_data
 
 __all__ = [
     "NORMALISATION",
@@ -106,6 +109,7 @@ __all__ = [
     "LayerlabError",
     "LayerlabWarning",
     "Observer",
+    "OwnData",
     "Pays",
     "Preflight",
     "Refused",
@@ -133,6 +137,7 @@ __all__ = [
     "measure",
     "model_names",
     "noise",
+    "own_data",
     "pass_order",
     "prefixes",
     "save_model",

@@ -79,7 +79,7 @@ def test_the_name_that_is_meant_is_named(name, near):
     ("settings", "message"),
     [
         ({"n_epochs": 3}, r"^fit has no setting 'n_epochs' \(did you mean 'epochs'\?\)\.$"),
-        ({"metric": "f1"}, r"^fit has no setting 'metric' \(it has accumulate, .*whitening\)\.$"),
+        ({"callbacks": "f1"}, r"^fit has no setting 'callbacks' \(it has accumulate, .*whitening\)\.$"),
         ({"strategy": "mine"}, r"did you mean 'strategies'"),
         # One value that no alternative takes is one problem.
         ({"optimizer": "SGD"}, r"^fit: setting 'optimizer' should be 'sgd', .* or be a function, got 'SGD' \(did you "
@@ -127,7 +127,7 @@ def test_public_functions_on_data_refuse_what_they_do_not_know(digits, call, mes
     ("call", "message"),
     [
         (lambda net, data: fit(net, [(torch.zeros(4, 1, 8, 8), torch.zeros(4))]),
-         r"data must be a layerlab.Dataset, got list; load_dataset gives one"),
+         r"data cannot be tensors; give \(train, test\), or .* or what load_dataset gives"),
         (lambda net, data: compare(net, data, ["lars-skip"]), r"arms must map the name of each arm .*, got list"),
         (lambda net, data: fit(net, data, "lars-skp"), r"Unknown strategy 'lars-skp'. Did you mean 'lars-skip'\?"),
         (lambda net, data: fit(net, data, loss=torch.nn.L1Loss(), batch_size=32),

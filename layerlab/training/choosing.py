@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning
 from layerlab.base.files import write_json
+from layerlab.contract.run import Batches
 from layerlab.measure.clock import time_by_turns
 from layerlab.training.settings import Settings
-from layerlab.workload.dataset import Split
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # Its name in a checkpoint's folder, so that a fit that goes on computes as it began.
@@ -25,7 +25,7 @@ IMAGES, ROUNDS, SLOWER = 128, 3, 1.1
 
 
 def memory_format(
-    settings: Settings, network: nn.Module, images: Split, folder: Path | None, writes: bool
+    settings: Settings, network: nn.Module, images: Batches, folder: Path | None, writes: bool
 ) -> torch.memory_format:
     """The memory format of images and convolutions that the settings name, or that is faster here.
 
@@ -61,11 +61,13 @@ def _chosen_before(file: Path) -> torch.memory_format:
                             "{\"memory_format\": \"channels-last\"} into it.") from None
 
 
-def _faster_format(network: nn.Module, images: Split, count: int) -> str:
+def _faster_format(network: nn.Module, images: Batches, count: int) -> str:
     """Forward and backward of a few images in both formats, by turns; the name of the faster one."""
     if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
         return "contiguous"
-    x, _ = next(images.batches(count))
+    x, _ = next(images.batches(count, None, torch.float32, torch.contiguous_format))
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return "contiguous"
     calls = {}
     for name, form in FORMATS.items():
         own = copy.deepcopy(network).to(memory_format=form).train()

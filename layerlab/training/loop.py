@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged, Refused
 from layerlab.contract.run import Batches
-from layerlab.contract.strategy import Strategy, check_composition
+from layerlab.contract.strategy import Strategy, check_composition, check_needs
 from layerlab.show.progress import first_process, say_not_first
 from layerlab.training.asked import Asked
 from layerlab.training.averaging import Averaging
 from layerlab.training.checkpoint import Checkpoint, checkpoint_folder, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.costs import Costs, learning_key
-from layerlab.training.evaluation import evaluate
+from layerlab.training.evaluation import Measured, Metrics, evaluate, takes_model
 from layerlab.training.fingerprint import fingerprint
 from layerlab.training.gauge import Gauge
 from layerlab.training.results import FitResult
@@ -34,6 +35,7 @@ from layerlab.training.untouched import lent
 from layerlab.training.watch import watched
 from layerlab.training.whitening import freeze_bias
 from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Given, OwnData, offers, own_data
 
 
 class Observer(Protocol):
@@ -93,18 +95,20 @@ class Fit:
     def __init__(
         self,
         model: Network,
-        data: Dataset,
+        data: Given,
         strategies: Strategy | Sequence[Strategy] = (),
         *,
         seed: int = 0,
         name: str = "",
         loss: Loss | None = None,
+        metrics: Metrics = MappingProxyType({}),
         checkpoint: str | Path | None = None,
         observers: Sequence[Observer] = (),
         asked: Asked | None = None,
         **settings: Unpack[FitSettings],
     ) -> None:
-        self.settings = checked_settings(settings)
+        data = own_data(data, device=settings.get("device", "auto"))
+        self.settings = checked_settings(settings, data.batch_size if isinstance(data, OwnData) else None)
         self.strategies = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
         check_composition(self.strategies)
         self.seed = seed
@@ -114,7 +118,7 @@ class Fit:
         if not self.writes and (observers or checkpoint is not None):
             say_not_first()
         self.device = (
-            data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
+            data.train.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )
         self.shared = prepared(on_device(data, self.device), self.settings)
         self.data = lent(self.shared) if self.strategies else self.shared
@@ -125,6 +129,9 @@ class Fit:
         self._compiler = Compiler(self.settings.compile)
         self._announced = False
         self._check_step()
+        self._metrics = metrics
+        Measured(metrics)
+        check_needs(self.strategies, data.name, offers(data) if self.strategies else (), takes_model(loss or nn.Module))
         folder = checkpoint_folder(checkpoint)
         with self._turn.taken(), self._watched():
             self.run = start(model, self.data, self.strategies, self.settings, seed, loss, folder, self.writes)
@@ -231,7 +238,9 @@ class Fit:
         run.epoch += 1
         run.logged, run.spent_flops, run.measures_anew = {}, 0.0, False
         moment, done = self.data.train.moment, (run.epoch - 1) / run.epochs
-        moment.epoch, moment.side = run.epoch, side_of(self.settings, self.data.test.shape[1], done)
+        moment.epoch = run.epoch
+        if self.settings.sizes and isinstance(self.data, Dataset):
+            moment.side = side_of(self.settings, self.data.test.shape[1], done)
         graphs = graph_count()
         gauge = Gauge(self.device)
         with gauge.hooks():
@@ -315,13 +324,13 @@ class Fit:
                     each_step()
         return total
 
-    def _step(self) -> Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor]:
+    def _step(self) -> Callable[[Any, Any], Tensor]:
         """One step as a function of a batch that returns its detached loss."""
         run = self.run
         for strategy in self.strategies:
             if strategy.defines("training_step"):
                 # Batches of several tensors come from strategies that are not composed with such a one.
-                return lambda x, y: strategy.training_step(run, x, y).detach()  # type: ignore[arg-type]
+                return lambda x, y: strategy.training_step(run, x, y).detach()
         return lambda x, y: run.plain_step(x, y).detach()
 
     def _taken(self, gauge: Gauge) -> dict[str, float]:
@@ -360,7 +369,7 @@ class Fit:
         """`half/loss`, `half/top1` and `half/top5` of the network that predicts."""
         run = self.run
         reached = evaluate(run.model, data, run.loss, autocast=run.autocast, memory_format=run.memory_format,
-                           views=self.settings.views)
+                           views=self.settings.views, metrics=self._metrics)
         return {name.replace("test/", f"{half}/"): value for name, value in reached.items()}
 
     def _call(self, hook: str) -> None:

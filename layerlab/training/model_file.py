@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from layerlab.training.fingerprint import tensor_digest
 from layerlab.training.results import FitResult
 from layerlab.training.state_file import check_storable, read_state, write_state
 from layerlab.workload.builders import network_builder
-from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Data
 
 _FORMAT = "layerlab-model-3"
 # What a file holds, and its types.
@@ -70,7 +71,7 @@ class SavedModel:
 
 
 def save_model(
-    file: str | Path, result: FitResult, data: Dataset, network: str = "", **options: Any
+    file: str | Path, result: FitResult, data: Data, network: str = "", **options: Any
 ) -> Path:
     """Keep a trained network: its weights, and how to build it, with the structure that its strategies left it in.
 
@@ -106,8 +107,9 @@ def save_model(
     state = _on_cpu(result.model.state_dict())
     content = {
         "format": _FORMAT, "network": network, "options": options, "classes": data.classes,
-        "class_names": list(data.class_names), "shape": list(data.shape), "mean": list(data.train.mean),
-        "std": list(data.train.std), "top1": result.final["test/top1"], "versions": versions(),
+        "class_names": list(data.class_names), "shape": list(data.shape), "mean": list(getattr(data.train, "mean", ())),
+        "std": list(getattr(data.train, "std", ())), "top1": float(result.final.get("test/top1", math.nan)),
+        "versions": versions(),
         "strategies": [_described(strategy) for strategy in result.strategies],
         "shared": shared_names(result.model),
         "weights": dict(state),

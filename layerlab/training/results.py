@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,12 @@ def comparison_table(comparison: Comparison) -> Table:
     frame = None
     if comparison.results:
         frame, headings = in_units(comparison.summary)
-    rows = [[row["arm"], *(spread(row[name], row[f"{name} ±"]) for name in headings)]
+    # What no accuracy tells: the loss where there are no classes, and metrics of the user's own.
+    others = own_metrics(comparison.results.values())
+    if comparison.results and "top-1" not in headings:
+        others = ["test/loss", *others]
+    rows = [[row["arm"], *(str(comparison.estimate(name, row["arm"])) for name in others),
+             *(spread(row[name], row[f"{name} ±"]) for name in headings)]
             for _, row in frame.iterrows()] if frame is not None else []
     rows += [[arm, f"left out: {reason}"] for arm, reason in comparison.failures.items()]
     notes = [f"{arm}: {comparison.pays(arm)}" for arm in comparison.equal]
@@ -66,7 +71,8 @@ def comparison_table(comparison: Comparison) -> Table:
     if comparison.untouched:
         notes.append("Data, torch's settings and the first batch: bit-equal before and after "
                      f"{', '.join(comparison.untouched)}.")
-    return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
+    names = [name.replace("/", " ") if name == "test/loss" else name.removeprefix("test/") for name in others]
+    return Table(["arm", *names, *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
 
 
 def _on_cpu(model: nn.Module) -> bool:
@@ -87,9 +93,12 @@ def fit_table(result: FitResult) -> Table:
     rows = result.history
     step = -(-len(rows) // EPOCHS)
     shown = [row for number, row in enumerate(rows) if number % step == 0 or number == len(rows) - 1]
-    header = ["epoch", "training loss", "test loss", "top-1 [%]", "time [s]"]
-    texts = [[f"{row['epoch']}", f"{row['train/loss']:.4f}", f"{row['test/loss']:.4f}", f"{100 * row['test/top1']:.2f}",
-              f"{row['time/epoch_seconds']:.2f}"] for row in shown]
+    of_own = own_metrics([result])
+    header = ["epoch", "training loss", "test loss", *(["top-1 [%]"] if "test/top1" in result.final else []),
+              *(name.removeprefix("test/") for name in of_own), "time [s]"]
+    texts = [[f"{row['epoch']}", f"{row['train/loss']:.4f}", f"{row['test/loss']:.4f}",
+              *([f"{100 * row['test/top1']:.2f}"] if "test/top1" in row else []),
+              *(f"{row[name]:.4g}" for name in of_own), f"{row['time/epoch_seconds']:.2f}"] for row in shown]
     flops = [row.get("cost/forward_flops", math.nan) + row.get("cost/backward_flops", math.nan) for row in shown]
     if any(map(math.isfinite, flops)):
         by, label = scale(flops, "FLOP")
@@ -97,6 +106,13 @@ def fit_table(result: FitResult) -> Table:
         for text, value in zip(texts, flops, strict=True):
             text.append(spread(by * value))
     return Table(header, texts, result.headline)
+
+
+def own_metrics(results: Iterable[FitResult]) -> list[str]:
+    """What was measured of the test half besides the loss and the accuracies that every classifier has."""
+    known = ("test/loss", "test/top1", "test/top5")
+    return list(dict.fromkeys(name for result in results for name in result.final
+                              if name.startswith("test/") and name not in known))
 
 
 @dataclass(eq=False)
@@ -189,8 +205,10 @@ class FitResult:
     def headline(self) -> str:
         """The result in a line."""
         row, seconds = self.final, self.total("time/epoch_seconds")
+        reached = f"top-1 {row['test/top1']:.2%}" if "test/top1" in row else ", ".join(
+            f"{name.replace('/', ' ')} {row[name]:.4g}" for name in ("test/loss", *own_metrics([self])))
         return (
-            f"{self.name}, seed {self.seed}: top-1 {row['test/top1']:.2%} after {row['epoch']} epochs "
+            f"{self.name}, seed {self.seed}: {reached} after {row['epoch']} epochs "
             f"and {seconds:.1f} s of training"
         )
 
@@ -443,9 +461,9 @@ class Comparison:
 
 # What is told of a run: name with unit → value.
 SUMMARY: dict[str, Callable[[FitResult], float]] = {
-    "top-1": lambda result: result.final["test/top1"],
-    "top-5": lambda result: result.final["test/top5"],
-    "best top-1": lambda result: max(row["test/top1"] for row in result.history),
+    "top-1": lambda result: result.final.get("test/top1", math.nan),
+    "top-5": lambda result: result.final.get("test/top5", math.nan),
+    "best top-1": lambda result: max(row.get("test/top1", math.nan) for row in result.history),
     "seconds": lambda result: result.total("time/epoch_seconds"),
     "TFLOP": lambda result: (result.total("cost/forward_flops") + result.total("cost/backward_flops")) / 1e12,
     "GB moved": lambda result: result.total("cost/bytes_moved") / 1e9,

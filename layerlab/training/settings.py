@@ -27,7 +27,7 @@ Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSchedul
 
 
 # What `fit` takes besides its settings, for the nearest name of one that it does not have: a test compares the two.
-ARGUMENTS = ("strategies", "seed", "name", "loss", "checkpoint", "observers", "progress")
+ARGUMENTS = ("strategies", "seed", "name", "loss", "metrics", "checkpoint", "observers", "progress")
 
 
 class FitSettings(TypedDict, total=False):
@@ -219,14 +219,21 @@ def _unplaced(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def checked_settings(settings: Mapping[str, Any]) -> Settings:
+def checked_settings(settings: Mapping[str, Any], batch_size: int | None = None) -> Settings:
     """Validate the keyword arguments of `fit`.
 
+    Args:
+        settings: given by the user.
+        batch_size: of the data's own batches; None where the settings decide.
+
     Raises:
-        Refused: an unknown setting or a value that is not allowed.
+        Refused: an unknown setting or a value that is not allowed; another batch size than the data's own.
     """
+    if batch_size is not None and settings.get("batch_size", batch_size) != batch_size:
+        raise Refused(f"The DataLoader's batches are of {batch_size}, so that batch_size={settings['batch_size']!r} "
+                      "cannot be; leave it out, or give the DataLoader's dataset.")
     try:
-        return Settings(**settings)
+        return Settings(**(settings if batch_size is None else {**settings, "batch_size": batch_size}))
     except ValidationError as error:
         raise Refused(sentence(error, "fit", (*Settings.model_fields, *ARGUMENTS))) from None
 

@@ -100,6 +100,11 @@ class Split:
         return len(self.labels)
 
     @property
+    def device(self) -> torch.device:
+        """Where batches lie."""
+        return self.labels.device
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image, as `batches` gives it."""
         channels, height, width = self.images.shape[1:]
