@@ -298,6 +298,80 @@ def test_another_content_of_the_data_is_no_checkpoint_of_theirs(tmp_path):
         fit(perceptron, ((x + 1, y), (x, y)), checkpoint=tmp_path, **QUICK)
 
 
+def needing(*needs: str) -> Strategy:
+    class Needing(Strategy):
+        name = "needing"
+
+    Needing.needs = frozenset(needs)
+    return Needing()
+
+
+GIVEN: dict[str, Callable[[], Any]] = {
+    "tensors": lambda: (table(), table()),
+    "dataset": lambda: (Rows(), Rows(64)),
+    "loader": loaders,
+    "dicts": named_loaders,
+    "numbers": lambda: ((table()[0], table()[0]),) * 2,
+    "pictures": lambda: ((torch.rand(64, 1, 4, 4), torch.arange(64) % 2),) * 2,
+    "digits": lambda: load_dataset("digits", limit=64, test_limit=8, device="cpu"),
+}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "dicts": TwoSides, "numbers": lambda: nn.Linear(5, 5),
+    "digits": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+    "pictures": lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("need", "gives"),
+    [
+        ("one tensor", {"tensors", "dataset", "loader", "numbers", "pictures", "digits"}),
+        ("images", {"pictures", "digits"}),
+        ("targets", set(GIVEN)),
+        ("classes", set(GIVEN) - {"numbers"}),
+        ("fixed order", {"tensors", "dataset", "numbers", "pictures", "digits"}),
+        ("resident", {"tensors", "numbers", "pictures", "digits"}),
+    ],
+)
+def test_a_strategy_is_refused_where_the_data_are_not_what_it_needs(need, gives):
+    taken = set()
+    for name, data in GIVEN.items():
+        own = {} if name in ("loader", "dicts") else {"batch_size": 32}
+        loss = nn.MSELoss() if name == "numbers" else None
+        try:
+            Fit(NETWORKS.get(name, perceptron), data(), needing(need), loss=loss, **own)
+        except Refused as refusal:
+            sentence = str(refusal)
+            assert sentence.startswith("needing needs ")
+            assert "does not give; give" in sentence
+            assert sentence.endswith(", or leave the strategy out.")
+        else:
+            taken.add(name)
+    assert taken == gives
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "network", "loss", "sentence"),
+    [
+        ("learn-and-drop", loaders, perceptron, None, "needs examples that can be read again in one order"),
+        ("low-bit", named_loaders, TwoSides, None, "low-bit needs batches that give the network one tensor"),
+        ("memory-reorder", lambda: (sentences(), sentences()), TinyLanguageModel, next_word,
+         "memory-reorder needs batches with a tensor of targets"),
+        ("network-with-subnetworks", lambda: (table(), table()), perceptron,
+         lambda model, batch: model(batch[0]).mean(), r"calls the loss with \(output, target\), and this loss takes"),
+    ],
+)
+def test_the_bundled_strategies_say_what_they_need(name, data, network, loss, sentence):
+    own = {} if data in (loaders, named_loaders) else {"batch_size": 32}
+    with pytest.raises(Refused, match=sentence):
+        fit(network, data(), name, loss=loss, **own, **QUICK)
+
+
+def test_a_need_that_there_is_not_is_told_to_the_strategy_s_author():
+    with pytest.raises(Refused, match="needs 'pictures' of its data, which is none of one tensor, images"):
+        Fit(perceptron, (table(), table()), needing("pictures"))
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

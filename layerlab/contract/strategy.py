@@ -41,8 +41,6 @@ NEEDS: Mapping[str, tuple[str, str]] = {
     "classes": ("labels that are one class for each example", "give such labels"),
     "fixed order": ("examples that can be read again in one order", "give the DataLoader's dataset in its place"),
     "resident": ("examples that all lie in the device's memory", "give tensors"),
-    "shares": ("images that processes can divide among themselves",
-               "load them with load_dataset, or give tensors of bytes and classes"),
 }
 
 
@@ -51,7 +49,7 @@ class Strategy(BaseModel):
 
     `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's. `needs` says
     what its data have to be: `one tensor` or `images` for the network, `targets` or `classes` beside them, a
-    `fixed order` that can be read again, `resident` in the device's memory, `shares` for several processes.
+    `fixed order` that can be read again, `resident` in the device's memory.
     `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
     which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
     (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
@@ -310,7 +308,8 @@ def check_needs(strategies: Iterable[Strategy], data: str, offered: Collection[s
         strategies: of a run.
         data: their name.
         offered: what they give, in the words of `NEEDS`.
-        loss_of_model: whether the loss is a function of (model, batch), which a step that is replaced does not call.
+        loss_of_model: whether the loss is a function of (model, batch), which no strategy can call that trains by a
+            step or a network of its own.
 
     Raises:
         Refused: one does, with the remedy.
@@ -324,9 +323,10 @@ def check_needs(strategies: Iterable[Strategy], data: str, offered: Collection[s
                 what, remedy = NEEDS[need]
                 raise Refused(f"{strategy.name} needs {what}, which {data!r} does not give; {remedy}, or leave the "
                               "strategy out.")
-        if loss_of_model and (strategy.defines("training_step") or "targets" in strategy.needs):
-            raise Refused(f"{strategy.name} calls the loss with (output, target) in a step of its own, and this loss "
-                          "takes (model, batch); give one of (output, target), or leave the strategy out.")
+        compares = strategy.defines("training_step") or strategy.needs & {"targets", "classes"}
+        if loss_of_model and compares:
+            raise Refused(f"{strategy.name} calls the loss with (output, target), and this loss takes (model, batch); "
+                          "give one of (output, target), or leave the strategy out.")
 
 
 def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tensor) -> dict[str, Preflight]:

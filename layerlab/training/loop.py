@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged, Refused
@@ -131,7 +131,8 @@ class Fit:
         self._check_step()
         self._metrics = metrics
         Measured(metrics)
-        check_needs(self.strategies, data.name, offers(data) if self.strategies else (), takes_model(loss or nn.Module))
+        if self.strategies:
+            check_needs(self.strategies, data.name, offers(data), loss is not None and takes_model(loss))
         folder = checkpoint_folder(checkpoint)
         with self._turn.taken(), self._watched():
             self.run = start(model, self.data, self.strategies, self.settings, seed, loss, folder, self.writes)

@@ -336,7 +336,7 @@ def _image_dataset(
 def offers(data: Data) -> frozenset[str]:
     """What data give to a strategy that needs it, in the words of `Strategy.needs`."""
     if isinstance(data, Dataset):
-        found = {"one tensor", "images", "targets", "classes", "fixed order", "shares"}
+        found = {"one tensor", "images", "targets", "classes", "fixed order"}
         return frozenset({*found, "resident"} if isinstance(data.train.images, Tensor) else found)
     x, y = data.test.look()
     found = set()

@@ -46,6 +46,7 @@ class LearnAndDrop(Strategy):
     """
 
     name: ClassVar[str] = NAME
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor", "targets", "fixed order"})
     replaces_network: ClassVar[bool] = True
     follows_layers: ClassVar[bool] = True
 
