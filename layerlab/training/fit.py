@@ -101,6 +101,8 @@ def fit(
             epochs (10): Passes over the training data.
             max_steps (None): Stop after these many steps, within an epoch if need be; a schedule that is named shortens
                 with it.
+            patience (None): End after so many epochs without a better one by the validation half's accuracy, or loss
+                where there are no classes; the weights stay the last epoch's.
             batch_size (128): Images a step; the uneven rest of each shuffled epoch is left out.
             recipe (None): A bundle of settings by name; each that is given beside it counts instead of the bundle's.
             augment (None): Of the training images, as `Split.augment` has it; None leaves the data's own.

@@ -30,6 +30,7 @@ from layerlab.training.gauge import Gauge
 from layerlab.training.results import FitResult
 from layerlab.training.settings import FitSettings, checked_settings, length
 from layerlab.training.start import Loss, Network, on_device, prepared, side_of, start
+from layerlab.training.stopping import check_patience, waited
 from layerlab.training.turns import Turn
 from layerlab.training.untouched import lent
 from layerlab.training.watch import watched
@@ -131,6 +132,7 @@ class Fit:
         self._check_step()
         self._metrics = metrics
         Measured(metrics)
+        check_patience(self.settings.patience, data.name, data.validation is not None)
         if self.strategies:
             check_needs(self.strategies, data.name, offers(data), loss is not None and takes_model(loss))
         folder = checkpoint_folder(checkpoint)
@@ -172,9 +174,10 @@ class Fit:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        limit = self.settings.max_steps
-        return self.run.epoch >= self.run.epochs or (limit is not None and self.run.step >= limit)
+        """Whether all epochs are done, or as many as `patience` lets it train."""
+        limit, patience = self.settings.max_steps, self.settings.patience
+        return (self.run.epoch >= self.run.epochs or (limit is not None and self.run.step >= limit)
+                or (patience is not None and waited(self.run.history) >= patience))
 
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, write the checkpoint, tell the observers; returns the epoch's row."""
@@ -250,7 +253,8 @@ class Fit:
         total = self._steps(gauge, key)
         with gauge.hooks():
             self._call("on_epoch_end")
-            if self._averaging.on and self.finished:
+            settled = self._averaging.on and self.finished
+            if settled:
                 self._averaging.settle()
         seconds, costs = gauge.seconds(run.steps_per_epoch), self._taken(gauge)
         if run.schedule_each == "epoch":
@@ -268,6 +272,9 @@ class Fit:
             row["compile/graphs"] = graph_count() - graphs
         row |= run.logged
         run.history.append(row)
+        if self.settings.averaging == "ema" and self.finished and not settled:
+            # Ended by its patience, which only the evaluation could tell: it showed these averages.
+            self._averaging.settle()
         return row
 
     def _begin(self) -> str:

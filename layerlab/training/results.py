@@ -82,7 +82,9 @@ def _on_cpu(model: nn.Module) -> bool:
 def _caption(comparison: Comparison) -> str:
     if not comparison.results:
         return "Nothing was trained to the end."
-    epochs = max(len(result.history) for result in comparison.results.values())
+    lengths = {len(result.history) for result in comparison.results.values()}
+    early = any(result.settings.patience is not None for result in comparison.results.values())
+    epochs = f"{min(lengths)} to {max(lengths)}" if early and len(lengths) > 1 else f"{max(lengths)}"
     seeds = len(comparison.seeds)
     return f"{epochs} epochs, " + (
         "one seed, which says nothing about the spread" if seeds == 1 else f"{seeds} seeds: mean ± 95 % interval")
@@ -202,13 +204,20 @@ class FitResult:
                 for title, each in strategy.layer_maps(self.history).items()}
 
     @property
+    def epochs_told(self) -> str:
+        """The epochs that were trained, in words; of how many, where `patience` ended the training before the last."""
+        trained, planned = self.final["epoch"], self.settings.epochs
+        early = self.settings.patience is not None and trained < planned and self.settings.max_steps is None
+        return f"{trained} of {planned}" if early else str(trained)
+
+    @property
     def headline(self) -> str:
         """The result in a line."""
         row, seconds = self.final, self.total("time/epoch_seconds")
         reached = f"top-1 {row['test/top1']:.2%}" if "test/top1" in row else ", ".join(
             f"{name.replace('/', ' ')} {row[name]:.4g}" for name in ("test/loss", *own_metrics([self])))
         return (
-            f"{self.name}, seed {self.seed}: {reached} after {row['epoch']} epochs "
+            f"{self.name}, seed {self.seed}: {reached} after {self.epochs_told} epochs "
             f"and {seconds:.1f} s of training"
         )
 

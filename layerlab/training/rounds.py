@@ -100,6 +100,8 @@ class Rounds:
                     if each.strategies and each.run.epoch == first + 1 and each.name not in self.untouched:
                         self._compare_batches(each)
         for each in list(self._fits):
+            # What patience left out.
+            self.progress.total -= each.run.epochs - each.run.epoch
             with self.attempted(each.name):
                 with _alone(each):
                     result = each.finish()

@@ -35,6 +35,7 @@ class FitSettings(TypedDict, total=False):
 
     epochs: int
     max_steps: int | None
+    patience: int | None
     batch_size: int
     recipe: Literal["fast"] | None
     augment: Augment | None
@@ -81,6 +82,9 @@ class Settings(BaseModel):
     """Passes over the training data."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after these many steps, within an epoch if need be; a schedule that is named shortens with it."""
+    patience: int | None = Field(None, ge=1)
+    """End after so many epochs without a better one by the validation half's accuracy, or loss where there are no
+    classes; the weights stay the last epoch's."""
     batch_size: int = Field(128, ge=1)
     """Images a step; the uneven rest of each shuffled epoch is left out."""
     recipe: Literal["fast"] | None = None
@@ -329,7 +333,8 @@ def shortened(settings: Settings, steps: int, budget: int) -> Settings:
             over so many times as many of its steps.
     """
     _, whole = length(settings, steps)
-    changes: dict[str, Any] = {"epochs": -(-budget // steps), "max_steps": budget}
+    # The budget is spent to its end.
+    changes: dict[str, Any] = {"epochs": -(-budget // steps), "max_steps": budget, "patience": None}
     # Counted in steps from here on, since a shortened epoch's end is no step's.
     factor = budget / whole * (1 if settings.schedule_each == "step" else steps)
     if callable(settings.schedule):
