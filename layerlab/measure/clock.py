@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from layerlab.base.arguments import validated
+
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
@@ -38,6 +40,7 @@ class Turns:
         return middle, low, high
 
 
+@validated
 def time_by_turns(
     candidates: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3, device: str = "cpu"
 ) -> dict[str, Turns]:

@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, SkipValidation
 from torch import Tensor, nn
 
-from layerlab.base.errors import Refused, first_line, unknown
+from layerlab.base.arguments import validated
+from layerlab.base.errors import Refused, brief, first_line, unknown
 from layerlab.base.trees import count, predict, tensors
 from layerlab.contract.run import Batches
 from layerlab.workload.examples import are_classes
@@ -40,11 +42,12 @@ def takes_model(function: Callable[..., Any]) -> bool:
     return bool(parameters) and parameters[0] in NETWORK
 
 
+@validated
 def evaluate(
     model: nn.Module,
-    data: Batches,
+    data: SkipValidation[Batches],
     loss: Callable[..., Tensor] | None = None,
-    batch_size: int = 512,
+    batch_size: Annotated[int, Field(ge=1)] = 512,
     autocast: Callable[[], Any] = nullcontext,
     memory_format: torch.memory_format = torch.contiguous_format,
     views: Literal["plain", "mirrored"] = "plain",
@@ -63,6 +66,9 @@ def evaluate(
         metrics: name → a function of (output, target), or of (model, batch), whose mean over the examples counts; or an
             object of torchmetrics, which is updated with (output, target). `perplexity` is known by its name.
 
+    Raises:
+        LayerlabError: what is no half of data, or a metric that is none or does not take what there is.
+
     Returns:
         `test/loss`; where labels are classes, `test/top1` and `test/top5`, shares; `test/NAME` of each metric.
 
@@ -72,6 +78,10 @@ def evaluate(
         >>> sorted(evaluate(build_model("mlp", num_classes=10, image_size=8, width=16), data.test))
         ['test/loss', 'test/top1', 'test/top5']
     """
+    # Long because its docstring names every argument, with an example.
+    if not hasattr(data, "batches"):
+        raise Refused(f"evaluate takes a half of data, such as `data.test`, got {brief(data)}; own_data makes one of a "
+                      "DataLoader, a Dataset or tensors.")
     loss = loss or nn.CrossEntropyLoss()
     objective, measured = takes_model(loss), Measured(metrics)
     needed = not objective or measured.of_output

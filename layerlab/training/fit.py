@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Unpack, overload
+from typing import Annotated, NamedTuple, Unpack, overload
 
+from pydantic import Field, SkipValidation
 from torch import nn
 
-from layerlab.base.errors import Refused
+from layerlab.base.arguments import validated
+from layerlab.base.errors import Refused, brief
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress, say
 from layerlab.training.ahead import Ahead
@@ -19,7 +21,7 @@ from layerlab.training.evaluation import Metrics
 from layerlab.training.loop import Observer
 from layerlab.training.results import Comparison, FitResult
 from layerlab.training.rounds import Arm, Folders, Rounds
-from layerlab.training.settings import FitSettings, checked_settings
+from layerlab.training.settings import ARGUMENTS_OF_COMPARE, FitSettings, checked_settings
 from layerlab.training.start import Loss, Network
 from layerlab.workload.own import Data, Given, OwnData, own_data
 
@@ -60,10 +62,11 @@ def fit(
 ) -> list[FitResult]: ...
 
 
+@validated
 def fit(
     model: nn.Module | Callable[[], nn.Module],
-    data: Given,
-    strategies: Strategies = (),
+    data: SkipValidation[Given],
+    strategies: SkipValidation[Strategies] = (),
     *,
     seed: int | Sequence[int] = 0,
     name: str = "",
@@ -166,6 +169,7 @@ def fit(
         >>> len(result.history)
         2
     """
+    checked_settings(settings, data.batch_size if isinstance(data, OwnData) else None)
     seeds = [seed] if isinstance(seed, int) else list(seed)
     comparison = compare(
         model, data, {name: strategies}, seeds=seeds, loss=loss, metrics=metrics, checkpoint=checkpoint,
@@ -175,10 +179,11 @@ def fit(
     return results[0] if isinstance(seed, int) else results
 
 
+@validated
 def compare(
     model: nn.Module | Callable[[], nn.Module] | Mapping[str, nn.Module | Callable[[], nn.Module]],
-    data: Given,
-    arms: Mapping[str, Strategies],
+    data: SkipValidation[Given],
+    arms: SkipValidation[Mapping[str, Strategies]],
     *,
     seeds: Sequence[int] = (0,),
     loss: Loss | None = None,
@@ -190,7 +195,7 @@ def compare(
     equal: Equal = "none",
     placebo: bool = False,
     judged: Collection[str] | None = None,
-    at_once: int = 1,
+    at_once: Annotated[int, Field(ge=1)] = 1,
     **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -226,10 +231,10 @@ def compare(
         ['full', 'skip']
     """
     # Long because its docstring names every argument, with an example.
-    _check_kinds(arms, seeds)
+    _check_kinds(arms, seeds, keep_going)
     data = own_data(data, device=settings.get("device", "auto"))
     own = data if isinstance(data, OwnData) else None
-    checked = checked_settings(settings, own.batch_size if own else None)
+    checked = checked_settings(settings, own.batch_size if own else None, "compare", ARGUMENTS_OF_COMPARE)
     if own and checkpoint is not None and not own.exact:
         say(f"{own.name!r} cannot be resumed exactly: its DataLoader chooses or makes examples by random numbers that "
             "fit does not seed; give its sampler a `generator`, or give its dataset.")
@@ -272,19 +277,26 @@ class _Training(NamedTuple):
             self.train(rounds, seed)
 
 
-def _check_kinds(arms: object, seeds: Sequence[int]) -> None:
-    """Raises Refused for arms as other libraries take them, and where there is no seed."""
+def _check_kinds(arms: object, seeds: Sequence[int], keep_going: Collection[str]) -> None:
+    """Raises Refused for arms as other libraries take them, arms that there are not, and where there is no seed."""
     if not seeds:
         raise Refused("seeds is empty; give at least one.")
     if not isinstance(arms, Mapping):
         raise Refused("arms must map the name of each arm to its strategies, such as {'full': (), 'mine': strategy}, "
                       f"got {type(arms).__name__}.")
+    missing = [name for name in ([keep_going] if isinstance(keep_going, str) else keep_going) if name not in arms]
+    if missing or isinstance(keep_going, str):
+        raise Refused(f"keep_going is a list of arms, got {brief(keep_going)}; the arms are "
+                      f"{', '.join(map(repr, arms))}.")
 
 
 def _chosen(strategies: Strategies) -> tuple[Strategy, ...]:
     """The strategies, those that are named with their default settings."""
     from layerlab.contract.registry import strategies as installed
 
+    if not isinstance(strategies, Strategy | str | Sequence):
+        raise Refused(f"strategies are objects of layerlab.Strategy, their names, or a list of those, got "
+                      f"{brief(strategies)}.")
     given = [strategies] if isinstance(strategies, Strategy | str) else strategies
     return tuple(installed(each) if isinstance(each, str) else each for each in given)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Unpack
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from layerlab.workload.dataset import Dataset
 from layerlab.workload.own import Given, OwnData, offers, own_data
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What follows a fit: tracking, say.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerlab.base.arguments import validated
 from layerlab.base.errors import LayerlabError, first_line, located
 from layerlab.base.provenance import versions
 from layerlab.base.sharing import shared_names
@@ -70,6 +71,7 @@ class SavedModel:
                 f"{sum(p.numel() for p in self.model.parameters()):,} parameters, takes {channels}×{height}×{width}")
 
 
+@validated
 def save_model(
     file: str | Path, result: FitResult, data: Data, network: str = "", **options: Any
 ) -> Path:
@@ -104,6 +106,9 @@ def save_model(
         >>> load_model(file).model.training
         False
     """
+    if options and not network:
+        raise LayerlabError(f"save_model has no setting {next(iter(options))!r}; options are those of a network that "
+                            "is named, such as save_model(file, result, data, 'resnet18', num_classes=10).")
     state = _on_cpu(result.model.state_dict())
     content = {
         "format": _FORMAT, "network": network, "options": options, "classes": data.classes,
@@ -185,6 +190,7 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second) or first != first
 
 
+@validated
 def load_model(
     file: str | Path, network: str | nn.Module | Callable[[], nn.Module] | None = None,
     device: str | torch.device = "cpu",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from layerlab.contract.strategy import Strategy
 from layerlab.show.interval import Estimate, mean_interval, scale, spread
 from layerlab.show.layer_map import LayerMap
 from layerlab.show.table import Table
+from layerlab.training.metric_names import check_metric, own_metrics
 from layerlab.training.pays import Pays
 from layerlab.training.settings import Settings
 
@@ -110,13 +111,6 @@ def fit_table(result: FitResult) -> Table:
     return Table(header, texts, result.headline)
 
 
-def own_metrics(results: Iterable[FitResult]) -> list[str]:
-    """What was measured of the test half besides the loss and the accuracies that every classifier has."""
-    known = ("test/loss", "test/top1", "test/top5")
-    return list(dict.fromkeys(name for result in results for name in result.final
-                              if name.startswith("test/") and name not in known))
-
-
 @dataclass(eq=False)
 class FitResult:
     """What a fit leaves.
@@ -157,6 +151,7 @@ class FitResult:
 
     def total(self, metric: str) -> float:
         """The sum of a metric over the epochs; NaN where it was not measured."""
+        check_metric(metric, [self], SUMMARY)
         return math.fsum(row.get(metric, math.nan) for row in self.history)
 
     def time_to(self, level: float, metric: str = "test/top1") -> float:
@@ -166,6 +161,7 @@ class FitResult:
             >>> both.results["plain", 0].time_to(1.01)
             inf
         """
+        check_metric(metric, [self], SUMMARY)
         seconds = 0.0
         for row in self.history:
             seconds += row["time/epoch_seconds"]
@@ -337,6 +333,8 @@ class Comparison:
             True
         """
         value = _value_of(metric)
+        if isinstance(metric, str) and metric not in SUMMARY:
+            check_metric(metric, self.results.values(), SUMMARY)
         return [value(result) for result in self.of(arm)]
 
     def estimate(self, metric: Metric, arm: str, unit: str = "") -> Estimate:
@@ -410,6 +408,7 @@ class Comparison:
             >>> len(both.speedup("same", "plain", level=0.05).values)
             3
         """
+        check_metric(metric, self.results.values(), SUMMARY)
         ratios = []
         for mine, theirs in zip(self.of(arm), self.of(baseline), strict=True):
             wanted = max(row[metric] for row in theirs.history) if level is None else level

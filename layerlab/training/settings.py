@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from enum import Enum
@@ -28,6 +28,8 @@ Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSchedul
 
 # What `fit` takes besides its settings, for the nearest name of one that it does not have: a test compares the two.
 ARGUMENTS = ("strategies", "seed", "name", "loss", "metrics", "checkpoint", "observers", "progress")
+ARGUMENTS_OF_COMPARE = ("seeds", "loss", "metrics", "checkpoint", "observers", "progress", "keep_going", "equal",
+                        "placebo", "judged", "at_once")
 
 
 class FitSettings(TypedDict, total=False):
@@ -223,12 +225,16 @@ def _unplaced(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def checked_settings(settings: Mapping[str, Any], batch_size: int | None = None) -> Settings:
+def checked_settings(
+    settings: Mapping[str, Any], batch_size: int | None = None, owner: str = "fit", arguments: Sequence[str] = ARGUMENTS
+) -> Settings:
     """Validate the keyword arguments of `fit`.
 
     Args:
         settings: given by the user.
         batch_size: of the data's own batches; None where the settings decide.
+        owner: the function whose keyword arguments they are.
+        arguments: what it takes besides.
 
     Raises:
         Refused: an unknown setting or a value that is not allowed; another batch size than the data's own.
@@ -239,7 +245,7 @@ def checked_settings(settings: Mapping[str, Any], batch_size: int | None = None)
     try:
         return Settings(**(settings if batch_size is None else {**settings, "batch_size": batch_size}))
     except ValidationError as error:
-        raise Refused(sentence(error, "fit", (*Settings.model_fields, *ARGUMENTS))) from None
+        raise Refused(sentence(error, owner, (*Settings.model_fields, *arguments))) from None
 
 
 def make_optimizer(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, SkipValidation
 from torch import Tensor
 
 from layerlab.base.arguments import validated
@@ -243,7 +243,8 @@ class Dataset:
         """(channels, height, width) of one image."""
         return self.train.shape
 
-    def augmented(self, augment: Augment, padding: int = 4) -> Dataset:
+    @validated
+    def augmented(self, augment: SkipValidation[Augment], padding: SkipValidation[int] = 4) -> Dataset:
         """The same data with another augmentation of the training half; `padding` in pixels.
 
         Raises:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from layerlab.base.arguments import validated
 from layerlab.base.trees import on_tensors, predict
 
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
@@ -28,6 +29,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if module not in hidden]
 
 
+@validated
 def forward_order(model: nn.Module, example: Any) -> list[tuple[str, nn.Module]]:
     """Modules with parameters of their own in the order in which the forward pass reaches them.
 
@@ -81,6 +83,7 @@ def forward_order(model: nn.Module, example: Any) -> list[tuple[str, nn.Module]]
     return [(names[module], module) for module in sorted(calls, key=place)]
 
 
+@validated
 def prefixes(
     model: nn.Module, example: Any, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Conv2d
 ) -> list[tuple[str, list[nn.Module]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SkipValidation
 from torch import Tensor
 from torch.utils import data as torch_data
 
@@ -108,8 +108,9 @@ Data = Dataset | OwnData
 Given = Data | tuple[Any, ...] | list[Any] | Mapping[Any, Any] | torch_data.Dataset[Any]
 
 
+@validated
 def own_data(
-    halves: Given, *, name: str = "own data", transform: Callable[..., Any] | None = None,
+    halves: SkipValidation[Given], *, name: str = "own data", transform: Callable[..., Any] | None = None,
     test_transform: Callable[..., Any] | None = None, device: str | torch.device = "auto",
 ) -> Data:
     """Make data of your own into what `fit` and `compare` train with; they do it themselves where nothing is to be set.
