@@ -129,6 +129,7 @@ class Run:
         measures_anew: whether a strategy has called `remeasure` since the last step.
         memory_format: of the images that batches give to the network.
         clip_norm: `backward` shortens the gradients of all parameters together to this norm; None leaves them.
+        scaler: of the loss, under float16; `backward` scales and unscales with it.
         accumulate: parts in which `plain_step` computes its batch's gradient.
         kept: by its keeper's name, a tensor of its own shape for each of some parameters, such as an average. A change
             of structure carries them along, and a checkpoint holds them.
@@ -173,6 +174,7 @@ class Run:
     measures_anew: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
     clip_norm: float | None = None
+    scaler: torch.amp.GradScaler | None = None
     accumulate: int = 1
     kept: dict[str, dict[nn.Parameter, Tensor]] = field(default_factory=dict)
     objective: Callable[[nn.Module, Any, Any], Tensor] = field(default=None)  # type: ignore[assignment]
@@ -432,7 +434,7 @@ class Run:
             loss = loss * (count(own) / count((x, y)))
             if number < len(parts) - 1:
                 if loss.requires_grad:
-                    loss.backward()
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 before = before + loss.detach()
         return before + loss
 
@@ -442,15 +444,24 @@ class Run:
         At last the gradients are clipped, where the user wants that.
 
         Returns:
-            Whether anything learns. If nothing does, all that `loss` depends on being frozen, there is no gradient:
-            neither backward nor the hooks run, and the step ends without an update.
+            Whether there is a gradient to learn from. If all that `loss` depends on is frozen there is none: neither
+            backward nor the hooks run. Under float16 one may overflow. Either way the step ends without an update.
         """
         if not loss.requires_grad:
             return False
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
         loss.backward()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         for hook in self.after_backward:
             hook(self)
         if self.clip_norm is not None:
             learning = [each for group in self.optimizer.param_groups for each in group["params"]]
             torch.nn.utils.clip_grad_norm_(learning, self.clip_norm)
-        return True
+        if self.scaler is None:
+            return True
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        # It falls where a gradient was not finite.
+        return self.scaler.get_scale() >= before

@@ -145,7 +145,8 @@ def fit(
             averaging_power (0.0): The decay is multiplied by the share of the training that is done to this power, so
                 that it grows.
             views ('plain'): `mirrored`: evaluate the mean logits of each image and its mirror image.
-            precision ('float32'): bfloat16: forward and loss under autocast; weights and update stay float32.
+            precision ('float32'): bfloat16, float16: forward and loss under autocast; weights and update stay float32.
+                float16 scales the loss and leaves out a step whose gradient overflows.
             channels_last (False): Memory format of images and convolutions; `auto` measures which one is faster before
                 the first step.
             compile (False): Run the network's blocks through torch.compile; a text names its backend.

@@ -159,6 +159,9 @@ class Fit:
             if strategy.acts_in_backward and (parts > 1 or self.settings.clip_norm is not None):
                 raise Refused(f"{strategy.name} uses gradients while backward runs, so that they can be neither "
                               "accumulated nor clipped; leave accumulate=1 and clip_norm=None.")
+            if strategy.acts_in_backward and self.settings.precision == "float16":
+                raise Refused(f"{strategy.name} uses gradients while backward runs, before those of float16 are scaled "
+                              "back; take precision='bfloat16'.")
 
     def _prepare(self, folder: Path | None, asked: Asked) -> dict[str, Any] | None:
         """Let the strategies adapt the run and, where its folder holds a state, go on from it, which is returned."""

@@ -109,6 +109,8 @@ def save_model(
     if options and not network:
         raise LayerlabError(f"save_model has no setting {next(iter(options))!r}; options are those of a network that "
                             "is named, such as save_model(file, result, data, 'resnet18', num_classes=10).")
+    # What it began with stands in no file: the weights that it has now are loaded.
+    options = {name: value for name, value in options.items() if name != "weights"}
     state = _on_cpu(result.model.state_dict())
     content = {
         "format": _FORMAT, "network": network, "options": options, "classes": data.classes,
@@ -255,7 +257,8 @@ def _built(content: dict[str, Any], build: str | nn.Module | Callable[[], nn.Mod
         LayerlabError: it cannot be built, or the weights do not fit it.
     """
     if isinstance(build, str):
-        build = network_builder(build, content["classes"], tuple(content["shape"]), **content["options"])
+        options = {name: value for name, value in content["options"].items() if name != "weights"}
+        build = network_builder(build, content["classes"], tuple(content["shape"]), **options)
     try:
         model = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
         for each in content["strategies"]:

@@ -67,7 +67,7 @@ class FitSettings(TypedDict, total=False):
     averaging_every: int
     averaging_power: float
     views: Literal["plain", "mirrored"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "bfloat16", "float16"]
     channels_last: bool | Literal["auto"]
     compile: bool | str
     deterministic: bool
@@ -145,8 +145,9 @@ class Settings(BaseModel):
     """The decay is multiplied by the share of the training that is done to this power, so that it grows."""
     views: Literal["plain", "mirrored"] = "plain"
     """`mirrored`: evaluate the mean logits of each image and its mirror image."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: forward and loss under autocast; weights and update stay float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16, float16: forward and loss under autocast; weights and update stay float32. float16 scales the loss and
+    leaves out a step whose gradient overflows."""
     channels_last: bool | Literal["auto"] = False
     """Memory format of images and convolutions; `auto` measures which one is faster before the first step."""
     compile: bool | str = False

@@ -17,7 +17,7 @@ from layerlab.base.errors import LayerlabError, Refused, first_line, located
 from layerlab.base.trees import count, manner, on_tensors, predict, shapes
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
-from layerlab.training.choosing import memory_format, warn_of_slow_bfloat16
+from layerlab.training.choosing import memory_format, warn_of_slow
 from layerlab.training.evaluation import joined, logits, takes_model
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
 from layerlab.training.whitening import whiten
@@ -146,9 +146,12 @@ def _check_size(data: Data, batch_size: int) -> None:
 
 def _join_in(run: Run, settings: Settings, strategies: Sequence[Strategy]) -> None:
     """Give a run its autocast, and what is called after each backward."""
-    if settings.precision == "bfloat16":
-        warn_of_slow_bfloat16(run.device)
-        run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16)
+    if settings.precision != "float32":
+        kind = getattr(torch, settings.precision)
+        warn_of_slow(run.device, kind)
+        run.autocast = lambda: torch.autocast(run.device.type, kind)
+    if settings.precision == "float16":
+        run.scaler = torch.amp.GradScaler(run.device.type)
     hooked = [strategy for strategy in strategies if strategy.defines("on_after_backward")]
     run.after_backward = [strategy.on_after_backward for strategy in hooked]
 
