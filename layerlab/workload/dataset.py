@@ -197,7 +197,7 @@ class Split:
         sides = self.shape[1:]
         if images.shape[-2:] == sides:
             return images
-        if not images.is_cuda:
+        if images.device.type == "cpu":
             return torch.nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
         # A GPU interpolates no bytes.
         floats = torch.nn.functional.interpolate(images.float(), sides, mode="bilinear", antialias=True)
