@@ -73,8 +73,8 @@ def test_explore_ones_own_images_and_network(mine, tmp_path):
 
 
 def test_explore_takes_a_recipe_of_one_s_own(mine):
-    shown = _run("explore", **mine, epochs=3, seeds=[0], optimizer="adamw", lr=0.002, schedule="one-cycle", validation=4,
-                 fit_settings={"clip_norm": 1.0, "averaging": "ema", "patience": 3, "weight_decay": 0.01})
+    shown = _run("explore", **mine, epochs=3, seeds=[0], optimizer="adamw", lr=0.002, schedule="one-cycle",
+                 validation=4, fit_settings={"clip_norm": 1.0, "averaging": "ema", "patience": 3, "weight_decay": 0.01})
     assert "Chosen by the validation images" in shown or "Nothing can be told apart" in shown
     wanted = {"optimizer": "adamw", "lr": "0.002", "schedule": "one-cycle", "clip_norm": "1.0", "averaging": "ema",
               "patience": "3", "weight_decay": "0.01"}

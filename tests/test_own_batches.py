@@ -118,10 +118,11 @@ def next_word(model: nn.Module, batch: Tensor) -> Tensor:
         (named_loaders, TwoSides),
         (lambda: ({"left": table()[0][:, :2], "right": table()[0][:, 2:], "label": table()[1]},) * 2, TwoSides),
         (lambda: ((table()[0][:, :2], table()[0][:, 2:], table()[1]),) * 2, TwoSides),
+        (lambda: (({"left": table()[0][:, :2], "right": table()[0][:, 2:]}, table()[1]),) * 2, TwoSides),
     ],
     ids=["tensors", "lists", "tensor-datasets", "datasets", "one-dataset", "lists-of-examples",
          "loaders", "three-halves", "dict-datasets",
-         "dict-loaders", "dicts-of-tensors", "two-inputs"],
+         "dict-loaders", "dicts-of-tensors", "two-inputs", "dict-and-target"],
 )
 def test_data_of_one_s_own_train_as_they_are(data, network):
     batch_size = {} if data in (loaders, named_loaders) else {"batch_size": 32}
@@ -264,6 +265,24 @@ def test_arms_see_the_same_batches_whatever_a_strategy_draws():
 
     other = [fit(initial, loaders(), seed=seed, **QUICK).model for seed in (0, 1)]
     assert not same_weights(*other)
+
+
+class Writes(Strategy):
+    """Writes into the data, which other arms train with."""
+
+    name = "writes"
+
+    def on_epoch_start(self, run: Any) -> None:
+        if hasattr(run.data, "origin"):  # not where it is only rehearsed
+            run.data.origin.tree[0].zero_()
+
+
+def test_an_arm_that_writes_into_the_user_s_tensors_is_refused_and_they_stay_as_they_were():
+    train = table()
+    before = train[0].clone()
+    with pytest.raises(Refused, match="writes' changes the training examples in place"):
+        compare(perceptron, (train, table(64)), {"plain": (), "writes": Writes()}, **QUICK)
+    assert torch.equal(train[0], before)
 
 
 class Own:

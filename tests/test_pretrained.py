@@ -117,6 +117,8 @@ def test_float16_leaves_out_a_step_whose_gradient_overflows_and_goes_on(tmp_path
     first = Fit(network, digits, Overflows(), checkpoint=tmp_path, **settings)
     first.train_epoch()
     assert first.run.scaler.get_scale() < 2.0**16
+    resumed = Fit(network, digits, Overflows(), checkpoint=tmp_path, **settings)
+    assert resumed.run.scaler.get_scale() == first.run.scaler.get_scale()
     again = fit(network, digits, Overflows(), checkpoint=tmp_path, progress=False, **settings)
     pairs = zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

@@ -72,6 +72,8 @@ class Form(NamedTuple):
         """(what the network is given, what its output is compared with or None)."""
         if self.kind == "tensor":
             return batch, None
+        if self.inputs == (0,) and self.target == 1:
+            return batch
         parts = [batch[key] for key in self.inputs]
         target = None if self.target is None else batch[self.target]
         if len(parts) == 1:
@@ -152,6 +154,7 @@ class Resident(Origin):
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
+        self._flat = isinstance(tree, tuple) and all(isinstance(each, Tensor) for each in tree)
 
     def __len__(self) -> int:
         return count(self.tree)
@@ -161,7 +164,10 @@ class Resident(Origin):
         order = order.to(tensors(self.tree)[0].device)
         for index in range(batches):
             chosen = order[index * batch_size : (index + 1) * batch_size]
-            yield on_tensors(lambda each, rows=chosen: each[rows], self.tree)  # type: ignore[misc]
+            if self._flat:
+                yield tuple(each[chosen] for each in self.tree)
+            else:
+                yield on_tensors(lambda each, rows=chosen: each[rows], self.tree)  # type: ignore[misc]
 
     def first(self) -> Any:
         return on_tensors(lambda each: each[:1], self.tree)
@@ -374,6 +380,10 @@ class Examples:
         """
         seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
         change = self.test_transform if generator is None else self.transform
+        if self.origin.resident and change is None:
+            for batch in self.origin.stream(batch_size, generator, self.moment.epoch):
+                yield self._placed(batch, None, dtype, memory_format)
+            return
         with python_draws(seed):
             draws = torch.Generator().manual_seed(seed).get_state()
             raw: Iterator[Any] | None = None
@@ -397,19 +407,15 @@ class Examples:
         self, batch: Any, change: Callable[..., Any] | None, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> tuple[Any, Any]:
         x, y = self.form.split(batch)
-        if not (self.origin.resident and isinstance(x, Tensor)):
-            x, y = on_tensors(lambda each: each.to(self.device, non_blocking=True), (x, y))
+        # Most batches are two tensors, for which walking through a tree would cost as much as all the rest.
+        moved = self.origin.resident and isinstance(x, Tensor)
+        x, y = (x, y) if moved else (_each(self._moved, x), _each(self._moved, y))
         if change is not None:
             x, y = (change(x), None) if y is None else change(x, y)
+        return _each(lambda each: _input_of(each, dtype, memory_format), x), _each(_target_of, y)
 
-        def input_of(each: Tensor) -> Tensor:
-            if each.dtype == torch.uint8 and each.dim() > 2:
-                each = each.to(dtype).div_(255)
-            elif each.is_floating_point():
-                each = each.to(dtype)
-            return each.contiguous(memory_format=memory_format) if each.dim() == 4 else each
-
-        return (input_of(x) if isinstance(x, Tensor) else on_tensors(input_of, x)), on_tensors(_target_of, y)
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     @property
     def chance(self) -> float:
@@ -435,8 +441,24 @@ def are_classes(target: Any) -> bool:
         target.is_floating_point() or target.dtype == torch.bool)
 
 
+def _each(function: Callable[[Tensor], Tensor], part: Any) -> Any:
+    """A function of a tensor, or of each in a tuple or dict."""
+    return function(part) if isinstance(part, Tensor) else on_tensors(function, part)
+
+
+def _input_of(each: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """Floats as the network computes; bytes of images from 0 to 1."""
+    if each.dtype == torch.uint8 and each.dim() > 2:
+        each = each.to(dtype).div_(255)
+    elif each.dtype != dtype and each.is_floating_point():
+        each = each.to(dtype)
+    return each.contiguous(memory_format=memory_format) if each.dim() == 4 else each
+
+
 def _target_of(each: Tensor) -> Tensor:
     """Losses take classes as int64, and floats in the type of the network's."""
+    if each.dtype in (torch.int64, torch.float32):
+        return each
     if each.dtype == torch.float64:
         return each.float()
     return each.long() if each.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else each
