@@ -216,6 +216,61 @@ def test_a_loss_of_model_and_batch_takes_images_of_a_dataset_too():
     assert one.final["test/top1"] == other.final["test/top1"]
 
 
+class Texts(torch.utils.data.Dataset):
+    """Sentences of different lengths, which only a collate_fn makes into a batch."""
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return ("good " if index % 2 else "bad ") * (1 + index % 3), index % 2
+
+
+def padded(examples: list[tuple[str, int]]) -> dict[str, Tensor]:
+    rows = [torch.tensor([ord(each) for each in text]) for text, _ in examples]
+    return {"letters": nn.utils.rnn.pad_sequence(rows, batch_first=True), "lengths": torch.tensor(list(map(len, rows))),
+            "label": torch.tensor([label for _, label in examples])}
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters, self.output = nn.Embedding(128, 8, padding_idx=0), nn.Linear(8, 2)
+
+    def forward(self, letters: Tensor, lengths: Tensor) -> Tensor:
+        return self.output(self.letters(letters).sum(1) / lengths.unsqueeze(1))
+
+
+def test_texts_of_different_lengths_train_with_the_loader_s_own_collate_fn(tmp_path):
+    loader = DataLoader(Texts(), 16, shuffle=True, collate_fn=padded)
+    settings = {**QUICK, "epochs": 6, "lr": 0.5, "checkpoint": tmp_path}
+    first = fit(Reader, (loader, loader), **settings)
+    assert first.final["test/top1"] > 0.9
+    assert same_weights(fit(Reader, (loader, loader), **settings).model, first.model)
+
+
+def test_a_dataset_that_makes_its_own_batches_keeps_them():
+    x, y = table()
+    batches = [(x[start : start + 24], y[start : start + 24]) for start in range(0, 192, 24)]
+    for loader in (DataLoader(batches, batch_size=None, shuffle=True),
+                   DataLoader(TensorDataset(x, y), batch_sampler=[list(range(start, start + 24)) for start in
+                                                                  range(0, 192, 24)])):
+        result = fit(perceptron, (loader, loader), **QUICK)
+        assert result.steps == 2 * 8
+        assert result.settings.batch_size == 24
+
+
+def test_where_there_are_no_classes_the_loss_says_whether_a_method_pays():
+    data = (sentences(), sentences(32, seed=1))
+    both = compare(TinyLanguageModel, data, {"full": (), "skip": strategies("lars-skip", rule="own-history")},
+                   loss=next_word, seeds=[0, 1, 2], epochs=6, lr=0.5, batch_size=16, equal="flops", progress=False)
+    pays = both.pays("skip")
+    plain = both.of("skip · equal flops")
+    for value, mine, theirs in zip(pays.points.values, both.of("skip"), plain, strict=True):
+        assert value == pytest.approx(theirs.final["test/loss"] - mine.final["test/loss"])
+    assert "lower loss against training" in str(both)
+
+
 # Order, resume, arms -------------------------------------------------------------------------------------------------
 
 

@@ -416,12 +416,12 @@ class Comparison:
             ratios.append(ratio if math.isfinite(ratio) and ratio > 0 else math.nan)
         return Estimate(tuple(ratios), "×")
 
-    def pays(self, arm: str, metric: Metric = "top-1") -> Pays:
+    def pays(self, arm: str, metric: Metric | None = None) -> Pays:
         """Whether an arm is more accurate than plain training that costs as much.
 
         Args:
             arm: one that `compare(…, equal="flops")` trained such a baseline beside.
-            metric: an accuracy, as `per_seed`.
+            metric: an accuracy, as `per_seed`. Default: top-1; where there are no classes, how much lower the loss is.
 
         Raises:
             LayerlabError: no such baseline was trained.
@@ -443,7 +443,12 @@ class Comparison:
         plain = self.equal[arm]
         pairs = zip(self.of(plain), self.of(self.baseline), strict=True)
         shares = [short.steps / whole.steps for short, whole in pairs]
-        return Pays(self.paired(metric, arm, plain), math.fsum(shares) / len(shares))
+        classes = any("test/top1" in result.final for result in self.results.values())
+        if metric is None and not classes:
+            losses = zip(self.per_seed("test/loss", plain), self.per_seed("test/loss", arm), strict=True)
+            lower = Estimate(tuple(theirs - mine for theirs, mine in losses), "lower loss")
+            return Pays(lower, math.fsum(shares) / len(shares))
+        return Pays(self.paired(metric or "top-1", arm, plain), math.fsum(shares) / len(shares))
 
     @property
     def summary(self) -> pd.DataFrame:

@@ -201,10 +201,13 @@ class Items(Origin):
         return iter(torch_data.DataLoader(self.dataset, batch_sampler=chosen, collate_fn=_collate, generator=own))
 
     def first(self) -> Any:
-        return _collate([self.dataset[0]])
+        return self._one(0)
+
+    def _one(self, place: int) -> Any:
+        return _collate([self.dataset[place]])
 
     def parts(self) -> tuple[list[Any], list[Any]]:
-        return [len(self), *_some(self.dataset)], [type(self.dataset)]
+        return [len(self), *_some(len(self), self._one)], [type(self.dataset)]
 
     def rows(self, chosen: Tensor) -> Origin:
         return Items(torch_data.Subset(self.dataset, chosen.nonzero()[:, 0].tolist()))
@@ -249,14 +252,17 @@ class Loader(Origin):
         return iter(self.loader) if generator is None else islice(self.loader, len(self) // batch_size)
 
     def first(self) -> Any:
-        loader = self.loader
-        if not self._iterable and loader.collate_fn is not None and loader.batch_size is not None:
-            return loader.collate_fn([loader.dataset[0]])
-        return next(iter(loader))
+        # Without the worker processes of a whole pass, where one example tells.
+        return next(iter(self.loader)) if self._iterable or self.loader.batch_size is None else self._one(0)
+
+    def _one(self, place: int) -> Any:
+        example = self.loader.dataset[place]
+        batched = self.loader.batch_sampler is not None
+        return self.loader.collate_fn([example] if batched else example)
 
     def parts(self) -> tuple[list[Any], list[Any]]:
         loader = self.loader
-        some = [] if self._iterable else _some(loader.dataset)
+        some = [] if self._iterable else _some(len(loader.dataset), self._one)  # type: ignore[arg-type]
         return [len(self), self.batch_size, *some], [type(loader.dataset), loader.collate_fn,
                                                      *map(type, self._samplers())]
 
@@ -297,10 +303,10 @@ def _collate(examples: list[Any]) -> Any:
         ) from None
 
 
-def _some(dataset: Any) -> list[Any]:
-    """The tensors of a few examples of a dataset, spread over it."""
-    places = range(0, len(dataset), max(1, len(dataset) // LOOKED_AT))
-    return [each for place in places for each in tensors(_collate([dataset[place]]))]
+def _some(examples: int, one: Callable[[int], Any]) -> list[Any]:
+    """The tensors of a few of so many examples, spread over them."""
+    places = range(0, examples, max(1, examples // LOOKED_AT))
+    return [each for place in places for each in tensors(one(place))]
 
 
 @contextmanager
