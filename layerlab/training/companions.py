@@ -42,8 +42,6 @@ class Companions:
             known = [arm.name for arm in self.arms if arm.strategies]
             if name not in known:
                 raise unknown("arm with strategies", name, known)
-        if self.equal not in ("none", *COST):
-            raise LayerlabError(f"equal should be 'none', 'flops' or 'seconds', got {self.equal!r}.")
         if self.equal == "none":
             return
         if self.baseline is None:
