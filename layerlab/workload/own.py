@@ -113,7 +113,9 @@ def own_data(
     halves: SkipValidation[Given], *, name: str = "own data", transform: Callable[..., Any] | None = None,
     test_transform: Callable[..., Any] | None = None, device: str | torch.device = "auto",
 ) -> Data:
-    """Make data of your own into what `fit` and `compare` train with; they do it themselves where nothing is to be set.
+    """Make data of your own into what `fit` and `compare` train with; call it to give a name or transforms.
+
+    Both take `halves` as they are, too, and call this function.
 
     Args:
         halves: (train, test), or a dict of train, test and validation, such as a Hugging Face `DatasetDict`. A half is
