@@ -184,7 +184,7 @@ def test_public_functions_on_data_refuse_what_they_do_not_know(digits, call, mes
          r"The loss does not map logits of shape \(2, 10\) and labels of shape \(2,\) to one number \(.*\); give a"),
         (lambda net, data: fit(net, data, loss=torch.nn.CrossEntropyLoss(reduction="none"), batch_size=32),
          r"it gives \(2,\)"),
-        (lambda net, data: build_model("resnet18", num_classes=7, weights="DEFAULT"), r"Network 'resnet18' cannot be"),
+        (lambda net, data: build_model("resnet18", num_clases=7), r"Network 'resnet18' cannot be"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
