@@ -40,6 +40,8 @@ _PUBLIC = {
     "load_dataset": "layerlab.workload.loading",
     "ResidualBlock": "layerlab.workload.blocks",
     "residual_blocks": "layerlab.workload.blocks",
+    "OwnData": "layerlab.workload.own",
+    "own_data": "layerlab.workload.own",
     "build_model": "layerlab.workload.builders",
     "model_names": "layerlab.workload.builders",
     "NORMALISATION": "layerlab.workload.order",
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     from layerlab.workload.dataset import Augment, Dataset, Split, noise, pass_order
     from layerlab.workload.loading import load_dataset
     from layerlab.workload.order import NORMALISATION, forward_order, prefixes
+    from layerlab.workload.own import OwnData, own_data
 
 __all__ = [
     "NORMALISATION",
@@ -116,6 +119,7 @@ __all__ = [
     "LayerlabError",
     "LayerlabWarning",
     "Observer",
+    "OwnData",
     "Pays",
     "Preflight",
     "Refused",
@@ -147,6 +151,7 @@ __all__ = [
     "measure",
     "model_names",
     "noise",
+    "own_data",
     "pass_order",
     "prefixes",
     "residual_blocks",

@@ -141,7 +141,7 @@ def test_equal_seconds_buy_as_many_steps_as_the_arm_s_seconds(digits, residual):
 @pytest.mark.parametrize(("arms", "change", "message"), [
     ({"resting": Resting()}, {}, "needs a baseline, and every arm has strategies"),
     ({"plain": (), "resting": Resting()}, {"measure": False}, "needs measured costs"),
-    ({"plain": (), "resting": Resting()}, {"equal": "joules"}, "equal should be 'none', 'flops' or 'seconds'"),
+    ({"plain": (), "resting": Resting()}, {"equal": "joules"}, "'equal' should be 'none', 'flops' or 'seconds'"),
 ])
 def test_what_equal_cost_needs_is_said_before_anything_is_trained(digits, residual, arms, change, message):
     with pytest.raises(LayerlabError, match=message):

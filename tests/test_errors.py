@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from layerlab import (
     Diverged,
@@ -18,14 +19,20 @@ from layerlab import (
     Strategy,
     build_model,
     compare,
+    evaluate,
+    explore,
     fit,
     load_dataset,
+    load_model,
+    measure,
     noise,
+    own_data,
     pass_order,
+    prefixes,
 )
 from layerlab.base.errors import first_line, nearest, reason
 from layerlab.testing.networks import mlp, plain_cnn
-from layerlab.training.settings import ARGUMENTS, checked_settings
+from layerlab.training.settings import ARGUMENTS, ARGUMENTS_OF_COMPARE, checked_settings
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,7 @@ def test_the_name_that_is_meant_is_named(name, near):
     ("settings", "message"),
     [
         ({"n_epochs": 3}, r"^fit has no setting 'n_epochs' \(did you mean 'epochs'\?\)\.$"),
-        ({"metric": "f1"}, r"^fit has no setting 'metric' \(it has accumulate, .*whitening\)\.$"),
+        ({"callbacks": "f1"}, r"^fit has no setting 'callbacks' \(it has accumulate, .*whitening\)\.$"),
         ({"strategy": "mine"}, r"did you mean 'strategies'"),
         # One value that no alternative takes is one problem.
         ({"optimizer": "SGD"}, r"^fit: setting 'optimizer' should be 'sgd', .* or be a function, got 'SGD' \(did you "
@@ -93,9 +100,52 @@ def test_settings_that_do_not_exist_or_fit_are_told_in_one_short_sentence(settin
         checked_settings(settings)
 
 
-def test_the_arguments_of_fit_that_are_no_settings_are_known_by_name():
+def test_the_arguments_of_fit_and_compare_that_are_no_settings_are_known_by_name():
     own = set(inspect.signature(fit).parameters) - {"model", "data", "settings"}
     assert set(ARGUMENTS) == own
+    assert set(ARGUMENTS_OF_COMPARE) == set(inspect.signature(compare).parameters) - {
+        "model", "data", "arms", "settings"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, data: fit(net, data, max_epochs=2), r"fit has no setting 'max_epochs' \(did you mean 'epochs'"),
+        (lambda net, data: fit(net, data, seeds=[1]), r"fit has no setting 'seeds' \(did you mean 'seed'"),
+        (lambda net, data: compare(net, data, {"a": ()}, seed=1), r"compare has no .*did you mean 'seeds'"),
+        (lambda net, data: fit(net, data, seed="one"), "fit: setting 'seed' should be a valid integer"),
+        (lambda net, data: fit(net, data, seed=1.5), "fit: setting 'seed' should be a valid integer"),
+        (lambda net, data: fit(net, data, name=3), "fit: setting 'name' should be a valid string, got 3"),
+        (lambda net, data: fit(net, data, observers="mlflow"), "fit: setting 'observers.*got 'mlflow'"),
+        (lambda net, data: fit(net, data, 3), "strategies are objects of layerlab.Strategy, .* got 3"),
+        (lambda net, data: fit(net, data, checkpoint=3), "setting 'checkpoint' should be a valid string or"),
+        (lambda net, data: compare(net, data, {"a": ()}, at_once=0), "'at_once' should be greater than or equal to 1"),
+        (lambda net, data: compare(net, data, {"a": ()}, keep_going=["b"]), r"got \['b'\]; the arms are 'a'"),
+        (lambda net, data: evaluate(net(), data.test, batchsize=3), "did you mean 'batch_size'"),
+        (lambda net, data: evaluate(net(), data), "evaluate takes a half of data, such as `data.test`"),
+        (lambda net, data: evaluate(net(), data.test, views="mirror"), "did you mean 'mirrored'"),
+        (lambda net, data: data.augmented("crop", pading=1), "did you mean 'padding'"),
+        (lambda net, data: own_data((data, data), transfrom=1), "did you mean 'transform'"),
+        (lambda net, data: prefixes(net(), torch.zeros(2, 64), kinds=nn.Linear), "did you mean 'kind'"),
+        (lambda net, data: load_model("none.pt", devise="cpu"), "did you mean 'device'"),
+        (lambda net, data: measure.time_by_turns({}, round=3), "did you mean 'rounds'"),
+        (lambda net, data: explore.make_arms(combination=[]), "did you mean 'combinations'"),
+    ],
+)
+def test_every_public_function_refuses_what_it_does_not_know(digits, call, message):
+    with pytest.raises(LayerlabError, match=message):
+        call(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits)
+
+
+def test_a_metric_that_nothing_has_logged_is_told_with_the_nearest_name(digits):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    runs = compare(network, digits, {"a": (), "b": ()}, epochs=1, progress=False, measure=False)
+    result = runs.results["a", 0]
+    for ask in (lambda: runs.paired("test/topp1", "a", "b"), lambda: result.time_to(0.1, "test/topp1"),
+                lambda: result.total("test/topp1"), lambda: runs.speedup("a", "b", "test/topp1")):
+        with pytest.raises(LayerlabError, match=r"Unknown metric 'test/topp1'. Did you mean 'test/top1'\?"):
+            ask()
+    assert math.isnan(result.total("cost/energy_joules"))
 
 
 @pytest.mark.parametrize(
@@ -127,14 +177,14 @@ def test_public_functions_on_data_refuse_what_they_do_not_know(digits, call, mes
     ("call", "message"),
     [
         (lambda net, data: fit(net, [(torch.zeros(4, 1, 8, 8), torch.zeros(4))]),
-         r"data must be a layerlab.Dataset, got list; load_dataset gives one"),
+         r"data cannot be tensors; give \(train, test\), or .* or what load_dataset gives"),
         (lambda net, data: compare(net, data, ["lars-skip"]), r"arms must map the name of each arm .*, got list"),
         (lambda net, data: fit(net, data, "lars-skp"), r"Unknown strategy 'lars-skp'. Did you mean 'lars-skip'\?"),
         (lambda net, data: fit(net, data, loss=torch.nn.L1Loss(), batch_size=32),
          r"The loss does not map logits of shape \(2, 10\) and labels of shape \(2,\) to one number \(.*\); give a"),
         (lambda net, data: fit(net, data, loss=torch.nn.CrossEntropyLoss(reduction="none"), batch_size=32),
          r"it gives \(2,\)"),
-        (lambda net, data: build_model("resnet18", num_classes=7, weights="DEFAULT"), r"Network 'resnet18' cannot be"),
+        (lambda net, data: build_model("resnet18", num_clases=7), r"Network 'resnet18' cannot be"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")

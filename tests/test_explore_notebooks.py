@@ -72,6 +72,20 @@ def test_explore_ones_own_images_and_network(mine, tmp_path):
         "baseline", "lars-skip", "notebook"}
 
 
+def test_explore_takes_a_recipe_of_one_s_own(mine):
+    shown = _run("explore", **mine, epochs=3, seeds=[0], optimizer="adamw", lr=0.002, schedule="one-cycle",
+                 validation=4, fit_settings={"clip_norm": 1.0, "averaging": "ema", "patience": 3, "weight_decay": 0.01})
+    assert "Chosen by the validation images" in shown or "Nothing can be told apart" in shown
+    wanted = {"optimizer": "adamw", "lr": "0.002", "schedule": "one-cycle", "clip_norm": "1.0", "averaging": "ema",
+              "patience": "3", "weight_decay": "0.01"}
+    fits = [run for run in client().search_runs([experiment_id("explore")]) if "arm" in run.data.tags]
+    assert fits
+    for run in fits:
+        equal = {"patience": "None"} if "equal" in run.data.tags["arm"] else {}
+        assert wanted | equal == {name: run.data.params[name] for name in wanted}
+        assert "validation/top1" in run.data.metrics
+
+
 @slow
 def test_compare_strategies_of_which_one_refuses_the_network(tmp_path):
     out = tmp_path / "out"

@@ -345,7 +345,7 @@ def test_a_damaged_choice_of_format_is_one_sentence(digits, residual, tmp_path, 
 def test_slow_bfloat16_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(choosing, "SLOWER", 0.0)
     with pytest.warns(LayerlabWarning, match=r"takes [0-9.]+ times as long .* in bfloat16 .*; use precision='float32'"):
-        choosing.warn_of_slow_bfloat16(torch.device("cpu"))
+        choosing.warn_of_slow(torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_recipe_is_a_bundle_whose_every_setting_can_be_given():

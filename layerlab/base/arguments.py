@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, InstanceOf, ValidationError, create_model
 
 from layerlab.base.errors import LayerlabError, nearest, sentence
 
@@ -39,7 +40,7 @@ def validated(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     def model() -> type[BaseModel]:
         # When it is first called: annotations may name what is defined further down.
         hints = get_type_hints(function, include_extras=True)
-        fields: dict[str, Any] = {name: (hints[name], ...) for name, each in parameters.items()
+        fields: dict[str, Any] = {name: (_as_it_is(hints[name]), ...) for name, each in parameters.items()
                                   if each.kind in _NAMED and name in hints}
         return create_model(function.__name__, __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
 
@@ -62,3 +63,9 @@ def validated(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
         return function(*bound.args, **bound.kwargs)
 
     return checked
+
+
+def _as_it_is(hint: Any) -> Any:
+    """The type of an argument; of our own objects only what they are is looked at, not what they hold."""
+    of_ours = isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"))
+    return InstanceOf[hint] if of_ours else hint  # type: ignore[misc]

@@ -17,7 +17,11 @@ from layerlab.base.memory import available_memory
 def random_state(device: torch.device) -> list[Tensor]:
     """The global random states that a run on `device` draws from: the CPU's, and on a GPU its own."""
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
+    return states
 
 
 def set_random_state(states: list[Tensor], device: torch.device) -> None:
@@ -25,6 +29,8 @@ def set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])
 
 
 @contextmanager
@@ -40,13 +46,15 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` → a CUDA device if there is one, else the CPU.
+    """`auto` → a CUDA device if there is one, else Apple's GPU, else the CPU.
 
     Raises:
         LayerlabError: a device that this machine does not have.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(0, device=place)

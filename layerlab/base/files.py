@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import glob
 import json
 import os
@@ -15,6 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from layerlab.base.errors import LayerlabError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody removes or replaces a file that another process has open
+    fcntl = None  # type: ignore[assignment]
 
 # What a temporary file's name ends with, so that nothing else passes for one.
 _PARTIAL = ".partial"
@@ -47,12 +51,12 @@ def write_atomically(
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(stream.name, 0o666 & ~umask)
+            if fcntl is not None:
+                os.replace(stream.name, file)
+        if fcntl is None:
             os.replace(stream.name, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        else:
+            _sync_folder(file.parent)
     except (OSError, RuntimeError) as error:
         raise LayerlabError(f"Cannot write {file} ({_of_the_system(error)}); make room or choose another folder.") \
             from error
@@ -61,12 +65,23 @@ def write_atomically(
             Path(stream.name).unlink(missing_ok=True)
 
 
+def _sync_folder(folder: Path) -> None:
+    """Let the name of a file that was put into a folder survive a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _temporary(file: Path) -> Any:
     """A new file beside another one, locked as long as it is open: by that it differs from those of killed writers."""
     while True:
         stream = tempfile.NamedTemporaryFile(  # noqa: SIM115, the caller's
             dir=file.parent, prefix=f".{file.name}.", suffix=_PARTIAL, delete=False
         )
+        if fcntl is None:
+            return stream
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(stream, fcntl.LOCK_EX)
         # Another process may have swept it away before it was locked.
@@ -79,9 +94,13 @@ def sweep(file: Path) -> None:
     """Remove what killed processes left of their tries to write a file."""
     for left in filter(Path.is_file, file.parent.glob(f".{glob.escape(file.name)}.*{_PARTIAL}")):
         # Locked by a process that is writing it, not ours, or on a file system without locks: it stays.
-        with contextlib.suppress(OSError), left.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+        with contextlib.suppress(OSError):
+            if fcntl is None:
+                left.unlink()
+                continue
+            with left.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def _of_the_system(error: BaseException) -> BaseException:

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerlab.base.devices import random_state, set_random_state
 from layerlab.base.errors import LayerlabError
+from layerlab.base.trees import on_tensors, predict, tensors
 
 # Of the largest output: some thousand roundings in float32, far below what a lost layer or a wrong constant does.
 TOLERANCE = 1e-3
 
 
-def check_agreement(before: nn.Module, after: nn.Module, example: Tensor, modes: Iterable[bool]) -> None:
+def check_agreement(before: nn.Module, after: nn.Module, example: Any, modes: Iterable[bool]) -> None:
     """Compare what two networks give for `example` and for as much noise.
 
     Args:
         before, after: networks; both are left as they were.
-        example: images as they take them, (batch, channels, height, width).
+        example: what they take: images, (batch, channels, height, width), say.
         modes: in training mode (True) or evaluation mode (False).
 
     Raises:
         LayerlabError: they differ by more than rounding; with the largest difference.
     """
     draw = torch.Generator().manual_seed(0)
-    noise = torch.randn(example.shape, generator=draw).to(example)
+
+    def noise_like(each: Tensor) -> Tensor:
+        # Numbers of words or classes have no noise.
+        return torch.randn(each.shape, generator=draw).to(each) if each.is_floating_point() else each
+
+    noise = on_tensors(noise_like, example)
     for training in modes:
         for what, images in (("the example", example), ("noise", noise)):
             wanted, got = _outputs(before, images, training), _outputs(after, images, training)  # (batch, classes)
@@ -45,12 +52,13 @@ def check_agreement(before: nn.Module, after: nn.Module, example: Tensor, modes:
                 )
 
 
-def _outputs(network: nn.Module, images: Tensor, training: bool) -> Tensor:
+def _outputs(network: nn.Module, images: Any, training: bool) -> Tensor:
     # Without TF32, whose rounding is as coarse as what is looked for.
     precise = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with _as_it_was(network, images.device), precise, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    device = tensors(images)[0].device
+    with _as_it_was(network, device), precise, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         network.train(training)
-        return network(images).double()
+        return tensors(predict(network, images))[0].double()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerlab.base.errors import LayerlabError
+from layerlab.base.trees import chunks, count
 from layerlab.contract.agreement import check_agreement
 from layerlab.contract.preflight import Preflight
 
@@ -37,10 +38,11 @@ class Batches(Protocol):
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> Iterator[tuple[Tensor | tuple[Tensor, ...], Tensor]]:
+    ) -> Iterator[tuple[Any, Any]]:
         """One pass: shuffled and augmented from `generator`, dropping the uneven rest, or in order without one.
 
-        What a batch gives to the network is one tensor, or a tuple of them for a training network that takes several.
+        What a batch gives to the network is one tensor, or a tuple of them for a training network that takes several;
+        data of the user's own may give dicts, and no labels.
         """
         ...
 
@@ -106,8 +108,10 @@ class Run:
         schedule_each: how often `fit` steps it, `epoch` or `step`; set it together with `schedule`.
         data: where the training batches come from. A strategy may replace it between epochs.
         test_data: what `model` is evaluated on after each epoch.
-        loss: maps (logits, labels) to a scalar.
-        example: one training batch's images as the network sees them, shape (batch, channels, height, width).
+        loss: maps (logits, labels), or (model, batch), to a scalar.
+        objective: maps (a network, x, y) of a batch to the loss, forward included, whatever form batches and loss have.
+        example: what a batch gives to the network: images, (batch, channels, height, width), or any other tensor, or a
+            tuple or dict of tensors.
         epochs: the number of epochs of the whole run.
         epoch: the current epoch, counted from 1; 0 before the first.
         step: optimizer steps taken so far, over all epochs.
@@ -126,6 +130,7 @@ class Run:
         measures_anew: whether a strategy has called `remeasure` since the last step.
         memory_format: of the images that batches give to the network.
         clip_norm: `backward` shortens the gradients of all parameters together to this norm; None leaves them.
+        scaler: of the loss, under float16; `backward` scales and unscales with it.
         accumulate: parts in which `plain_step` computes its batch's gradient.
         kept: by its keeper's name, a tensor of its own shape for each of some parameters, such as an average. A change
             of structure carries them along, and a checkpoint holds them.
@@ -149,8 +154,9 @@ class Run:
     schedule: torch.optim.lr_scheduler.LRScheduler
     data: Batches
     test_data: Batches
-    loss: Callable[[Tensor, Tensor], Tensor]
-    example: Tensor
+    loss: Callable[..., Tensor]
+    # A tensor, unless data of the user's own give something else, which strategies refuse that need one.
+    example: Any
     epochs: int
     device: torch.device
     generator: torch.Generator
@@ -170,9 +176,11 @@ class Run:
     measures_anew: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
     clip_norm: float | None = None
+    scaler: torch.amp.GradScaler | None = None
     accumulate: int = 1
     kept: dict[str, dict[nn.Parameter, Tensor]] = field(default_factory=dict)
     generators: dict[str, torch.Generator] = field(default_factory=dict)
+    objective: Callable[[nn.Module, Any, Any], Tensor] = field(default=None)  # type: ignore[assignment]
     _frozen: dict[str, set[nn.Module]] = field(default_factory=dict)
     _stopped: list[nn.Parameter] = field(default_factory=list)
     _stilled: list[nn.Module] = field(default_factory=list)
@@ -184,6 +192,8 @@ class Run:
         held = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         # What the user's optimizer does not train, and what it trains besides the network (a loss, say).
         self._left_out, self._besides = own - held, held - own
+        if self.objective is None:
+            self.objective = lambda network, x, y: self.loss(network(x), y)
 
     def log(self, name: str, value: float) -> None:
         """Log a number for the current epoch, by convention as `strategy/what`; the last value in an epoch counts."""
@@ -433,7 +443,7 @@ class Run:
         """
         check_agreement(before, after, self.example, (False, True) if train else (False,))
 
-    def plain_step(self, x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def plain_step(self, x: Any, y: Any) -> Tensor:
         """The step of a run in which no strategy replaces it: forward, `backward`, update.
 
         Args:
@@ -447,25 +457,23 @@ class Run:
             loss = self._accumulated(x, y)
         else:
             with self.autocast():
-                loss = self.loss(self.training_model(x), y)
+                loss = self.objective(self.training_model, x, y)
         if self.backward(loss):
             self.optimizer.step()
         return loss
 
-    def _accumulated(self, x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def _accumulated(self, x: Any, y: Any) -> Tensor:
         """A batch part by part: its mean loss, whose gradient is that of the last part; the others' are there."""
-        parts = [each.chunk(self.accumulate) for each in (x if isinstance(x, tuple) else (x,))]
-        labels = y.chunk(self.accumulate)
-        before = torch.zeros((), device=y.device)
-        for number, own in enumerate(labels):
-            given = tuple(each[number] for each in parts)
+        parts = chunks((x, y), self.accumulate)
+        before = torch.zeros((), device=self.device)
+        for number, own in enumerate(parts):
             with self.autocast():
-                loss = self.loss(self.training_model(given if isinstance(x, tuple) else given[0]), own)
-            # The parts may differ by an image.
-            loss = loss * (len(own) / len(y))
-            if number < len(labels) - 1:
+                loss = self.objective(self.training_model, *own)
+            # The parts may differ by an example.
+            loss = loss * (count(own) / count((x, y)))
+            if number < len(parts) - 1:
                 if loss.requires_grad:
-                    loss.backward()
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 before = before + loss.detach()
         return before + loss
 
@@ -475,15 +483,24 @@ class Run:
         At last the gradients are clipped, where the user wants that.
 
         Returns:
-            Whether anything learns. If nothing does, all that `loss` depends on being frozen, there is no gradient:
-            neither backward nor the hooks run, and the step ends without an update.
+            Whether there is a gradient to learn from. If all that `loss` depends on is frozen there is none: neither
+            backward nor the hooks run. Under float16 one may overflow. Either way the step ends without an update.
         """
         if not loss.requires_grad:
             return False
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
         loss.backward()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         for hook in self.after_backward:
             hook(self)
         if self.clip_norm is not None:
             learning = [each for group in self.optimizer.param_groups for each in group["params"]]
             torch.nn.utils.clip_grad_norm_(learning, self.clip_norm)
-        return True
+        if self.scaler is None:
+            return True
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        # It falls where a gradient was not finite.
+        return self.scaler.get_scale() >= before

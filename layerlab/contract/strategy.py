@@ -7,7 +7,7 @@ that a strategy does not define is never called, so it costs nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from layerlab.base.devices import kept_random_states
 from layerlab.base.errors import Refused, first_line, sentence
+from layerlab.base.trees import tensors
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.rehearsal import rehearsal
 from layerlab.show.table import Table
@@ -32,10 +33,23 @@ def strategy_table(strategy: Strategy) -> Table:
     return Table(("setting", "value", "what it does"), rows, strategy.name, () if rows else ("It has no settings.",))
 
 
+# What a strategy may need of its data → in words, and the remedy where data do not give it.
+NEEDS: Mapping[str, tuple[str, str]] = {
+    "one tensor": ("batches that give the network one tensor", "give (x, y) with a tensor x"),
+    "images": ("images, floats of (batch, channels, height, width)", "give images"),
+    "targets": ("batches with a tensor of targets beside the inputs", "give (x, y)"),
+    "classes": ("labels that are one class for each example", "give such labels"),
+    "fixed order": ("examples that can be read again in one order", "give the DataLoader's dataset in its place"),
+    "resident": ("examples that all lie in the device's memory", "give tensors"),
+}
+
+
 class Strategy(BaseModel):
     """A method that changes how a network is trained. Subclass it; the fields are the settings.
 
-    `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's.
+    `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's. `needs` says
+    what its data have to be: `one tensor` or `images` for the network, `targets` or `classes` beside them, a
+    `fixed order` that can be read again, `resident` in the device's memory.
     `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
     which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
     (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
@@ -66,6 +80,7 @@ class Strategy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
     name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
     replaces_network: ClassVar[bool] = False
     changes_structure: ClassVar[bool] = False
     follows_layers: ClassVar[bool] = False
@@ -294,6 +309,34 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
         )
 
 
+def check_needs(strategies: Iterable[Strategy], data: str, offered: Collection[str], loss_of_model: bool) -> None:
+    """Refuse strategies that need what the data do not give.
+
+    Args:
+        strategies: of a run.
+        data: their name.
+        offered: what they give, in the words of `NEEDS`.
+        loss_of_model: whether the loss is a function of (model, batch), which no strategy can call that trains by a
+            step or a network of its own.
+
+    Raises:
+        Refused: one does, with the remedy.
+    """
+    for strategy in strategies:
+        for need in sorted(strategy.needs):
+            if need not in NEEDS:
+                raise Refused(f"{strategy.name} needs {need!r} of its data, which is none of {', '.join(NEEDS)}; mend "
+                              "its `needs`.")
+            if need not in offered:
+                what, remedy = NEEDS[need]
+                raise Refused(f"{strategy.name} needs {what}, which {data!r} does not give; {remedy}, or leave the "
+                              "strategy out.")
+        compares = strategy.defines("training_step") or strategy.needs & {"targets", "classes"}
+        if loss_of_model and compares:
+            raise Refused(f"{strategy.name} calls the loss with (output, target), and this loss takes (model, batch); "
+                          "give one of (output, target), or leave the strategy out.")
+
+
 def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tensor) -> dict[str, Preflight]:
     """What each strategy says of a network before the first step, by its name; each is given a copy.
 
@@ -310,6 +353,6 @@ def preflights(strategies: Iterable[Strategy], network: nn.Module, example: Tens
             note = f"The network cannot be copied ({first_line(error)}), so nothing was tried."
             found[strategy.name] = Preflight.of(network, notes=(note,))
         else:
-            with kept_random_states(example.device):
+            with kept_random_states(tensors(example)[0].device):
                 found[strategy.name] = strategy.preflight(own, example)
     return found

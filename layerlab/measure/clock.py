@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
+from layerlab.base.arguments import validated
+
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Turns:
         return middle, low, high
 
 
+@validated
 def time_by_turns(
     candidates: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3, device: str = "cpu"
 ) -> dict[str, Turns]:

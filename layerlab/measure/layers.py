@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from layerlab.base.arguments import validated
 from layerlab.workload.order import forward_order
 
 
+@validated
 def layer_costs(model: nn.Module, input_shape: tuple[int, int, int], batch_size: int = 1) -> pd.DataFrame:
     """Multiply-accumulates and memory traffic of each convolution and linear layer, in forward order.
 

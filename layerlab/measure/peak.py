@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from layerlab.base.arguments import validated
+
 _MARK = "layerlab: the step whose peak counts"
 
 
+@validated
 def peak_allocated(prepare: Callable[[], object], call: Callable[[], object], before: Iterable[Tensor]) -> int:
     """Bytes that were allocated at once while `call` ran, by the profiler's record of every allocation.
 
@@ -30,6 +33,10 @@ def peak_allocated(prepare: Callable[[], object], call: Callable[[], object], be
 
     Example:
         >>> import torch
+
+from layerlab.base.arguments import validated
+
+from layerlab.base.arguments import validated
         >>> from layerlab import measure
         >>> x = torch.ones(1000)
         >>> measure.peak_allocated(lambda: None, lambda: (x + x).sum(), [x])

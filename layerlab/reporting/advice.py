@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from layerlab.base.arguments import validated
 from layerlab.reporting.against import signed
 from layerlab.reporting.evidence import WORTH, Evidence, never_acted, unfit
 from layerlab.show.interval import spread
@@ -41,6 +42,7 @@ class Advice:
         return f"<p><b>{first}</b></p>" + "".join(f"<p>{sentence}</p>" for sentence in rest)
 
 
+@validated
 def advise(
     comparison: Comparison, baseline: str = BASELINE, tolerance: float = 1.0, test_images: int | None = None
 ) -> Advice:

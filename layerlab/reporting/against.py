@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from layerlab.base.arguments import validated
 from layerlab.show.interval import spread
 from layerlab.show.table import Table
 from layerlab.training.results import BASELINE, Comparison
@@ -17,6 +18,7 @@ POINTS = {"top-1": "top-1 [points]", "equal cost": "at equal cost [points]", "pl
 RATIOS = {"seconds": "time [×]", "TFLOP": "compute [×]", "GB moved": "moved [×]", "peak MB": "peak memory [×]"}
 
 
+@validated
 def against(comparison: Comparison, baseline: str = BASELINE) -> pd.DataFrame:
     """Every arm against the baseline, seed by seed.
 
@@ -44,6 +46,7 @@ def against(comparison: Comparison, baseline: str = BASELINE) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@validated
 def against_table(comparison: Comparison, baseline: str = BASELINE) -> Table:
     """`against`, to be read."""
     frame = against(comparison, baseline)

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import SkipValidation
 from torch import nn
 
+from layerlab.base.arguments import validated
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.trees import on_tensors
 from layerlab.base.usage import note_listed
 from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.reporting.advice import COSTS as COSTS
@@ -30,11 +33,13 @@ from layerlab.training.results import in_units as in_units
 from layerlab.workload.builders import network_builder, own_network
 from layerlab.workload.dataset import Augment, Dataset
 from layerlab.workload.loading import load_dataset
+from layerlab.workload.own import Data
 from layerlab.workload.zoo import MODELS
 
 ALL = "all"
 
 
+@validated
 def load_images(
     data: str, network: str, *, image_size: int | None = None, channels: Literal[1, 3] | None = None,
     limit: int | None = None, augment: Augment = "none", padding: int = 2, validation: int | None = None,
@@ -57,6 +62,7 @@ def load_images(
     return loaded.augmented(augment, padding)
 
 
+@validated
 def build_network(network: str, data: Dataset, options: Mapping[str, Any] | None = None) -> Callable[[], nn.Module]:
     """`layerlab.workload.builders.network_builder` for a dataset."""
     return network_builder(network, data.classes, data.shape, **(options or {}))
@@ -74,6 +80,7 @@ class Arms(NamedTuple):
     refused: dict[str, str]
 
 
+@validated
 def make_arms(
     names: str | Sequence[str] = ALL,
     combinations: Sequence[str] | Mapping[str, Mapping[str, Mapping[str, Any]]] = (),
@@ -162,6 +169,7 @@ def open_session(
     return Session(experiment, f"{experiment} · {title}", Path(folder), values, tags)
 
 
+@validated
 def survey(
     session: Session, network: Callable[[], nn.Module], data: Dataset, arms: Arms, *, equal: Equal = "flops",
     **settings: Any,
@@ -184,8 +192,9 @@ def survey(
     return runs
 
 
+@validated
 def preflight_table(
-    network: Callable[[], nn.Module], data: Dataset, arms: Mapping[str, Sequence[Strategy]]
+    network: Callable[[], nn.Module], data: SkipValidation[Data], arms: Mapping[str, Sequence[Strategy]]
 ) -> Table:
     """What each strategy can do with a network before anything is trained: one row a strategy of each arm.
 
@@ -194,8 +203,8 @@ def preflight_table(
         data: whose images it takes.
         arms: name → strategies; one that refuses the network stands there with its reason.
     """
-    example = next(data.test.batches(2))[0]
-    own = network().to(example.device)
+    example = on_tensors(lambda each: each[:2], next(data.test.batches(2))[0])
+    own = network().to(data.test.device)
     rows: list[Sequence[str]] = []
     notes: list[str] = []
     for arm, chosen in arms.items():

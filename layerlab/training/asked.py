@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from layerlab.base.trees import shapes
 from layerlab.contract.preflight import Preflight
 from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy, preflights
@@ -55,6 +56,6 @@ class _WithoutWeights(Description):
 
 
 def _structure(run: Run) -> list[Any]:
-    """The run's network without its weights, what is frozen in it, and the shape of its images."""
+    """The run's network without its weights, what is frozen in it, and the shape of its inputs."""
     learning = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad]
-    return [_WithoutWeights().of(run.model), learning, list(run.example.shape), str(run.example.dtype)]
+    return [_WithoutWeights().of(run.model), learning, shapes(run.example)]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from layerlab.contract.run import Run
+from layerlab.base.trees import predict
+from layerlab.contract.run import Batches, Run
 from layerlab.training.settings import Settings
-from layerlab.workload.dataset import Split
 
 OWNER = "average"
 # Images from which the statistics of batch norms are taken anew.
@@ -32,7 +32,7 @@ class Averaging:
         whole: steps of the training.
     """
 
-    def __init__(self, settings: Settings, run: Run, images: Split, whole: int) -> None:
+    def __init__(self, settings: Settings, run: Run, images: Batches, whole: int) -> None:
         self.settings, self.run, self.images, self.whole = settings, run, images, whole
 
     @property
@@ -85,7 +85,7 @@ def _copy(kept: Mapping[nn.Parameter, Tensor]) -> None:
 
 
 @torch.no_grad()
-def refresh_statistics(run: Run, images: Split) -> None:
+def refresh_statistics(run: Run, images: Batches) -> None:
     """Take the statistics of `run.model`'s batch norms anew, from augmented training images; frozen ones stay.
 
     Statistics that were collected while the weights moved do not belong to the average of those weights (Izmailov et
@@ -107,7 +107,7 @@ def refresh_statistics(run: Run, images: Split) -> None:
     generator = torch.Generator().manual_seed(run.generator.initial_seed())
     for number, (x, _) in enumerate(images.batches(run.batch_size, generator, torch.float32, run.memory_format), 1):
         with run.autocast():
-            model(x)
+            predict(model, x)
         if number * run.batch_size >= IMAGES:
             break
     for norm, momentum in momenta.items():

@@ -131,6 +131,7 @@ def run_state(run: Run, strategies: Sequence[Strategy]) -> dict[str, Any]:
                  for owner, kept in run.kept.items()},
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.schedule.state_dict(),
+        "scaler": run.scaler.state_dict() if run.scaler is not None else {},
         "strategies": {strategy.name: strategy.state_dict() for strategy in strategies},
         "generator": run.generator.get_state(),
         "generators": {name: each.get_state() for name, each in run.generators.items()},
@@ -153,6 +154,8 @@ def restore_run(run: Run, strategies: Sequence[Strategy], state: dict[str, Any])
     run.kept = {owner: {named[name]: each for name, each in kept.items()} for owner, kept in state["kept"].items()}
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
+    if run.scaler is not None:
+        run.scaler.load_state_dict(state["scaler"])
     run.generator.set_state(state["generator"].cpu())
     for name, each in state["generators"].items():
         run.generator_for(name).set_state(each.cpu())

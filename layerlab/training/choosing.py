@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning
 from layerlab.base.files import write_json
+from layerlab.contract.run import Batches
 from layerlab.measure.clock import time_by_turns
 from layerlab.training.settings import Settings
-from layerlab.workload.dataset import Split
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 # Its name in a checkpoint's folder, so that a fit that goes on computes as it began.
@@ -25,7 +25,7 @@ IMAGES, ROUNDS, SLOWER = 128, 3, 1.1
 
 
 def memory_format(
-    settings: Settings, network: nn.Module, images: Split, folder: Path | None, writes: bool
+    settings: Settings, network: nn.Module, images: Batches, folder: Path | None, writes: bool
 ) -> torch.memory_format:
     """The memory format of images and convolutions that the settings name, or that is faster here.
 
@@ -61,11 +61,13 @@ def _chosen_before(file: Path) -> torch.memory_format:
                             "{\"memory_format\": \"channels-last\"} into it.") from None
 
 
-def _faster_format(network: nn.Module, images: Split, count: int) -> str:
+def _faster_format(network: nn.Module, images: Batches, count: int) -> str:
     """Forward and backward of a few images in both formats, by turns; the name of the faster one."""
     if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
         return "contiguous"
-    x, _ = next(images.batches(count))
+    x, _ = next(images.batches(count, None, torch.float32, torch.contiguous_format))
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return "contiguous"
     calls = {}
     for name, form in FORMATS.items():
         own = copy.deepcopy(network).to(memory_format=form).train()
@@ -82,12 +84,13 @@ def _forward_backward(network: nn.Module, x: Tensor) -> None:
     network.zero_grad(set_to_none=True)
 
 
-def warn_of_slow_bfloat16(device: torch.device) -> None:
-    """Say in one sentence, once a process and place, that this processor is slower with bfloat16 than without it."""
-    times = _bfloat16_times(device.type)
+def warn_of_slow(device: torch.device, kind: torch.dtype) -> None:
+    """Say in one sentence, once a process and place, that this processor is slower with 16 bits than without them."""
+    times = _times(device.type, kind)
     if times > SLOWER:
+        name = str(kind).removeprefix("torch.")
         warnings.warn(
-            f"This processor takes {times:.1f} times as long for a convolution in bfloat16 as in float32; use "
+            f"This processor takes {times:.1f} times as long for a convolution in {name} as in float32; use "
             "precision='float32'.",
             LayerlabWarning,
             stacklevel=2,
@@ -95,13 +98,13 @@ def warn_of_slow_bfloat16(device: torch.device) -> None:
 
 
 @functools.cache
-def _bfloat16_times(device: str) -> float:
-    """Seconds of forward and backward of a convolution in bfloat16 over those in float32."""
+def _times(device: str, kind: torch.dtype) -> float:
+    """Seconds of forward and backward of a convolution in a type of 16 bits over those in float32."""
     calls = {}
-    for kind in (torch.float32, torch.bfloat16):
-        x = torch.zeros(16, 64, 16, 16, device=device, dtype=kind, requires_grad=True)
-        weight = torch.zeros(64, 64, 3, 3, device=device, dtype=kind, requires_grad=True)
-        calls[str(kind)] = functools.partial(_convolve, x, weight)
+    for each in (torch.float32, kind):
+        x = torch.zeros(16, 64, 16, 16, device=device, dtype=each, requires_grad=True)
+        weight = torch.zeros(64, 64, 3, 3, device=device, dtype=each, requires_grad=True)
+        calls[str(each)] = functools.partial(_convolve, x, weight)
     single, half = time_by_turns(calls, rounds=ROUNDS, warmup=1, device=device).values()
     return min(half.seconds) / min(single.seconds)
 

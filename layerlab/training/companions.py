@@ -11,7 +11,7 @@ from layerlab.base.errors import LayerlabError, unknown
 from layerlab.contract.strategy import Strategy
 from layerlab.training.results import SUMMARY, Comparison, FitResult
 from layerlab.training.rounds import Arm, Rounds
-from layerlab.training.settings import shortened
+from layerlab.training.settings import length, shortened
 
 Equal = Literal["none", "flops", "seconds"]
 # What an equal cost is counted in: a name of `SUMMARY`.
@@ -42,8 +42,6 @@ class Companions:
             known = [arm.name for arm in self.arms if arm.strategies]
             if name not in known:
                 raise unknown("arm with strategies", name, known)
-        if self.equal not in ("none", *COST):
-            raise LayerlabError(f"equal should be 'none', 'flops' or 'seconds', got {self.equal!r}.")
         if self.equal == "none":
             return
         if self.baseline is None:
@@ -104,13 +102,13 @@ class Companions:
         assert self.baseline is not None
         plain = rounds.results[self.baseline.name, result.seed]
         steps = _affordable(result, plain, COST[self.equal])
-        if steps == plain.steps:
+        settings = self.baseline.settings
+        epoch_steps = len(rounds.data.train) // settings.batch_size
+        if steps == plain.steps == length(settings, epoch_steps)[1]:
             # The same training would end with the same weights.
             rounds.results[name, result.seed] = replace(plain, name=name)
             return None
-        settings = self.baseline.settings
-        settings = shortened(settings, len(rounds.data.train) // settings.batch_size, steps)
-        return self.baseline._replace(name=name, settings=settings)
+        return self.baseline._replace(name=name, settings=shortened(settings, epoch_steps, steps))
 
     def comparison(self, rounds: Rounds) -> Comparison:
         """All results, of arms that have one with every seed."""

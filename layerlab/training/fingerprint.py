@@ -22,13 +22,14 @@ from layerlab.contract.run import Run
 from layerlab.contract.strategy import Strategy
 from layerlab.training.settings import Settings, describe
 from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Data
 
 # What every module has; the rest of its attributes are its own.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_paths()["stdlib"])
 
 
-def fingerprint(run: Run, data: Dataset, strategies: Sequence[Strategy], settings: Settings, seed: int) -> str:
+def fingerprint(run: Run, data: Data, strategies: Sequence[Strategy], settings: Settings, seed: int) -> str:
     """A digest of everything that decides a fit's outcome; `run` is as it was before the strategies saw it."""
     described = Description()
     groups = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
@@ -43,9 +44,19 @@ def fingerprint(run: Run, data: Dataset, strategies: Sequence[Strategy], setting
         "settings": {name: described.of(value) for name, value in own.items()},
         "strategies": [[each.name, describe(each), _strategy_code(type(each), described)] for each in strategies],
         "seed": seed,
-        "data": [data.name, data.fingerprint, data.train.augment, data.train.padding],
+        "data": _data(data, described),
     }
     return _digest(json.dumps(as_json(parts), sort_keys=True).encode(), 16)
+
+
+def _data(data: Data, described: Description) -> list[Any]:
+    """What decides which batches a training sees; of the user's own data, their code too."""
+    if isinstance(data, Dataset):
+        return [data.name, data.fingerprint, data.train.augment, data.train.padding]
+    halves = (data.train, data.test, data.validation)
+    code = [[described.of(each.origin.parts()[1]), described.of(each.transform), described.of(each.test_transform)]
+            for each in halves if each is not None]
+    return [data.name, data.fingerprint, code]
 
 
 class Description:

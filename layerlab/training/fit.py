@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack, overload
+from types import MappingProxyType
+from typing import Annotated, NamedTuple, Unpack, overload
 
-from torch import Tensor, nn
+from pydantic import Field, SkipValidation
+from torch import nn
 
-from layerlab.base.errors import Refused
+from layerlab.base.arguments import validated
+from layerlab.base.errors import Refused, brief
 from layerlab.contract.strategy import Strategy
-from layerlab.show.progress import Progress
+from layerlab.show.progress import Progress, say
 from layerlab.training.ahead import Ahead
 from layerlab.training.checkpoint import checkpoint_folder
 from layerlab.training.companions import Companions, Equal
+from layerlab.training.evaluation import Metrics
 from layerlab.training.loop import Observer
 from layerlab.training.results import Comparison, FitResult
 from layerlab.training.rounds import Arm, Folders, Rounds
-from layerlab.training.settings import FitSettings, checked_settings
+from layerlab.training.settings import ARGUMENTS_OF_COMPARE, FitSettings, checked_settings
 from layerlab.training.start import Loss, Network
-from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Data, Given, OwnData, own_data
 
 Strategies = Strategy | str | Sequence[Strategy | str]
 
@@ -27,12 +31,13 @@ Strategies = Strategy | str | Sequence[Strategy | str]
 @overload
 def fit(
     model: nn.Module | Callable[[], nn.Module],
-    data: Dataset,
+    data: Given,
     strategies: Strategies = (),
     *,
     seed: int = 0,
     name: str = "",
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics = MappingProxyType({}),
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
@@ -43,12 +48,13 @@ def fit(
 @overload
 def fit(
     model: nn.Module | Callable[[], nn.Module],
-    data: Dataset,
+    data: Given,
     strategies: Strategies = (),
     *,
     seed: Sequence[int],
     name: str = "",
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics = MappingProxyType({}),
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
@@ -56,14 +62,16 @@ def fit(
 ) -> list[FitResult]: ...
 
 
+@validated
 def fit(
     model: nn.Module | Callable[[], nn.Module],
-    data: Dataset,
-    strategies: Strategies = (),
+    data: SkipValidation[Given],
+    strategies: SkipValidation[Strategies] = (),
     *,
     seed: int | Sequence[int] = 0,
     name: str = "",
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics = MappingProxyType({}),
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
@@ -73,13 +81,19 @@ def fit(
     """Train a network.
 
     Args:
-        model: any `nn.Module` that maps images to logits (it is copied, not changed), or a function without arguments
-            that builds one; the function is called under the seed, so that each seed has its own initial weights.
-        data: from `load_dataset`.
+        model: any `nn.Module` that maps images, or what else the data give, to logits or another output (it is copied,
+            not changed), or a function without arguments that builds one; the function is called under the seed, so
+            that each seed has its own initial weights.
+        data: from `load_dataset`; or your own, (train, test) or a dict of train, validation and test, each a
+            DataLoader, a torch or Hugging Face Dataset, or tensors (x, y); see `own_data`.
         strategies: one or several, from `layerlab.strategies` or written by you; or the names of installed ones.
         seed: one, or several to train one after the other.
         name: what to call this in logs and tables. Default: the strategies' names.
-        loss: maps (logits, labels) to a scalar. Default: cross-entropy.
+        loss: maps (output, target) to a scalar, the batch's mean; or (model, batch), where its first parameter is
+            called `model`. Default: cross-entropy.
+        metrics: what is told of the test and validation halves besides the loss and, where labels are classes, the
+            accuracy: name → function of (output, target), or of (model, batch), or an object of torchmetrics; or
+            `perplexity`.
         checkpoint: a folder. The state at each epoch's end is kept there; started again with the same arguments after
             an interruption, the fit goes on from there and ends with the same weights as if undisturbed. Of the
             processes of a torchrun job all read it and the first (`RANK` 0) alone writes it.
@@ -90,6 +104,8 @@ def fit(
             epochs (10): Passes over the training data.
             max_steps (None): Stop after these many steps, within an epoch if need be; a schedule that is named shortens
                 with it.
+            patience (None): End after so many epochs without a better one by the validation half's accuracy, or loss
+                where there are no classes; the weights stay the last epoch's.
             batch_size (128): Images a step; the uneven rest of each shuffled epoch is left out.
             recipe (None): A bundle of settings by name; each that is given beside it counts instead of the bundle's.
             augment (None): Of the training images, as `Split.augment` has it; None leaves the data's own.
@@ -129,7 +145,8 @@ def fit(
             averaging_power (0.0): The decay is multiplied by the share of the training that is done to this power, so
                 that it grows.
             views ('plain'): `mirrored`: evaluate the mean logits of each image and its mirror image.
-            precision ('float32'): bfloat16: forward and loss under autocast; weights and update stay float32.
+            precision ('float32'): bfloat16, float16: forward and loss under autocast; weights and update stay float32.
+                float16 scales the loss and leaves out a step whose gradient overflows.
             channels_last (False): Memory format of images and convolutions; `auto` measures which one is faster before
                 the first step.
             compile (False): Run the network's blocks through torch.compile; a text names its backend.
@@ -153,22 +170,25 @@ def fit(
         >>> len(result.history)
         2
     """
+    checked_settings(settings, data.batch_size if isinstance(data, OwnData) else None)
     seeds = [seed] if isinstance(seed, int) else list(seed)
     comparison = compare(
-        model, data, {name: strategies}, seeds=seeds, loss=loss, checkpoint=checkpoint, observers=observers,
-        progress=progress, **settings,
+        model, data, {name: strategies}, seeds=seeds, loss=loss, metrics=metrics, checkpoint=checkpoint,
+        observers=observers, progress=progress, **settings,
     )
     results = list(comparison.results.values())
     return results[0] if isinstance(seed, int) else results
 
 
+@validated
 def compare(
     model: nn.Module | Callable[[], nn.Module] | Mapping[str, nn.Module | Callable[[], nn.Module]],
-    data: Dataset,
-    arms: Mapping[str, Strategies],
+    data: SkipValidation[Given],
+    arms: SkipValidation[Mapping[str, Strategies]],
     *,
     seeds: Sequence[int] = (0,),
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics = MappingProxyType({}),
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
@@ -176,7 +196,7 @@ def compare(
     equal: Equal = "none",
     placebo: bool = False,
     judged: Collection[str] | None = None,
-    at_once: int = 1,
+    at_once: Annotated[int, Field(ge=1)] = 1,
     **settings: Unpack[FitSettings],
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
@@ -195,7 +215,7 @@ def compare(
         judged: the arms that `equal` and `placebo` are for. Default: all with strategies.
         at_once: seeds trained at a time, each in a process, for networks that leave the device idle; it needs a
             `checkpoint`. Arms still take turns, so that ratios of seconds stay honest, but all are slower.
-        data, loss, observers, progress, settings: as `fit`.
+        data, loss, metrics, observers, progress, settings: as `fit`.
 
     Returns:
         All results, with tables of them.
@@ -212,14 +232,19 @@ def compare(
         ['full', 'skip']
     """
     # Long because its docstring names every argument, with an example.
-    _check_kinds(data, arms, seeds)
-    checked = checked_settings(settings)
+    _check_kinds(arms, seeds, keep_going)
+    data = own_data(data, device=settings.get("device", "auto"))
+    own = data if isinstance(data, OwnData) else None
+    checked = checked_settings(settings, own.batch_size if own else None, "compare", ARGUMENTS_OF_COMPARE)
+    if own and checkpoint is not None and not own.exact:
+        say(f"{own.name!r} cannot be resumed exactly: its DataLoader chooses or makes examples by random numbers that "
+            "fit does not seed; give its sampler a `generator`, or give its dataset.")
     every = [Arm(name, _network(model, name), chosen(given), checked) for name, given in arms.items()]
     companions = Companions(every, equal, placebo, judged)
     going = {*keep_going, *(name for arm in keep_going for name in companions.beside(arm))}
     runs = len(seeds) * (len(every) + len(companions.equals) + len(companions.placebos))
     folders = Folders(checkpoint_folder(checkpoint), runs == 1)
-    training = _Training(data, loss, folders, going, companions, checked.epochs)
+    training = _Training(data, loss, metrics, folders, going, companions, checked.epochs)
     with Ahead(training.ahead, seeds, at_once if checkpoint else 1) as ahead, \
             training.rounds(observers, Progress(runs * checked.epochs, progress)) as rounds:
         for seed in seeds:
@@ -231,15 +256,17 @@ def compare(
 class _Training(NamedTuple):
     """What a comparison trains with every seed."""
 
-    data: Dataset
+    data: Data
     loss: Loss | None
+    metrics: Metrics
     folders: Folders
     keep_going: Collection[str]
     companions: Companions
     epochs: int
 
     def rounds(self, observers: Sequence[Observer], progress: Progress) -> Rounds:
-        return Rounds(self.data, self.loss, self.folders, observers, self.keep_going, progress, self.epochs)
+        return Rounds(self.data, self.loss, self.metrics, self.folders, observers, self.keep_going, progress,
+                      self.epochs)
 
     def train(self, rounds: Rounds, seed: int) -> None:
         rounds.train(seed, self.companions.arms)
@@ -251,22 +278,26 @@ class _Training(NamedTuple):
             self.train(rounds, seed)
 
 
-def _check_kinds(data: object, arms: object, seeds: Sequence[int]) -> None:
-    """Raises Refused for data or arms as other libraries take them, and where there is no seed."""
+def _check_kinds(arms: object, seeds: Sequence[int], keep_going: Collection[str]) -> None:
+    """Raises Refused for arms as other libraries take them, arms that there are not, and where there is no seed."""
     if not seeds:
         raise Refused("seeds is empty; give at least one.")
-    if not isinstance(data, Dataset):
-        raise Refused(f"data must be a layerlab.Dataset, got {type(data).__name__}; load_dataset gives one, of a known "
-                      "name or of a folder of images or parquet files.")
     if not isinstance(arms, Mapping):
         raise Refused("arms must map the name of each arm to its strategies, such as {'full': (), 'mine': strategy}, "
                       f"got {type(arms).__name__}.")
+    missing = [name for name in ([keep_going] if isinstance(keep_going, str) else keep_going) if name not in arms]
+    if missing or isinstance(keep_going, str):
+        raise Refused(f"keep_going is a list of arms, got {brief(keep_going)}; the arms are "
+                      f"{', '.join(map(repr, arms))}.")
 
 
 def chosen(strategies: Strategies) -> tuple[Strategy, ...]:
     """The strategies, those that are named with their default settings."""
     from layerlab.contract.registry import strategies as installed
 
+    if not isinstance(strategies, Strategy | str | Sequence):
+        raise Refused(f"strategies are objects of layerlab.Strategy, their names, or a list of those, got "
+                      f"{brief(strategies)}.")
     given = [strategies] if isinstance(strategies, Strategy | str) else strategies
     return tuple(installed(each) if isinstance(each, str) else each for each in given)
 

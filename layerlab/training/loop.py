@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from types import MappingProxyType
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,26 +18,29 @@ from torch import Tensor
 from layerlab.base.devices import resolve_device
 from layerlab.base.errors import Diverged, Refused
 from layerlab.contract.run import Batches
-from layerlab.contract.strategy import Strategy, check_composition
+from layerlab.contract.strategy import Strategy, check_composition, check_needs
 from layerlab.show.progress import first_process, say_not_first
 from layerlab.training.asked import Asked
 from layerlab.training.averaging import Averaging
 from layerlab.training.checkpoint import Checkpoint, checkpoint_folder, restore_run, run_state
 from layerlab.training.compiling import Compiler, graph_count
 from layerlab.training.costs import Costs, learning_key
-from layerlab.training.evaluation import evaluate
+from layerlab.training.evaluation import Measured, Metrics, evaluate, takes_model
 from layerlab.training.fingerprint import fingerprint
 from layerlab.training.gauge import Gauge
 from layerlab.training.results import FitResult
 from layerlab.training.settings import FitSettings, checked_settings, length
 from layerlab.training.start import Loss, Network, on_device, prepared, side_of, start
+from layerlab.training.stopping import check_patience, waited
 from layerlab.training.turns import Turn
 from layerlab.training.untouched import lent
 from layerlab.training.watch import watched
 from layerlab.training.whitening import freeze_bias
 from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Given, OwnData, offers, own_data
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What follows a fit: tracking, say.
 
@@ -94,18 +98,20 @@ class Fit:
     def __init__(
         self,
         model: Network,
-        data: Dataset,
+        data: Given,
         strategies: Strategy | Sequence[Strategy] = (),
         *,
         seed: int = 0,
         name: str = "",
         loss: Loss | None = None,
+        metrics: Metrics = MappingProxyType({}),
         checkpoint: str | Path | None = None,
         observers: Sequence[Observer] = (),
         asked: Asked | None = None,
         **settings: Unpack[FitSettings],
     ) -> None:
-        self.settings = checked_settings(settings)
+        data = own_data(data, device=settings.get("device", "auto"))
+        self.settings = checked_settings(settings, data.batch_size if isinstance(data, OwnData) else None)
         self.strategies = (strategies,) if isinstance(strategies, Strategy) else tuple(strategies)
         check_composition(self.strategies)
         self.seed = seed
@@ -115,7 +121,7 @@ class Fit:
         if not self.writes and (observers or checkpoint is not None):
             say_not_first()
         self.device = (
-            data.train.labels.device if self.settings.device == "auto" else resolve_device(self.settings.device)
+            data.train.device if self.settings.device == "auto" else resolve_device(self.settings.device)
         )
         self.shared = prepared(on_device(data, self.device), self.settings)
         self.data = lent(self.shared) if self.strategies else self.shared
@@ -126,6 +132,11 @@ class Fit:
         self._compiler = Compiler(self.settings.compile)
         self._announced = False
         self._check_step()
+        self._metrics = metrics
+        Measured(metrics)
+        check_patience(self.settings.patience, data.name, data.validation is not None)
+        if self.strategies:
+            check_needs(self.strategies, data.name, offers(data), loss is not None and takes_model(loss))
         folder = checkpoint_folder(checkpoint)
         with self._turn.taken(), self._watched():
             self.run = start(model, self.data, self.strategies, self.settings, seed, loss, folder, self.writes)
@@ -149,6 +160,9 @@ class Fit:
             if strategy.acts_in_backward and (parts > 1 or self.settings.clip_norm is not None):
                 raise Refused(f"{strategy.name} uses gradients while backward runs, so that they can be neither "
                               "accumulated nor clipped; leave accumulate=1 and clip_norm=None.")
+            if strategy.acts_in_backward and self.settings.precision == "float16":
+                raise Refused(f"{strategy.name} uses gradients while backward runs, before those of float16 are scaled "
+                              "back; take precision='bfloat16'.")
 
     def _prepare(self, folder: Path | None, asked: Asked) -> dict[str, Any] | None:
         """Let the strategies adapt the run and, where its folder holds a state, go on from it, which is returned."""
@@ -165,9 +179,10 @@ class Fit:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        limit = self.settings.max_steps
-        return self.run.epoch >= self.run.epochs or (limit is not None and self.run.step >= limit)
+        """Whether all epochs are done, or as many as `patience` lets it train."""
+        limit, patience = self.settings.max_steps, self.settings.patience
+        return (self.run.epoch >= self.run.epochs or (limit is not None and self.run.step >= limit)
+                or (patience is not None and waited(self.run.history) >= patience))
 
     def train_epoch(self) -> dict[str, Any]:
         """Train one epoch, evaluate, write the checkpoint, tell the observers; returns the epoch's row."""
@@ -231,7 +246,9 @@ class Fit:
         run.epoch += 1
         run.logged, run.spent_flops, run.measures_anew = {}, 0.0, False
         moment, done = self.data.train.moment, (run.epoch - 1) / run.epochs
-        moment.epoch, moment.side = run.epoch, side_of(self.settings, self.data.test.shape[1], done)
+        moment.epoch = run.epoch
+        if self.settings.sizes and isinstance(self.data, Dataset):
+            moment.side = side_of(self.settings, self.data.test.shape[1], done)
         graphs = graph_count()
         gauge = Gauge(self.device)
         with gauge.hooks():
@@ -240,7 +257,8 @@ class Fit:
         total = self._steps(gauge, key)
         with gauge.hooks():
             self._call("on_epoch_end")
-            if self._averaging.on and self.finished:
+            settled = self._averaging.on and self.finished
+            if settled:
                 self._averaging.settle()
         seconds, costs = gauge.seconds(run.steps_per_epoch), self._taken(gauge)
         if run.schedule_each == "epoch":
@@ -258,6 +276,9 @@ class Fit:
             row["compile/graphs"] = graph_count() - graphs
         row |= run.logged
         run.history.append(row)
+        if self.settings.averaging == "ema" and self.finished and not settled:
+            # Ended by its patience, which only the evaluation could tell: it showed these averages.
+            self._averaging.settle()
         return row
 
     def _begin(self) -> str:
@@ -315,7 +336,7 @@ class Fit:
                     each_step()
         return total
 
-    def _step(self) -> Callable[[Tensor | tuple[Tensor, ...], Tensor], Tensor]:
+    def _step(self) -> Callable[[Any, Any], Tensor]:
         """One step as a function of a batch that returns its detached loss."""
         run = self.run
         step: Callable[..., Tensor] = run.plain_step
@@ -327,7 +348,7 @@ class Fit:
         if not hooks:
             return lambda x, y: step(x, y).detach()
 
-        def with_hooks(x: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
+        def with_hooks(x: Any, y: Any) -> Tensor:
             for hook in hooks:
                 hook(run)
             return step(x, y).detach()
@@ -370,7 +391,7 @@ class Fit:
         """`half/loss`, `half/top1` and `half/top5` of the network that predicts."""
         run = self.run
         reached = evaluate(run.model, data, run.loss, autocast=run.autocast, memory_format=run.memory_format,
-                           views=self.settings.views)
+                           views=self.settings.views, metrics=self._metrics)
         return {name.replace("test/", f"{half}/"): value for name, value in reached.items()}
 
     def _call(self, hook: str) -> None:

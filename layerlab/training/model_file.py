@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerlab.base.arguments import validated
 from layerlab.base.errors import LayerlabError, first_line, located
 from layerlab.base.provenance import versions
 from layerlab.base.sharing import shared_names
@@ -22,7 +24,7 @@ from layerlab.training.fingerprint import tensor_digest
 from layerlab.training.results import FitResult
 from layerlab.training.state_file import check_storable, read_state, write_state
 from layerlab.workload.builders import network_builder
-from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Data
 
 _FORMAT = "layerlab-model-3"
 # What a file holds, and its types.
@@ -69,8 +71,9 @@ class SavedModel:
                 f"{sum(p.numel() for p in self.model.parameters()):,} parameters, takes {channels}×{height}×{width}")
 
 
+@validated
 def save_model(
-    file: str | Path, result: FitResult, data: Dataset, network: str = "", **options: Any
+    file: str | Path, result: FitResult, data: Data, network: str = "", **options: Any
 ) -> Path:
     """Keep a trained network: its weights, and how to build it, with the structure that its strategies left it in.
 
@@ -103,11 +106,17 @@ def save_model(
         >>> load_model(file).model.training
         False
     """
+    if options and not network:
+        raise LayerlabError(f"save_model has no setting {next(iter(options))!r}; options are those of a network that "
+                            "is named, such as save_model(file, result, data, 'resnet18', num_classes=10).")
+    # What it began with stands in no file: the weights that it has now are loaded.
+    options = {name: value for name, value in options.items() if name != "weights"}
     state = _on_cpu(result.model.state_dict())
     content = {
         "format": _FORMAT, "network": network, "options": options, "classes": data.classes,
-        "class_names": list(data.class_names), "shape": list(data.shape), "mean": list(data.train.mean),
-        "std": list(data.train.std), "top1": result.final["test/top1"], "versions": versions(),
+        "class_names": list(data.class_names), "shape": list(data.shape), "mean": list(getattr(data.train, "mean", ())),
+        "std": list(getattr(data.train, "std", ())), "top1": float(result.final.get("test/top1", math.nan)),
+        "versions": versions(),
         "strategies": [_described(strategy) for strategy in result.strategies],
         "shared": shared_names(result.model),
         "weights": dict(state),
@@ -183,6 +192,7 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second) or first != first
 
 
+@validated
 def load_model(
     file: str | Path, network: str | nn.Module | Callable[[], nn.Module] | None = None,
     device: str | torch.device = "cpu",
@@ -247,7 +257,8 @@ def _built(content: dict[str, Any], build: str | nn.Module | Callable[[], nn.Mod
         LayerlabError: it cannot be built, or the weights do not fit it.
     """
     if isinstance(build, str):
-        build = network_builder(build, content["classes"], tuple(content["shape"]), **content["options"])
+        options = {name: value for name, value in content["options"].items() if name != "weights"}
+        build = network_builder(build, content["classes"], tuple(content["shape"]), **options)
     try:
         model = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
         for each in content["strategies"]:

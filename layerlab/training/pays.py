@@ -13,7 +13,7 @@ class Pays:
     """A strategy against plain training that costs as much, its whole schedule included.
 
     Attributes:
-        points: of top-1 that the strategy is above that training, one for each seed.
+        points: of top-1 that the strategy is above that training, one for each seed; or how much lower its loss is.
         length: how long that training is, as a share of the baseline's steps.
 
     Example:

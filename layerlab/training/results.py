@@ -16,6 +16,7 @@ from layerlab.contract.strategy import Strategy
 from layerlab.show.interval import Estimate, mean_interval, scale, spread
 from layerlab.show.layer_map import LayerMap
 from layerlab.show.table import Table
+from layerlab.training.metric_names import check_metric, own_metrics
 from layerlab.training.pays import Pays
 from layerlab.training.settings import Settings
 
@@ -56,7 +57,12 @@ def comparison_table(comparison: Comparison) -> Table:
     frame = None
     if comparison.results:
         frame, headings = in_units(comparison.summary)
-    rows = [[row["arm"], *(spread(row[name], row[f"{name} ±"]) for name in headings)]
+    # What no accuracy tells: the loss where there are no classes, and metrics of the user's own.
+    others = own_metrics(comparison.results.values())
+    if comparison.results and "top-1" not in headings:
+        others = ["test/loss", *others]
+    rows = [[row["arm"], *(str(comparison.estimate(name, row["arm"])) for name in others),
+             *(spread(row[name], row[f"{name} ±"]) for name in headings)]
             for _, row in frame.iterrows()] if frame is not None else []
     rows += [[arm, f"left out: {reason}"] for arm, reason in comparison.failures.items()]
     notes = [f"{arm}: {comparison.pays(arm)}" for arm in comparison.equal]
@@ -66,7 +72,8 @@ def comparison_table(comparison: Comparison) -> Table:
     if comparison.untouched:
         notes.append("Data, torch's settings and the first batch: bit-equal before and after "
                      f"{', '.join(comparison.untouched)}.")
-    return Table(["arm", *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
+    names = [name.replace("/", " ") if name == "test/loss" else name.removeprefix("test/") for name in others]
+    return Table(["arm", *names, *headings.values()] if headings else ["arm", ""], rows, _caption(comparison), notes)
 
 
 def _on_cpu(model: nn.Module) -> bool:
@@ -76,7 +83,9 @@ def _on_cpu(model: nn.Module) -> bool:
 def _caption(comparison: Comparison) -> str:
     if not comparison.results:
         return "Nothing was trained to the end."
-    epochs = max(len(result.history) for result in comparison.results.values())
+    lengths = {len(result.history) for result in comparison.results.values()}
+    early = any(result.settings.patience is not None for result in comparison.results.values())
+    epochs = f"{min(lengths)} to {max(lengths)}" if early and len(lengths) > 1 else f"{max(lengths)}"
     seeds = len(comparison.seeds)
     return f"{epochs} epochs, " + (
         "one seed, which says nothing about the spread" if seeds == 1 else f"{seeds} seeds: mean ± 95 % interval")
@@ -87,9 +96,12 @@ def fit_table(result: FitResult) -> Table:
     rows = result.history
     step = -(-len(rows) // EPOCHS)
     shown = [row for number, row in enumerate(rows) if number % step == 0 or number == len(rows) - 1]
-    header = ["epoch", "training loss", "test loss", "top-1 [%]", "time [s]"]
-    texts = [[f"{row['epoch']}", f"{row['train/loss']:.4f}", f"{row['test/loss']:.4f}", f"{100 * row['test/top1']:.2f}",
-              f"{row['time/epoch_seconds']:.2f}"] for row in shown]
+    of_own = own_metrics([result])
+    header = ["epoch", "training loss", "test loss", *(["top-1 [%]"] if "test/top1" in result.final else []),
+              *(name.removeprefix("test/") for name in of_own), "time [s]"]
+    texts = [[f"{row['epoch']}", f"{row['train/loss']:.4f}", f"{row['test/loss']:.4f}",
+              *([f"{100 * row['test/top1']:.2f}"] if "test/top1" in row else []),
+              *(f"{row[name]:.4g}" for name in of_own), f"{row['time/epoch_seconds']:.2f}"] for row in shown]
     flops = [row.get("cost/forward_flops", math.nan) + row.get("cost/backward_flops", math.nan) for row in shown]
     if any(map(math.isfinite, flops)):
         by, label = scale(flops, "FLOP")
@@ -139,6 +151,7 @@ class FitResult:
 
     def total(self, metric: str) -> float:
         """The sum of a metric over the epochs; NaN where it was not measured."""
+        check_metric(metric, [self], SUMMARY)
         return math.fsum(row.get(metric, math.nan) for row in self.history)
 
     def time_to(self, level: float, metric: str = "test/top1") -> float:
@@ -148,6 +161,7 @@ class FitResult:
             >>> both.results["plain", 0].time_to(1.01)
             inf
         """
+        check_metric(metric, [self], SUMMARY)
         seconds = 0.0
         for row in self.history:
             seconds += row["time/epoch_seconds"]
@@ -186,11 +200,20 @@ class FitResult:
                 for title, each in strategy.layer_maps(self.history).items()}
 
     @property
+    def epochs_told(self) -> str:
+        """The epochs that were trained, in words; of how many, where `patience` ended the training before the last."""
+        trained, planned = self.final["epoch"], self.settings.epochs
+        early = self.settings.patience is not None and trained < planned and self.settings.max_steps is None
+        return f"{trained} of {planned}" if early else str(trained)
+
+    @property
     def headline(self) -> str:
         """The result in a line."""
         row, seconds = self.final, self.total("time/epoch_seconds")
+        reached = f"top-1 {row['test/top1']:.2%}" if "test/top1" in row else ", ".join(
+            f"{name.replace('/', ' ')} {row[name]:.4g}" for name in ("test/loss", *own_metrics([self])))
         return (
-            f"{self.name}, seed {self.seed}: top-1 {row['test/top1']:.2%} after {row['epoch']} epochs "
+            f"{self.name}, seed {self.seed}: {reached} after {self.epochs_told} epochs "
             f"and {seconds:.1f} s of training"
         )
 
@@ -310,6 +333,8 @@ class Comparison:
             True
         """
         value = _value_of(metric)
+        if isinstance(metric, str) and metric not in SUMMARY:
+            check_metric(metric, self.results.values(), SUMMARY)
         return [value(result) for result in self.of(arm)]
 
     def estimate(self, metric: Metric, arm: str, unit: str = "") -> Estimate:
@@ -383,6 +408,7 @@ class Comparison:
             >>> len(both.speedup("same", "plain", level=0.05).values)
             3
         """
+        check_metric(metric, self.results.values(), SUMMARY)
         ratios = []
         for mine, theirs in zip(self.of(arm), self.of(baseline), strict=True):
             wanted = max(row[metric] for row in theirs.history) if level is None else level
@@ -390,12 +416,12 @@ class Comparison:
             ratios.append(ratio if math.isfinite(ratio) and ratio > 0 else math.nan)
         return Estimate(tuple(ratios), "×")
 
-    def pays(self, arm: str, metric: Metric = "top-1") -> Pays:
+    def pays(self, arm: str, metric: Metric | None = None) -> Pays:
         """Whether an arm is more accurate than plain training that costs as much.
 
         Args:
             arm: one that `compare(…, equal="flops")` trained such a baseline beside.
-            metric: an accuracy, as `per_seed`.
+            metric: an accuracy, as `per_seed`. Default: top-1; where there are no classes, how much lower the loss is.
 
         Raises:
             LayerlabError: no such baseline was trained.
@@ -417,7 +443,12 @@ class Comparison:
         plain = self.equal[arm]
         pairs = zip(self.of(plain), self.of(self.baseline), strict=True)
         shares = [short.steps / whole.steps for short, whole in pairs]
-        return Pays(self.paired(metric, arm, plain), math.fsum(shares) / len(shares))
+        classes = any("test/top1" in result.final for result in self.results.values())
+        if metric is None and not classes:
+            losses = zip(self.per_seed("test/loss", plain), self.per_seed("test/loss", arm), strict=True)
+            lower = Estimate(tuple(theirs - mine for theirs, mine in losses), "lower loss")
+            return Pays(lower, math.fsum(shares) / len(shares))
+        return Pays(self.paired(metric or "top-1", arm, plain), math.fsum(shares) / len(shares))
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -443,9 +474,9 @@ class Comparison:
 
 # What is told of a run: name with unit → value.
 SUMMARY: dict[str, Callable[[FitResult], float]] = {
-    "top-1": lambda result: result.final["test/top1"],
-    "top-5": lambda result: result.final["test/top5"],
-    "best top-1": lambda result: max(row["test/top1"] for row in result.history),
+    "top-1": lambda result: result.final.get("test/top1", math.nan),
+    "top-5": lambda result: result.final.get("test/top5", math.nan),
+    "best top-1": lambda result: max(row.get("test/top1", math.nan) for row in result.history),
     "seconds": lambda result: result.total("time/epoch_seconds"),
     "TFLOP": lambda result: (result.total("cost/forward_flops") + result.total("cost/backward_flops")) / 1e12,
     "GB moved": lambda result: result.total("cost/bytes_moved") / 1e9,

@@ -14,12 +14,13 @@ from layerlab.base.names import file_name
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress
 from layerlab.training.asked import Asked
+from layerlab.training.evaluation import Metrics
 from layerlab.training.loop import Fit, Observer
 from layerlab.training.results import FitResult
 from layerlab.training.settings import Settings
 from layerlab.training.start import Loss, Network
 from layerlab.training.untouched import first_batch_digest, left_alone
-from layerlab.workload.dataset import Dataset
+from layerlab.workload.own import Data
 
 
 class Arm(NamedTuple):
@@ -35,7 +36,7 @@ class Rounds:
     """Trains arms, one round for each seed and list of arms: `with Rounds(…) as rounds: rounds.train(seed, arms)`.
 
     Args:
-        data, loss, observers: as `fit`.
+        data, loss, metrics, observers: as `fit`.
         folder: gives the checkpoint's folder of an arm and seed.
         keep_going: arms whose failure ends them alone.
         progress: counts the epochs; its total is what was planned, and is put right where it turns out otherwise.
@@ -48,11 +49,12 @@ class Rounds:
     """
 
     def __init__(
-        self, data: Dataset, loss: Loss | None, folder: Folders, observers: Sequence[Observer],
+        self, data: Data, loss: Loss | None, metrics: Metrics, folder: Folders, observers: Sequence[Observer],
         keep_going: Collection[str], progress: Progress, planned: int,
     ) -> None:
         self.data = data
         self.loss = loss
+        self.metrics = metrics
         self.folder = folder
         self.observers = observers
         self.keep_going = keep_going
@@ -98,6 +100,8 @@ class Rounds:
                     if each.strategies and each.run.epoch == first + 1 and each.name not in self.untouched:
                         self._compare_batches(each)
         for each in list(self._fits):
+            # What patience left out.
+            self.progress.total -= each.run.epochs - each.run.epoch
             with self.attempted(each.name):
                 with _alone(each):
                     result = each.finish()
@@ -154,7 +158,7 @@ class Rounds:
         made: list[Fit] = []
         with left_alone(repr(arm.name), lambda: (made[0].shared, made[0].data)) if strategies else nullcontext():
             made.append(Fit(
-                arm.network, self.data, strategies, seed=seed, name=arm.name, loss=self.loss,
+                arm.network, self.data, strategies, seed=seed, name=arm.name, loss=self.loss, metrics=self.metrics,
                 checkpoint=self.folder.of(arm.name, seed), observers=self.observers, asked=self._asked,
                 **arm.settings.keywords(),
             ))
@@ -166,8 +170,9 @@ class Rounds:
         """Report the epoch that a fit has finished; nothing if it has failed in it."""
         if fit in self._fits:
             row = fit.run.history[-1]
+            reached = f"top-1 {row['test/top1']:.1%}" if "test/top1" in row else f"test loss {row['test/loss']:.3f}"
             self.progress.epoch(f"{fit.name} seed {fit.seed}", row["epoch"], fit.run.epochs,
-                                f"loss {row['train/loss']:.3f} top-1 {row['test/top1']:.1%}")
+                                f"loss {row['train/loss']:.3f} {reached}")
 
 
 def _alone(fit: Fit) -> AbstractContextManager[None]:

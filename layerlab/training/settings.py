@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from enum import Enum
@@ -27,7 +27,9 @@ Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSchedul
 
 
 # What `fit` takes besides its settings, for the nearest name of one that it does not have: a test compares the two.
-ARGUMENTS = ("strategies", "seed", "name", "loss", "checkpoint", "observers", "progress")
+ARGUMENTS = ("strategies", "seed", "name", "loss", "metrics", "checkpoint", "observers", "progress")
+ARGUMENTS_OF_COMPARE = ("seeds", "loss", "metrics", "checkpoint", "observers", "progress", "keep_going", "equal",
+                        "placebo", "judged", "at_once")
 
 
 class FitSettings(TypedDict, total=False):
@@ -35,6 +37,7 @@ class FitSettings(TypedDict, total=False):
 
     epochs: int
     max_steps: int | None
+    patience: int | None
     batch_size: int
     recipe: Literal["fast"] | None
     augment: Augment | None
@@ -64,7 +67,7 @@ class FitSettings(TypedDict, total=False):
     averaging_every: int
     averaging_power: float
     views: Literal["plain", "mirrored"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "bfloat16", "float16"]
     channels_last: bool | Literal["auto"]
     compile: bool | str
     deterministic: bool
@@ -81,6 +84,9 @@ class Settings(BaseModel):
     """Passes over the training data."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after these many steps, within an epoch if need be; a schedule that is named shortens with it."""
+    patience: int | None = Field(None, ge=1)
+    """End after so many epochs without a better one by the validation half's accuracy, or loss where there are no
+    classes; the weights stay the last epoch's."""
     batch_size: int = Field(128, ge=1)
     """Images a step; the uneven rest of each shuffled epoch is left out."""
     recipe: Literal["fast"] | None = None
@@ -139,8 +145,9 @@ class Settings(BaseModel):
     """The decay is multiplied by the share of the training that is done to this power, so that it grows."""
     views: Literal["plain", "mirrored"] = "plain"
     """`mirrored`: evaluate the mean logits of each image and its mirror image."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: forward and loss under autocast; weights and update stay float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """bfloat16, float16: forward and loss under autocast; weights and update stay float32. float16 scales the loss and
+    leaves out a step whose gradient overflows."""
     channels_last: bool | Literal["auto"] = False
     """Memory format of images and convolutions; `auto` measures which one is faster before the first step."""
     compile: bool | str = False
@@ -219,16 +226,27 @@ def _unplaced(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def checked_settings(settings: Mapping[str, Any]) -> Settings:
+def checked_settings(
+    settings: Mapping[str, Any], batch_size: int | None = None, owner: str = "fit", arguments: Sequence[str] = ARGUMENTS
+) -> Settings:
     """Validate the keyword arguments of `fit`.
 
+    Args:
+        settings: given by the user.
+        batch_size: of the data's own batches; None where the settings decide.
+        owner: the function whose keyword arguments they are.
+        arguments: what it takes besides.
+
     Raises:
-        Refused: an unknown setting or a value that is not allowed.
+        Refused: an unknown setting or a value that is not allowed; another batch size than the data's own.
     """
+    if batch_size is not None and settings.get("batch_size", batch_size) != batch_size:
+        raise Refused(f"The DataLoader's batches are of {batch_size}, so that batch_size={settings['batch_size']!r} "
+                      "cannot be; leave it out, or give the DataLoader's dataset.")
     try:
-        return Settings(**settings)
+        return Settings(**(settings if batch_size is None else {**settings, "batch_size": batch_size}))
     except ValidationError as error:
-        raise Refused(sentence(error, "fit", (*Settings.model_fields, *ARGUMENTS))) from None
+        raise Refused(sentence(error, owner, (*Settings.model_fields, *arguments))) from None
 
 
 def make_optimizer(
@@ -322,7 +340,8 @@ def shortened(settings: Settings, steps: int, budget: int) -> Settings:
             over so many times as many of its steps.
     """
     _, whole = length(settings, steps)
-    changes: dict[str, Any] = {"epochs": -(-budget // steps), "max_steps": budget}
+    # The budget is spent to its end.
+    changes: dict[str, Any] = {"epochs": -(-budget // steps), "max_steps": budget, "patience": None}
     # Counted in steps from here on, since a shortened epoch's end is no step's.
     factor = budget / whole * (1 if settings.schedule_each == "step" else steps)
     if callable(settings.schedule):

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from layerlab.base.errors import Refused
+from layerlab.base.trees import on_tensors, tensors
 from layerlab.workload.dataset import Dataset, Split
+from layerlab.workload.examples import Examples, Resident
+from layerlab.workload.own import Data, OwnData
 
 
-def lent(data: Dataset) -> Dataset:
+def lent(data: Data) -> Data:
     """The same data for an arm of its own: a tensor is copied when the arm first writes into it, and only then."""
+    if isinstance(data, OwnData):
+        own_validation = _lent_examples(data.validation) if data.validation is not None else None
+        return replace(data, train=_lent_examples(data.train), test=_lent_examples(data.test),
+                       validation=own_validation)
     validation = _lent(data.validation) if data.validation is not None else None
     return replace(data, train=_lent(data.train), test=_lent(data.test), validation=validation)
 
@@ -26,6 +33,19 @@ def _lent(split: Split) -> Split:
     return replace(split, images=images, labels=_copied_when_written(split.labels))
 
 
+def _halves(data: Data) -> dict[str, Any]:
+    return {"train": data.train, "test": data.test, "validation": data.validation}
+
+
+def _lent_examples(half: Examples) -> Examples:
+    origin = half.origin
+    if not isinstance(origin, Resident):
+        return half
+    copied = Resident(on_tensors(_copied_when_written, origin.tree))
+    copied.chance = origin.chance
+    return replace(half, origin=copied)
+
+
 def _copied_when_written(tensor: Tensor) -> Tensor:
     try:
         return torch._lazy_clone(tensor)
@@ -33,23 +53,32 @@ def _copied_when_written(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def changed_data(original: Dataset, taken: Dataset) -> str:
+def changed_data(original: Data, taken: Data) -> str:
     """What an arm has changed of the data that it was lent, such as `training images`; empty where nothing is."""
-    halves = {"training": (original.train, taken.train), "test": (original.test, taken.test),
-              "validation": (original.validation, taken.validation)}
-    for half, (mine, theirs) in halves.items():
-        for what in ("images", "labels"):
-            before, after = getattr(mine, what, None), getattr(theirs, what, None)
-            if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-                continue
+    mine, theirs = _halves(original), _halves(taken)
+    for half in mine:
+        for what, before, after in _tensors_of(mine[half], theirs[half]):
             # What is still shared was not written; comparing costs a pass over the data.
             shared = torch._C._is_cow_tensor(after)  # type: ignore[attr-defined]
             if not shared and not torch.equal(before, after):
-                return f"{half} {what}"
+                return f"{'training' if half == 'train' else half} {what}"
     return ""
 
 
-def check_data(who: str, original: Dataset, taken: Dataset) -> None:
+def _tensors_of(mine: Any, theirs: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(what it is, as it was, as it is now) of each tensor that holds a half."""
+    if isinstance(mine, Examples):
+        if isinstance(mine.origin, Resident) and isinstance(theirs.origin, Resident):
+            pairs = zip(tensors(mine.origin.tree), tensors(theirs.origin.tree), strict=True)
+            yield from (("examples", before, after) for before, after in pairs)
+        return
+    for what in ("images", "labels"):
+        before, after = getattr(mine, what, None), getattr(theirs, what, None)
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            yield what, before, after
+
+
+def check_data(who: str, original: Data, taken: Data) -> None:
     """Refuse an arm that has written into the data.
 
     Raises:
@@ -125,7 +154,7 @@ def check_switches(who: str, before: dict[str, Any]) -> None:
 
 
 @contextmanager
-def left_alone(who: str, lent_data: Callable[[], tuple[Dataset, Dataset]]) -> Iterator[None]:
+def left_alone(who: str, lent_data: Callable[[], tuple[Data, Data]]) -> Iterator[None]:
     """A turn of an arm with strategies, after which data and torch's settings are as they were.
 
     Args:
@@ -147,13 +176,19 @@ def left_alone(who: str, lent_data: Callable[[], tuple[Dataset, Dataset]]) -> It
     check_data(who, *lent_data())
 
 
-def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
+def first_batch_digest(data: Data, batch_size: int, seed: int) -> str:
     """Changes when the first batch of a seed does, or what torch makes of it.
 
     The digest of the images and labels, and of the weights of a small network after a step of SGD with them. Data,
     their order, their augmentation, torch's layers, loss, gradients and optimizer have a part in it.
     """
-    images, labels = next(data.train.batches(batch_size, torch.Generator().manual_seed(seed)))
+    batch = next(data.train.batches(batch_size, torch.Generator().manual_seed(seed)))
+    if isinstance(data, Dataset):
+        images, labels, classes = *batch, data.classes
+    else:
+        # Of other data a few images are made, for the step to have something to work on.
+        draw = torch.Generator().manual_seed(seed)
+        images, labels, classes = torch.randn(8, 3, 8, 8, generator=draw), torch.arange(8), 8
     # On the CPU, where a step gives the same bits each time; a GPU's pooling does not.
     images, labels = images.cpu(), labels.cpu()
     # A fork keeps the random states of whoever is at work.
@@ -162,12 +197,12 @@ def first_batch_digest(data: Dataset, batch_size: int, seed: int) -> str:
         channels = images.shape[1]
         network = nn.Sequential(
             nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-            nn.Linear(16, data.classes),
+            nn.Linear(16, classes),
         )
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         nn.functional.cross_entropy(network(images[:32]), labels[:32]).backward()
         optimizer.step()
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in (images, labels, *network.state_dict().values()):
+    for tensor in (*tensors(batch), *network.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

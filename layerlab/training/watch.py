@@ -39,8 +39,8 @@ def watched(progress: Callable[[], Any], where: Callable[[], str]) -> Iterator[N
     Raises:
         NeverCameBack: it says where.
     """
-    if threading.current_thread() is not threading.main_thread():
-        # Signals reach the main thread only.
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        # Signals reach the main thread only, and Windows has none for this.
         yield
         return
     over, limit = threading.Event(), hook_limit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +14,28 @@ from typing import Any
 from torch import nn
 from torchvision import models as torchvision_models
 
+from layerlab.base.arguments import validated
 from layerlab.base.errors import LayerlabError, reason, unknown
+from layerlab.workload.pretrained import pretrained, with_weights
 from layerlab.workload.zoo import MODELS
 
 
-def build_model(name: str, **options: Any) -> nn.Module:
-    """A network by name, untrained: layerlab's own or any classification network of torchvision.
+@validated
+def build_model(name: str, *, weights: str | os.PathLike[str] | None = None, **options: Any) -> nn.Module:
+    """A network by name, layerlab's own or any classification network of torchvision.
 
     Args:
         name: as in `model_names()`.
+        weights: to begin with: a name that torchvision has for the network (`DEFAULT`), fetched unless they are in its
+            cache, or a file of a `state_dict`. A layer that gives other numbers of classes than the weights do begins
+            anew: the head of the new data. Default: none, untrained.
         options: for layerlab's: num_classes, channels, image_size where its weights depend on it, and what its
             function takes besides. For torchvision's: num_classes and what its builder takes; channels may only be 3,
             and image_size goes to the networks that are built for one (vision transformers).
 
     Raises:
-        LayerlabError: unknown name (with the nearest spelling) or an option that the network does not have.
+        LayerlabError: unknown name (with the nearest spelling) or an option that the network does not have; weights
+            that cannot be had, or that are another network's.
 
     Example:
         >>> from layerlab import build_model
@@ -35,6 +43,13 @@ def build_model(name: str, **options: Any) -> nn.Module:
         >>> sum(parameter.numel() for parameter in network.parameters())
         75290
     """
+    if weights is None:
+        return _untrained(name, **options)
+    state = pretrained(name, weights)
+    return with_weights(_untrained(name, **options), state, f"{name}, weights {os.fspath(weights)!r}")
+
+
+def _untrained(name: str, **options: Any) -> nn.Module:
     build = MODELS.get(name)
     if build is None:
         if name not in torchvision_models.list_models(module=torchvision_models):
@@ -50,7 +65,7 @@ def build_model(name: str, **options: Any) -> nn.Module:
             # Their auxiliary heads return a tuple in training, which no plain loss takes.
             options.setdefault("aux_logits", False)
             options.setdefault("init_weights", True)
-        return _call(torchvision_models.get_model, name, name, **{"weights": None, **options})
+        return _call(torchvision_models.get_model, name, name, **{**options, "weights": None})
     return _call(build, name, **options)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, SkipValidation
 from torch import Tensor
 
 from layerlab.base.arguments import validated
@@ -98,6 +98,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches lie."""
+        return self.labels.device
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -192,7 +197,7 @@ class Split:
         sides = self.shape[1:]
         if images.shape[-2:] == sides:
             return images
-        if not images.is_cuda:
+        if images.device.type == "cpu":
             return torch.nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
         # A GPU interpolates no bytes.
         floats = torch.nn.functional.interpolate(images.float(), sides, mode="bilinear", antialias=True)
@@ -238,7 +243,8 @@ class Dataset:
         """(channels, height, width) of one image."""
         return self.train.shape
 
-    def augmented(self, augment: Augment, padding: int = 4) -> Dataset:
+    @validated
+    def augmented(self, augment: SkipValidation[Augment], padding: SkipValidation[int] = 4) -> Dataset:
         """The same data with another augmentation of the training half; `padding` in pixels.
 
         Raises:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
+
+from layerlab.base.arguments import validated
+from layerlab.base.trees import on_tensors, predict
 
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
@@ -25,7 +29,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if module not in hidden]
 
 
-def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
+@validated
+def forward_order(model: nn.Module, example: Any) -> list[tuple[str, nn.Module]]:
     """Modules with parameters of their own in the order in which the forward pass reaches them.
 
     It is run once, eagerly, in evaluation mode; the order of declaration does not matter. A module that is called
@@ -35,7 +40,7 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
 
     Args:
         model: any network.
-        example: images as the network takes them; the first two are used.
+        example: a batch's inputs as the network takes them, images say; the first two are used.
 
     Returns:
         (qualified name, module) pairs. Modules that the forward pass does not reach are left out.
@@ -58,7 +63,7 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
     try:
         # A network that is compiled would be compiled anew with these hooks in it.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(example[:2])
+            predict(model, on_tensors(lambda each: each[:2], example))
     finally:
         for handle in handles:
             handle.remove()
@@ -78,8 +83,9 @@ def forward_order(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Modul
     return [(names[module], module) for module in sorted(calls, key=place)]
 
 
+@validated
 def prefixes(
-    model: nn.Module, example: Tensor, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Conv2d
+    model: nn.Module, example: Any, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Conv2d
 ) -> list[tuple[str, list[nn.Module]]]:
     """For each layer of `kind` in forward order: its name, and every module up to it, with its normalisation.
 

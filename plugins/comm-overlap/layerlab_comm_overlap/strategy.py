@@ -43,6 +43,7 @@ class CommOverlap(Strategy):
     """
 
     name: ClassVar[str] = "comm-overlap"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor", "targets"})
     acts_in_backward: ClassVar[bool] = True
 
     choose: bool | None = None

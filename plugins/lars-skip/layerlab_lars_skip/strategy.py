@@ -46,6 +46,7 @@ class LarsSkip(Strategy):
     """
 
     name: ClassVar[str] = "lars-skip"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor"})
     follows_layers: ClassVar[bool] = True
 
     alpha: float = Field(2.0, ge=0)

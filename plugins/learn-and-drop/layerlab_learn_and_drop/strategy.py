@@ -46,6 +46,7 @@ class LearnAndDrop(Strategy):
     """
 
     name: ClassVar[str] = NAME
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor", "targets", "fixed order"})
     replaces_network: ClassVar[bool] = True
     follows_layers: ClassVar[bool] = True
 
@@ -74,8 +75,7 @@ class LearnAndDrop(Strategy):
     refresh_every: int = Field(3, ge=1)
     """Epochs, with `augmentation="refresh"`."""
     storage: Storage = "compute"
-    """Of features: `compute`, the type that the network computes in; `bfloat16`; `int8`, 8 bits over each image's own
-    range."""
+    """Of features: `compute`, the network's own type; `bfloat16`; `int8`, 8 bits over each image's own range."""
     memory_budget: float | None = Field(None, ge=0)
     """Bytes of features that may lie on the device; more go into a mapped file. Default: half of what is free."""
     folder: str | None = None

@@ -39,6 +39,7 @@ class LowBit(Strategy):
     """
 
     name: ClassVar[str] = "low-bit"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor"})
 
     bits: int = Field(8, ge=2, le=16)
     """Of activations and weights, the sign included."""

@@ -33,6 +33,7 @@ class MemoryReorder(Strategy):
     """
 
     name: ClassVar[str] = "memory-reorder"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor", "targets"})
     acts_in_backward: ClassVar[bool] = True
 
     order: Order = "larger-first"

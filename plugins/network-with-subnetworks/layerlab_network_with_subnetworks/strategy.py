@@ -30,6 +30,7 @@ class NetworkWithSubnetworks(Strategy):
     """
 
     name: ClassVar[str] = NAME
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor", "classes"})
 
     layers: tuple[str, ...] | None = None
     """The layers that can be detached, in the order in which they go. Default: all that leave their input's shape as

@@ -76,6 +76,7 @@ def thresholds(network: nn.Module) -> list[float]:
 class Pruning(Strategy):
     """What the methods share: an L1 penalty on γ, prunings between epochs, and a network that can be rebuilt."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor"})
     changes_structure: ClassVar[bool] = True
 
     sparsity: float = Field(1e-4, ge=0)

@@ -100,6 +100,7 @@ class StockDDP(Strategy):
     """
 
     name: ClassVar[str] = "stock-ddp"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor", "targets"})
     acts_in_backward: ClassVar[bool] = True
 
     bucket_mb: float = Field(25.0, gt=0)

@@ -19,6 +19,7 @@ class PlannedFreezing(Strategy):
     """Freezes as many convolutions, from the input on, as a plan says for each epoch, with all layers before them."""
 
     name: ClassVar[str] = "planned-freezing"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor"})
     follows_layers: ClassVar[bool] = True
 
     plan: dict[int, int] = Field(default_factory=dict)

@@ -244,7 +244,7 @@ class Making:
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(max(1, self.passes)):
             # No other strategy puts batches of several tensors beside this one.
-            yield from self.source.batches(  # type: ignore[misc]
+            yield from self.source.batches(
                 self.batch_size, generator if self.passes else None, torch.float32, self.memory_format)
 
     @property

@@ -26,6 +26,7 @@ class SameLayersFrozen(Strategy):
     """
 
     name: ClassVar[str] = "same-layers-frozen"
+    needs: ClassVar[frozenset[str]] = frozenset({"one tensor"})
     follows_layers: ClassVar[bool] = True
 
     _shared: Decisions = PrivateAttr(default_factory=Decisions)

@@ -50,8 +50,9 @@ def torchao_networks(build: Build) -> dict[str, Build]:
 
     def float8() -> nn.Module:
         emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+        config = Float8LinearConfig(emulate=emulate)
         return convert_to_float8_training(
-            build(), config=Float8LinearConfig(emulate=emulate), module_filter_fn=lambda layer, _: emulate or _fits(layer))
+            build(), config=config, module_filter_fn=lambda layer, _: emulate or _fits(layer))
 
     return {"torchao int8": int8, "torchao float8": float8}
 
