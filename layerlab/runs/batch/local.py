@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerlab.base.errors import reason
+from layerlab.base.errors import LayerlabError, reason
 from layerlab.runs import tracking
 from layerlab.runs.basis import State
 from layerlab.runs.batch.cluster import on_cluster
+from layerlab.runs.batch.kept import batch_id, keep_batch
 from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.one_job import Outcome, Stop, run_job
 from layerlab.runs.batch.runners import Runners, imported
@@ -80,8 +81,13 @@ def run_batch(
     """
     sound = [job for job in jobs if not job.problem]
     board = board or Board(total=len(sound))
+    batch = batch_id(sound)
+    try:
+        keep_batch(batch, sound)
+    except LayerlabError as error:  # a disk that is full ends no batch
+        board.line(f"`layerlab table` will not know this batch: {error}")
     environment = {
-        "LAYERLAB_BATCH": os.environ.get("LAYERLAB_BATCH", uuid.uuid4().hex),
+        "LAYERLAB_BATCH": os.environ.get("LAYERLAB_BATCH", batch),
         "LAYERLAB_HOME": str(workbook_folder()),
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
     }
