@@ -15,6 +15,7 @@ from layerlab.base.errors import Diverged, LayerlabError, LayerlabWarning
 from layerlab.base.screen import printable, visible
 from layerlab.cli import completion
 from layerlab.cli.batches import NOTHING_INSTALLED, batch, reproduce, table
+from layerlab.cli.own import pays
 from layerlab.cli.showing import show, shows, wants_json
 from layerlab.cli.values import pairs
 from layerlab.show.table import Cell, Table, Tone
@@ -76,7 +77,7 @@ def main() -> None:
     """Check what papers on layer-wise efficient training claim, on your machine and your network."""
 
 
-for _command in (reproduce, batch, table):
+for _command in (reproduce, batch, table, pays):
     main.add_command(_command)
 
 

@@ -150,6 +150,28 @@ def open_session(
         output: its folder. Default: `runs/<experiment>/<data>-<network>-<digest of the parameters>`.
         parameters: of the notebook.
     """
+    place = session_place(experiment, data, network, output, parameters)
+    return Session(experiment, place.title, place.folder, place.values, {"network": network, "dataset": data.name})
+
+
+class Place(NamedTuple):
+    """Where a session of a network and data is kept.
+
+    Attributes:
+        title: of its run.
+        folder: of its own.
+        values: its parameters, with digests of the images and of a network of one's own.
+    """
+
+    title: str
+    folder: Path
+    values: dict[str, Any]
+
+
+def session_place(
+    experiment: str, data: Dataset, network: str, output: str | Path | None, parameters: Mapping[str, Any]
+) -> Place:
+    """Where `open_session` keeps what it opens."""
     values = {"data": data.name, "network": network, **parameters}
     title = f"{Path(data.name).name} · {network}"
     folder = output or default_folder(experiment, re.sub(r"[^\w.-]+", "-", title), values)
@@ -158,8 +180,7 @@ def open_session(
     if ":" in network:
         file = own_network(network)[1]
         values["code"] = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest() if file else ""
-    tags = {"network": network, "dataset": data.name}
-    return Session(experiment, f"{experiment} · {title}", Path(folder), values, tags)
+    return Place(f"{experiment} · {title}", Path(folder), values)
 
 
 def survey(

@@ -164,6 +164,7 @@ class Session:
         differs = _differing()
         self._arms: list[Against] = []
         self._answer = Answer()
+        self._trackers: dict[str, tracking.Tracker] = {}
         record = read_record(self.folder)
         if record and not record["finished"] and record.get("parameters") == values and record.get("attempt"):
             self.attempt = record["attempt"]
@@ -200,24 +201,37 @@ class Session:
         self._keep_json(PARAMETERS, values)
         self._keep_json(MANIFEST, self._manifest.content())
 
-    def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
+    def compare(
+        self, title: str, *arguments: Any, table: str = "", trial: bool = False, **settings: Any
+    ) -> Comparison:
         """`layerlab.compare`, checkpointed in the session's folder and logged with its run's id.
 
         Args:
             title: names the checkpoints; unique in the notebook.
             table: what this is for, as a tag: the table or figure of a paper, say.
+            trial: it only chooses something, so its ratios are no part of the session's answer.
         """
         from layerlab.training.fit import compare
 
-        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id,
-                                   self.folder, f"{self.attempt}/{title}")
+        tracker = self._trackers.setdefault(title, tracking.Tracker(
+            self.experiment, self._tags | {"table": table or title}, self.run_id, self.folder,
+            f"{self.attempt}/{title}"))
         checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
         settings = {"at_once": seeds_at_once(), **settings}
         found = compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
-        others = [each for each in self._arms if each.comparison != title]
-        self._arms = [*others, *against_baseline(title, found)]
-        tracker.on_comparison_end(found)
+        if not trial:
+            self.compared(title, found)
         return found
+
+    def compared(self, title: str, comparison: Comparison) -> None:
+        """Take a comparison for the whole of its title: its ratios belong to the session's answer, and the seeds of
+        each arm to one group in MLflow.
+
+        `compare` does it by itself; seeds that were compared one after the other under one title are put together so.
+        """
+        self._arms = [each for each in self._arms if each.comparison != title]
+        self._arms += against_baseline(title, comparison)
+        self._trackers[title].on_comparison_end(comparison)
 
     def conclude(self, sentence: str, page: str = "") -> None:
         """Keep what the session found out in words, to be shown at the end of a batch, by `layerlab table` and in
