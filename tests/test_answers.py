@@ -12,11 +12,14 @@ from fake_paper import FINISH, OPEN, TRAIN
 from helpers import Freezer, Residual
 
 from layerlab import Session
+from layerlab.base.files import write_json
 from layerlab.cli.main import main
+from layerlab.reporting.answers import answers_table
 from layerlab.runs import tracking
+from layerlab.runs.answer import Against, Answer, answer_metrics
 from layerlab.runs.batch.local import run_batch
 from layerlab.runs.batch.plans import Entry, Plan, jobs_of
-from layerlab.runs.jobs import told_apart
+from layerlab.runs.jobs import Job, told_apart
 from layerlab.show.interval import mean_interval
 
 # What starts something or writes a plugin, and has nothing to tabulate.
@@ -145,3 +148,17 @@ def test_the_seeds_of_an_arm_are_a_run_with_their_mean_and_interval(digits, tmp_
         assert sorted(each.data.tags["seed"] for each in seeds) == ["0", "1", "2"]
         assert {each.data.tags["arm"] for each in seeds} == {run.data.tags["arm"]}
     session.close()
+
+
+def test_an_answer_is_told_with_its_page_and_without_what_was_not_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arm = Against(comparison="runs", arm="mine", seeds=3, pays="yes",
+                  measured={"points": (0.5, 0.25), "time": (0.8, None), "compute": (None, None), "memory": (1.0, 0.0)})
+    answer = Answer(sentence="Yes, mine pays.", arms=[arm], page=str(tmp_path / "out" / "answer.html"), run="r")
+    write_json(tmp_path / "job" / "study.json", {"finished": True, "answers": [answer.model_dump()]})
+    text = answers_table([Job("mine.ipynb", str(tmp_path / "job"))]).text(80)
+    for part in ("+0.50 ± 0.25", "0.8000", "—", "yes", "Yes, mine pays.", "out/answer.html"):
+        assert part in text, text
+    assert answer_metrics(answer) == {
+        "mine/points": 0.5, "mine/points low": 0.25, "mine/points high": 0.75, "mine/time": 0.8, "mine/memory": 1.0,
+        "mine/memory low": 1.0, "mine/memory high": 1.0}

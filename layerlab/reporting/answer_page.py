@@ -29,7 +29,8 @@ _STYLE = (
     "figcaption,.small{color:#5a6a7a;font-size:.9rem}"
     ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}"
     "th,td{border-bottom:1px solid #dde3e9;padding:.35rem .7rem .35rem 0}th{color:#5a6a7a;font-weight:600}"
-    "td+td,th+th{padding-left:.4rem}"
+    "td+td,th+th{padding-left:.4rem}td[style*=right]{white-space:nowrap}"
+    "@media(max-width:40rem){h1{font-size:1.15rem}main{padding:1rem}}"
     "pre{background:#f0f3f6;padding:.8rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.88rem}"
 )
 
@@ -79,8 +80,7 @@ def answer_page(report: Report) -> str:
         ]
     parts += [f"<p>{_html(text)}</p>" for text in report.details]
     parts.append("<h2>What was left out</h2>")
-    parts.append(_table({"strategy": "why"} | dict(report.left_out)) if report.left_out else
-                 "<p>Nothing was left out.</p>")
+    parts.append(_table(report.left_out) if report.left_out else "<p>Nothing was left out.</p>")
     if report.steps:
         parts.append(f"<h2>How it was found out</h2>{_table(report.steps)}")
     if report.repeat:

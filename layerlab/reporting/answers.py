@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def answers_table(jobs: Sequence[Job]) -> Table:
             told = answer.arms if 0 < len(answer.arms) <= MOST_ARMS else []
             rows += [_row(run, name, each) for name, each in zip(names(told), told, strict=True)]
             if told and answer.sentence and len(jobs) <= MOST_ARMS:
-                notes.append(answer.sentence)
+                notes += [answer.sentence, *([os.path.relpath(answer.page)] if answer.page else [])]
             if not told and answer.sentence:
                 rows.append([run, answer.sentence])
     pays = any(len(row) > 2 and row[-1] != "" for row in rows)

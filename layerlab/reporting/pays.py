@@ -26,8 +26,9 @@ from layerlab.base.files import write_json
 from layerlab.base.text import as_json, to_yaml
 from layerlab.contract.strategy import Strategy
 from layerlab.reporting.advice import advise
-from layerlab.reporting.answer_page import Report
-from layerlab.reporting.conclusion import conclude
+from layerlab.reporting.against import against
+from layerlab.reporting.answer_page import Report, payoff_points
+from layerlab.reporting.conclusion import keep_report
 from layerlab.reporting.evidence import WORTH, unfit
 from layerlab.reporting.explore import (
     ALL,
@@ -43,6 +44,7 @@ from layerlab.reporting.paying import Verdict, judge_arms
 from layerlab.runs.answer import PAGE, answers_of
 from layerlab.runs.record import read_record
 from layerlab.runs.session import Session
+from layerlab.show import figures
 from layerlab.show.interval import signed, spread
 from layerlab.show.progress import clock
 from layerlab.training.results import BASELINE, Comparison
@@ -153,7 +155,7 @@ def does_it_pay(
     session = open_session("pays", images, question.network, question.output, **question.parameters)
     inquiry = Inquiry(question, images, build, chosen, session, tell)
     report = inquiry.report()
-    page = conclude(session, report)
+    page = keep_report(session, report)
     session.close()
     return Found(report.sentence, page)
 
@@ -253,6 +255,9 @@ class Inquiry:
         verdict = judge_arms(runs, tolerance=self.question.tolerance, test_images=images, looks=looks)
         advice = advise(runs, tolerance=self.question.tolerance, test_images=images)
         # That the baseline will not do is the answer already; the last of the others says which images chose.
+        self.session.table("runs", runs.runs)
+        self.session.table("against", against(runs))
+        self.session.figure("payoff", figures.payoff(payoff_points(runs)))
         return self._reported(verdict, runs, advice.sentences[1:-1])
 
     @property

@@ -201,6 +201,11 @@ class Session:
         self._keep_json(PARAMETERS, values)
         self._keep_json(MANIFEST, self._manifest.content())
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters in force, as JSON takes them."""
+        return dict(self._values)
+
     def compare(
         self, title: str, *arguments: Any, table: str = "", trial: bool = False, **settings: Any
     ) -> Comparison:

@@ -310,7 +310,7 @@ def payoff(frame: pd.DataFrame) -> Figure:
             the baseline's), `y` (points of top-1 above it), and half-widths of intervals as `x ±` and `y ±`.
     """
     arms, kinds = list(dict.fromkeys(frame["arm"])), list(dict.fromkeys(frame["kind"]))
-    figure, ((axis,),) = canvas(width=6.4, height=4.2)
+    figure, ((axis,),) = canvas(width=5.4, height=3.8)
     colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
     shapes = dict(zip(kinds, "osv", strict=False))
     axis.axhline(0, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
