@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 import layerlab
 from layerlab.cli.main import main
+from layerlab.reporting.pays import Question, does_it_pay
 from layerlab.runs.tracking.store import client, experiment_id
 
 # A network with much that is useless, and three methods whose truth is known: one leaves that out, one leaves out as
@@ -117,3 +118,38 @@ def test_what_cannot_pay_is_not_even_compared(methods):
                               "comparison.")
     assert "it saved neither time nor compute nor memory and was not more accurate" in page
     assert "seed 1" not in lines
+
+
+def test_interrupted_it_goes_on_with_what_it_had_chosen(methods):
+    question = Question(methods, "digits", 60.0, ["skip"])
+    first: list[str] = []
+
+    def stop(line: str) -> None:
+        first.append(line)
+        if "seed 1 of" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        does_it_pay(question, stop)
+    rest: list[str] = []
+    found = does_it_pay(question, rest.append)
+    assert any("rate 0.1" in line for line in first)
+    assert not any("rate " in line or "pilot" in line for line in rest)
+    assert found.page.exists()
+    assert len(client().search_runs([experiment_id("pays")], "tags.kind = 'notebook'")) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["digits", "--budget", "soon"], "'soon' is no time; write it as 90s, 20min or 1.5h"),
+    (["digits", "-p", "epoch=3"], "Unknown parameter of pays 'epoch'"),
+    (["digits", "-p", "limit=many"], "limit should be a number, got 'many'"),
+    (["digits", "-p", "equal=joules"], "equal should be flops or seconds, got 'joules'"),
+    (["digits", "-p", "tolerance=-1"], "tolerance should be above 0, got -1"),
+    (["nowhere"], "Unknown dataset 'nowhere'"),
+    (["digits", "-s", "lars-skp"], "Unknown strategy 'lars-skp'. Did you mean 'lars-skip'?"),
+    (["digits", "--budget", "0.001s"], "carries no comparison; give at least --budget"),
+])
+def test_what_is_asked_wrong_gets_one_sentence(arguments, message):
+    result = _ask("mlp", *arguments, status=2)
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr

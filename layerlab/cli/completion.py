@@ -45,7 +45,8 @@ def batch_ids(_: click.Context, __: click.Parameter, incomplete: str) -> list[Co
 def _named(context: click.Context) -> list[str]:
     """The strategies or notebooks that the command line names so far."""
     given = context.params.get("names") or context.params.get("name") or ()
-    return [given] if isinstance(given, str) else list(given)
+    # An option that has no value yet leaves the words before it unread.
+    return [*([given] if isinstance(given, str) else given), *context.args]
 
 
 def profiles(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:

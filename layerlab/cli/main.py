@@ -16,6 +16,7 @@ from layerlab.base.screen import printable, visible
 from layerlab.cli import completion
 from layerlab.cli.batches import NOTHING_INSTALLED, batch, reproduce, table
 from layerlab.cli.own import pays
+from layerlab.cli.servers import lab, ui
 from layerlab.cli.showing import show, shows, wants_json
 from layerlab.cli.values import pairs
 from layerlab.show.table import Cell, Table, Tone
@@ -32,7 +33,16 @@ REMEDIES = {
 }
 
 
-class _Group(click.Group):
+class _WholeHelp(click.Group):
+    """Lists its commands with their whole first sentences; click cuts them to a line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, command.get_short_help_str(limit=1000)) for name, command in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class _Group(_WholeHelp):
     """Bad input ends with one sentence on standard error and exit status 2, a training that diverged with 1.
 
     So does what the system refuses: a disk that is full, say.
@@ -77,7 +87,7 @@ def main() -> None:
     """Check what papers on layer-wise efficient training claim, on your machine and your network."""
 
 
-for _command in (reproduce, batch, table, pays):
+for _command in (reproduce, batch, table, pays, lab, ui):
     main.add_command(_command)
 
 
@@ -214,7 +224,7 @@ def import_(files: tuple[Path, ...]) -> None:
         raise SystemExit(1)
 
 
-@main.group(invoke_without_command=True)
+@main.group(cls=_WholeHelp, invoke_without_command=True)
 @click.option("--root", type=click.Path(path_type=Path), help="Where datasets lie (default: $LAYERLAB_DATA).")
 @shows
 @click.pass_context

@@ -57,7 +57,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
 @shows
 def pays(network: str, data: str, budget: float, strategies: tuple[str, ...], parameters: dict[str, Any],
          output: str | None, rerun: bool) -> None:
-    """Answer: does any method pay for this NETWORK on these DATA? Within a budget, with one page at the end.
+    """Tell whether any method pays for a NETWORK on DATA, within a budget, with one page at the end.
 
     NETWORK is a name such as resnet18, or your own: file.py:function or module:function. DATA is the name of a dataset
     or the path of a folder of images.

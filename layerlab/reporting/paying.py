@@ -124,6 +124,8 @@ def _not_paying(evidence: Evidence, arm: str) -> Judged:
         return Judged("no", f"loses more than {_points(evidence.tolerance)} of top-1 ({signed(points)})")
     saves = any(evidence.saves(arm, column) for column in SAVED.values())
     told = f"{signed(gain)} points above {against}"
+    if saves and arm not in evidence.comparison.equal:
+        return Judged("undecided", f"was not compared with plain training of the same cost ({told})")
     if below(gain, evidence.seeds) <= evidence.alpha:
         return Judged("no", f"is less accurate than {against} ({signed(gain)} points)")
     # What takes as much as the baseline is held against the baseline itself.

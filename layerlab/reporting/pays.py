@@ -285,10 +285,11 @@ class Inquiry:
         except Diverged:
             return None
         spent = time.monotonic() - begin
-        trained = runs.results[BASELINE, PILOT_SEED].total("time/epoch_seconds")
-        # An evaluation belongs to an epoch, too.
-        self._epoch = max(self._epoch, 1.2 * trained / epochs)
-        self._start = min(self._start, max(0.0, spent - trained))
+        rows = runs.results[BASELINE, PILOT_SEED].history
+        # The first epoch of a process warms up what the others use; an evaluation belongs to an epoch, too.
+        warm = [row["time/epoch_seconds"] for row in rows[1:] or rows]
+        self._epoch = 1.2 * sum(warm) / len(warm)
+        self._start = min(self._start, max(0.0, spent - epochs * self._epoch))
         return runs
 
     def _seconds(self, epochs: int) -> float:
@@ -297,7 +298,7 @@ class Inquiry:
 
     def _choose_rate(self) -> dict[str, Any]:
         budget = self.question.budget
-        first = self._fit("first epoch", RATES[0], 1)
+        first = self._fit("first epochs", RATES[0], 2)
         least = (len(RATES) + 3 * FEWEST * SHORTEST) * self._epoch
         if first is not None and least > budget:
             raise LayerlabError(f"An epoch takes {clock(self._epoch)} here, so a budget of {clock(budget)} carries no "

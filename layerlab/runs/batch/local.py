@@ -170,6 +170,7 @@ def _on_this_machine(
                 )
                 running[future] = (number, room[1])
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            board.tick()
             for future in finished:
                 number, give_back = running.pop(future)
                 give_back()
