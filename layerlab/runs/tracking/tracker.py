@@ -127,9 +127,11 @@ class Tracker:
                     metrics |= _interval(name, [float(result.final.get(name, math.nan)) for result in results])
             last = max(result.final["timestamp"] for result in results)
             epochs = max(result.final["epoch"] for result in results)
-            box = Outbox(self.folder, self.experiment, f"{arm} · {tags['dataset']} · mean of seeds", self._group(arm),
+            box = Outbox(self.folder, self.experiment, f"mean · {arm} · {tags['dataset']}", self._group(arm),
                          tags | {"kind": "arm"})
             box.add(metrics=[(name, value, last, epochs) for name, value in metrics.items()])
+            # The run is made now, so that it does not end before it began.
+            box.send()
             box.add(**ended("FINISHED"))
             box.send(last=True)
 
