@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 from layerlab.base.errors import LayerlabError, unknown
 from layerlab.cli import completion
-from layerlab.cli.showing import shows, wants_json
+from layerlab.cli.showing import takes_json, wants_json
 from layerlab.cli.values import duration, pairs
 
 # What `-p` takes: a field of `Question` → the kinds of its values.
@@ -54,7 +54,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
               help=f"Any of {', '.join(_KINDS)}; values are YAML.")
 @click.option("--output", default=None, metavar="FOLDER", help="Folder for the page (default: below runs/pays).")
 @click.option("--rerun", is_flag=True, help="Find it out anew, even where it was finished before.")
-@shows
+@takes_json("Print the answer and the page's file as JSON.")
 def pays(network: str, data: str, budget: float, strategies: tuple[str, ...], parameters: dict[str, Any],
          output: str | None, rerun: bool) -> None:
     """Tell whether any method pays for a NETWORK on DATA, within a budget, with one page at the end.

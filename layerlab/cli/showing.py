@@ -15,10 +15,12 @@ _JSON = "layerlab.json"
 
 def shows(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command that prints tables with `show` the option `--json`."""
-    return click.option(
-        "--json", is_flag=True, expose_value=False, callback=_remember,
-        help="Print the tables as JSON: columns, rows, notes; a list where there are several.",
-    )(command)
+    return takes_json("Print the tables as JSON: columns, rows, notes; a list where there are several.")(command)
+
+
+def takes_json(help_text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option `--json`, for a command that asks `wants_json` itself."""
+    return click.option("--json", is_flag=True, expose_value=False, callback=_remember, help=help_text)
 
 
 def _remember(context: click.Context, _: click.Parameter, value: bool) -> None:

@@ -236,7 +236,7 @@ class Session:
         """
         self._arms = [each for each in self._arms if each.comparison != title]
         self._arms += against_baseline(title, comparison)
-        self._trackers[title].on_comparison_end(comparison)
+        self._trackers[title].log_arms(comparison)
 
     def conclude(self, sentence: str, page: str = "") -> None:
         """Keep what the session found out in words, to be shown at the end of a batch, by `layerlab table` and in

@@ -106,7 +106,7 @@ class Tracker:
         """Close the run."""
         self._close(fit, "FINISHED")
 
-    def on_comparison_end(self, comparison: Comparison) -> None:
+    def log_arms(self, comparison: Comparison) -> None:
         """Log each arm with several seeds as a run of its own, of the kind `arm`: of each metric of the last epoch and
         of what a run costs the mean, and the ends of its 95 % interval as `METRIC low` and `METRIC high`.
 
