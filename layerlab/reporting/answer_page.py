@@ -22,7 +22,7 @@ STRATEGY, EQUAL, PLACEBO = "strategy", "plain training of the same cost", "its p
 TONES: dict[str, Tone] = {"yes": "good", "no": "warning", "undecided": "faint"}
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:0;color:#1c2733;background:#f5f7f9}"
-    "main{max-width:54rem;margin:0 auto;padding:1.5rem 1.25rem 3rem;background:#fff}"
+    "main{max-width:66rem;margin:0 auto;padding:1.5rem 1.25rem 3rem;background:#fff}"
     "h1{font-size:1.45rem;line-height:1.35;margin:.25rem 0 1.25rem;overflow-wrap:break-word}"
     "h2{font-size:1.1rem;margin:2rem 0 .5rem}"
     ".of{color:#5a6a7a;margin:0}figure{margin:0}figure img{width:100%;max-width:46rem}"

@@ -149,10 +149,9 @@ def headline(verdict: Verdict, title: str) -> str:
         told = "; ".join(f"{arm} {verdict.arms[arm].why}" for arm in yes)
         return f"Yes, {' and '.join(yes)} {'pays' if len(yes) == 1 else 'pay'} for {title}: {told}."
     if undecided:
-        count = len(verdict.arms) - len(undecided)
-        others = f" {count} other{'s do' if count > 1 else ' does'} not pay." if count else ""
-        return f"Undecided for {title}: more seeds or a larger budget may tell whether " \
-               f"{_or(undecided)} {'pays' if len(undecided) == 1 else 'pay'}.{others}"
+        told = f"Undecided for {title}: more seeds or a larger budget may tell whether {_or(undecided)} pays"
+        no = verdict.named("no")
+        return f"{told}; {' and '.join(no)} {'does' if len(no) == 1 else 'do'} not." if no else f"{told}."
     count = len(verdict.arms)
     if count == 1:
         (arm, judged), = verdict.arms.items()

@@ -25,7 +25,6 @@ from layerlab.base.errors import Diverged, LayerlabError
 from layerlab.base.files import write_json
 from layerlab.base.text import as_json, to_yaml
 from layerlab.contract.strategy import Strategy
-from layerlab.reporting.advice import advise
 from layerlab.reporting.against import against
 from layerlab.reporting.answer_page import Report, payoff_points
 from layerlab.reporting.conclusion import keep_report
@@ -58,6 +57,8 @@ SHORTEST, FEWEST, MOST = 4, 3, 12
 # Shares of the budget: for the rates, for what the strategies cost, and where the comparison has to end.
 FOR_RATES, FOR_PILOT, USABLE = 0.12, 0.15, 0.95
 CHOICES = "choices.json"
+READ = ("Rate, length and the strategies to compare were chosen by held-out training images; the numbers above are "
+        "those of the test images, which were read at the end.")
 
 
 @dataclass(frozen=True)
@@ -253,12 +254,11 @@ class Inquiry:
         runs, looks = self._compare(settings)
         images = len(self.images.test)
         verdict = judge_arms(runs, tolerance=self.question.tolerance, test_images=images, looks=looks)
-        advice = advise(runs, tolerance=self.question.tolerance, test_images=images)
-        # That the baseline will not do is the answer already; the last of the others says which images chose.
         self.session.table("runs", runs.runs)
         self.session.table("against", against(runs))
         self.session.figure("payoff", figures.payoff(payoff_points(runs)))
-        return self._reported(verdict, runs, advice.sentences[1:-1])
+        others = [f"{arm} {judged.why}." for arm, judged in verdict.arms.items() if judged.word != "yes"]
+        return self._reported(verdict, runs, [*others, READ])
 
     @property
     def title(self) -> str:
@@ -269,8 +269,7 @@ class Inquiry:
     def _reported(self, verdict: Verdict, runs: Comparison | None, details: Sequence[str]) -> Report:
         question = self.question
         self.steps["budget"] = f"{clock(self._kept.spent)} of {clock(question.budget)}"
-        arms = [f"{arm} {judged.why}." for arm, judged in verdict.arms.items() if judged.word != "yes"]
-        return Report(self.title, verdict, runs, [*arms, *details], self.left_out, self.steps, question.command)
+        return Report(self.title, verdict, runs, details, self.left_out, self.steps, question.command)
 
     def _training(self, rate: float) -> dict[str, Any]:
         return {"lr": rate, "batch_size": self.question.batch_size, "schedule": "cosine", "schedule_each": "step",
