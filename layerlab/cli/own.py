@@ -71,7 +71,7 @@ def pays(network: str, data: str, budget: float, strategies: tuple[str, ...], pa
 
     question = Question(network, data, budget, list(strategies) or ALL, output=output, **parameters)
     try:
-        found = does_it_pay(question, lambda line: click.echo(line, err=True), rerun=rerun)
+        found = does_it_pay(question, _tell, rerun=rerun)
     except KeyboardInterrupt:
         click.echo("Stopped; the same command goes on.", err=True)
         raise SystemExit(130) from None
@@ -80,6 +80,10 @@ def pays(network: str, data: str, budget: float, strategies: tuple[str, ...], pa
         return
     click.echo(click.wrap_text(found.sentence, 80))
     click.echo(f"\n{_near(found.page)}")
+
+
+def _tell(line: str) -> None:
+    click.echo(click.wrap_text(line, 80, subsequent_indent=" " * 9), err=True)
 
 
 def _near(page: Path) -> str:

@@ -101,13 +101,16 @@ def _run(job: Job, rerun: str) -> None:
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
                    HELD: str(folder.resolve()), USED: str(folder / _USED_FILE), RERUN: rerun,
-                   DIFFERS: json.dumps(as_json(job.differs or job.changed)), ANSWERS: str(folder / _ANSWERS_FILE)}
+                   DIFFERS: json.dumps(as_json(job.differs or job.changed)), ANSWERS: ""}
     parameters = dict(job.changed)
     killed = out_of_memory_kills()
     _prepare(job, environment)
     if job.strategy:
         environment[OUTPUT] = job.folder
         parameters = {"profile": job.profile, **parameters}
+    else:
+        # A paper's study writes its answer into the record itself.
+        environment[ANSWERS] = str(folder / _ANSWERS_FILE)
     try:
         papermill.execute_notebook(
             _plain(job.partial), _plain(job.partial), parameters, engine_name="layerlab", progress_bar=False,
