@@ -16,10 +16,11 @@ from layerlab.base.files import write_json
 from layerlab.cli.main import main
 from layerlab.reporting.answers import answers_table
 from layerlab.runs import tracking
-from layerlab.runs.answer import Against, Answer, answer_metrics
+from layerlab.runs.answer import Against, Answer, answer_metrics, answers_of
 from layerlab.runs.batch.local import run_batch
 from layerlab.runs.batch.plans import Entry, Plan, jobs_of
 from layerlab.runs.jobs import Job, told_apart
+from layerlab.runs.record import read_record
 from layerlab.show.interval import mean_interval
 
 # What starts something or writes a plugin, and has nothing to tabulate.
@@ -162,3 +163,15 @@ def test_an_answer_is_told_with_its_page_and_without_what_was_not_measured(tmp_p
     assert answer_metrics(answer) == {
         "mine/points": 0.5, "mine/points low": 0.25, "mine/points high": 0.75, "mine/time": 0.8, "mine/memory": 1.0,
         "mine/memory low": 1.0, "mine/memory high": 1.0}
+
+
+def test_the_conclusion_s_word_on_an_arm_counts_more_than_its_own_interval(digits, tmp_path):
+    session = Session("test", "a title", tmp_path, {})
+    session.compare("main", Residual, digits, {"plain": (), "frozen": Freezer()}, seeds=[0, 1], epochs=1,
+                    batch_size=256, equal="flops", progress=False)
+    session.conclude("No, frozen does not pay.", "<p>a page</p>", {"frozen": "no"})
+    session.close()
+    (answer,) = answers_of(read_record(tmp_path))
+    assert (answer.sentence, [(arm.arm, arm.pays) for arm in answer.arms]) == (
+        "No, frozen does not pay.", [("frozen", "no")])
+    assert (tmp_path / "answer.html").read_text() == "<p>a page</p>"

@@ -27,5 +27,6 @@ def keep_report(session: Session, report: Report) -> Path:
              "folder": str(session.folder)}
     facts = {name: text for name, text in {**report.facts, **facts}.items() if text}
     report = replace(report, facts=facts)
-    session.conclude(report.sentence, answer_page(report))
+    words = {arm: judged.word for arm, judged in report.verdict.arms.items()}
+    session.conclude(report.sentence, answer_page(report), words)
     return session.folder / PAGE

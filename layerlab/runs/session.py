@@ -164,6 +164,7 @@ class Session:
         differs = _differing()
         self._arms: list[Against] = []
         self._answer = Answer()
+        self._pays: dict[str, str] = {}
         self._trackers: dict[str, tracking.Tracker] = {}
         record = read_record(self.folder)
         if record and not record["finished"] and record.get("parameters") == values and record.get("attempt"):
@@ -238,14 +239,16 @@ class Session:
         self._arms += against_baseline(title, comparison)
         self._trackers[title].log_arms(comparison)
 
-    def conclude(self, sentence: str, page: str = "") -> None:
+    def conclude(self, sentence: str, page: str = "", pays: Mapping[str, str] | None = None) -> None:
         """Keep what the session found out in words, to be shown at the end of a batch, by `layerlab table` and in
         MLflow.
 
         Args:
             sentence: the answer.
             page: an HTML page that shows it; kept as `answer.html`.
+            pays: arm → `yes`, `no` or `undecided`, where the conclusion says more than each arm's own interval.
         """
+        self._pays = dict(pays or {})
         self._answer = self._answer.model_copy(update={"sentence": sentence})
         if page:
             self._own.take(PAGE)
@@ -288,7 +291,8 @@ class Session:
         for shown in self._manifest.shown("figure"):
             content = (self.folder / shown.file).read_bytes()
             self._keep(shown.file, stamped(content, f"layerlab · {self.experiment} · {identity.id}"))
-        answer = self._answer.model_copy(update={"arms": self._arms, "run": self.run_id})
+        arms = [arm.model_copy(update={"pays": self._pays.get(arm.arm, arm.pays)}) for arm in self._arms]
+        answer = self._answer.model_copy(update={"arms": arms, "run": self.run_id})
         now = time.time_ns() // 1_000_000
         self._outbox.add(metrics=[(name, value, now, 0) for name, value in answer_metrics(answer).items()])
         if answer.sentence:
