@@ -74,6 +74,18 @@ def test_a_placebo_is_never_named_as_the_answer_and_may_take_the_credit():
         assert said in headline(verdict, "net on data")
 
 
+def test_the_validation_images_decide_and_the_test_images_are_told():
+    runs = compared(CHEAP, ["mine"])
+    for (arm, _), each in runs.results.items():
+        for row in each.history:
+            # By the validation images plain training of the same cost is better.
+            row["validation/top1"] = row["test/top1"] + (0.06 if arm.endswith("flops") else 0.0)
+    verdict = judge_arms(runs, metric="validation/top1")
+    assert verdict.arms["mine"].word == "no"
+    assert "less accurate than plain training of the same cost (+3.000 ± 0.092 points)" in verdict.arms["mine"].why
+    assert judge_arms(runs).arms["mine"].word == "yes"
+
+
 def test_the_more_looks_the_more_a_proof_takes():
     arms = CHEAP | {"mine · equal flops": (shifted(-0.006, 0.003), 0.5)}
     runs = compared(arms, ["mine"])

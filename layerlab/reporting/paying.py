@@ -11,6 +11,8 @@ from layerlab.show.interval import signed, spread
 from layerlab.training.results import BASELINE, Comparison
 
 Word = Literal["yes", "no", "undecided"]
+# What is told, whichever accuracy decides.
+TOLD = "test/top1"
 # What a saving is called → column of `Comparison.runs`.
 SAVED = {"time": "seconds", "compute": "TFLOP"}
 
@@ -55,7 +57,7 @@ def judge_arms(
 
     Args:
         comparison: with `equal`, and with `placebo` where a strategy names one.
-        metric: the accuracy that decides.
+        metric: the accuracy that decides; the numbers that are told are of the test images in any case.
         tolerance: points of top-1: what may be lost for a saving, and what is too small a gain to be worth it.
         test_images: how many the metric comes from; no interval is taken to be narrower than one of them.
         looks: how often the numbers are looked at in order to stop; each look has its share of the 5 %.
@@ -89,30 +91,31 @@ def judge_arms(
 
 def _gained(evidence: Evidence, arm: str, saved: Sequence[str]) -> str:
     """What an arm that pays gains, and what its placebo says of that."""
-    text = f"is {signed(evidence.points(arm))} points of top-1 above the baseline"
+    text = f"is {signed(evidence.points(arm, TOLD))} points of top-1 above the baseline"
     costs = [f"{spread(*evidence.ratio(arm, SAVED[what]))} of its {what}" for what in saved]
     if costs:
         text += f" for {' and '.join(costs)}"
     if arm in evidence.comparison.equal and saved:
-        text += f", and {signed(_over_equal(evidence, arm))} points above plain training of the same cost"
+        text += f", and {signed(_over_equal(evidence, arm, TOLD))} points above plain training of the same cost"
     return text + _placebo(evidence, arm)
 
 
 def _placebo(evidence: Evidence, arm: str) -> str:
     if arm not in evidence.comparison.placebos:
         return ""
-    mean, half = evidence.comparison.paired(evidence.metric, arm, evidence.comparison.placebos[arm]).interval
-    told = f"({signed((mean, half))} points)"
+    placebo = evidence.comparison.placebos[arm]
+    told = f"({signed(evidence.comparison.paired(TOLD, arm, placebo).interval)} points)"
+    mean, half = evidence.comparison.paired(evidence.metric, arm, placebo).interval
     if above((mean, max(half, evidence.finest)), evidence.seeds) <= evidence.alpha:
         return f"; it beats its placebo {told}"
     return f"; it is not measurably above its placebo {told}, so its decisions may add nothing to what it saves"
 
 
-def _over_equal(evidence: Evidence, arm: str) -> Interval:
+def _over_equal(evidence: Evidence, arm: str, metric: str = "") -> Interval:
     """The arm above plain training of the same cost, in points; above the baseline where none was trained."""
     if arm not in evidence.comparison.equal:
-        return evidence.points(arm)
-    mean, half = evidence.comparison.pays(arm, evidence.metric).points.interval
+        return evidence.points(arm, metric)
+    mean, half = evidence.comparison.pays(arm, metric or evidence.metric).points.interval
     return mean, max(half, evidence.finest)
 
 
@@ -121,13 +124,15 @@ def _not_paying(evidence: Evidence, arm: str) -> Judged:
     against = "plain training of the same cost" if arm in evidence.comparison.equal else "the baseline"
     lost = below(points, evidence.seeds, -evidence.tolerance) <= evidence.alpha
     if lost:
-        return Judged("no", f"loses more than {_points(evidence.tolerance)} of top-1 ({signed(points)})")
+        told = signed(evidence.points(arm, TOLD))
+        return Judged("no", f"loses more than {_points(evidence.tolerance)} of top-1 ({told})")
     saves = any(evidence.saves(arm, column) for column in SAVED.values())
-    told = f"{signed(gain)} points above {against}"
+    shown = signed(_over_equal(evidence, arm, TOLD))
+    told = f"{shown} points above {against}"
     if saves and arm not in evidence.comparison.equal:
         return Judged("undecided", f"was not compared with plain training of the same cost ({told})")
     if below(gain, evidence.seeds) <= evidence.alpha:
-        return Judged("no", f"is less accurate than {against} ({signed(gain)} points)")
+        return Judged("no", f"is less accurate than {against} ({shown} points)")
     # What takes as much as the baseline is held against the baseline itself.
     if below(gain, evidence.seeds, evidence.tolerance) <= evidence.alpha:
         return Judged("no", f"gains less than {_points(evidence.tolerance)} ({told}"
