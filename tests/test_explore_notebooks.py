@@ -58,6 +58,10 @@ def test_explore_ones_own_images_and_network(mine, tmp_path):
     for part in ("bright, dark", "one seed, which says nothing", "Nothing can be told apart", "loaded again"):
         assert part in shown
     out = tmp_path / "out"
+    page = (out / "answer.html").read_text()
+    for part in ("Nothing can be told: one seed says nothing", "data:image/png;base64", "How to repeat it",
+                 "layerlab reproduce notebooks/explore.ipynb -p data=", "alpha: 3"):
+        assert part in page
     saved = load_model(out / "model.pt", mine["network"])
     assert saved.class_names == ("bright", "dark")
     assert saved.strategies == (("lars-skip", {"alpha": 3.0, "rule": "fixed", "memory": "forget",

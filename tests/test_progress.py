@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from layerlab.base.errors import LayerlabWarning
+from layerlab.show.countdown import Countdown
 from layerlab.show.progress import Board, Progress, report, say
 
 
@@ -124,3 +125,51 @@ def test_a_notebook_shows_two_bars_while_it_trains_and_keeps_nothing_of_them(mon
     (output,) = book.cells[0].outputs
     assert set(output.data.values()) == {""}
     assert "widgets" not in book.metadata
+
+
+def test_the_time_left_counts_down_and_grows_for_a_reason_alone():
+    countdown = Countdown(100.0)
+    assert countdown.left(130.0) is None
+    told = []
+    # Ten epochs of about ten seconds: the third one is a little longer, and nothing is said of that.
+    for number, now in enumerate((110.0, 120.0, 131.0, 141.0, 150.0), start=1):
+        countdown.done(number, 10, now)
+        told += [countdown.left(now), countdown.left(now + 5)]
+    assert told[:2] == [90, 85]
+    assert told == sorted(told, reverse=True)
+    # Epochs that take three times as long are a reason.
+    countdown.done(6, 10, 200.0)
+    assert countdown.left(200.0) > told[-1]
+    # So are more epochs; where it was wrong it says nothing rather than nought.
+    before = countdown.left(200.0)
+    countdown.done(7, 100, 210.0)
+    assert countdown.left(210.0) > before
+    assert countdown.left(10_000.0) is None
+
+
+def test_epochs_of_an_interrupted_process_are_not_taken_for_quick_ones():
+    countdown = Countdown(0.0)
+    countdown.done(51, 100, 10.0)
+    assert countdown.left(10.0) == 490
+
+
+def test_the_bars_tell_the_time_also_while_nothing_happens(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("layerlab.show.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    board = Board(stream, total=2)
+    board.start("lr=0.1 · mine quick")
+    board.event("lr=0.1 · mine quick", {"cell": 4, "cells": 9, "heading": "Side by side"})
+    clock[0] += 10
+    board.event("lr=0.1 · mine quick", {"total": 7, "done": 1, "run": "plain seed 0", "epoch": 1, "epochs": 2,
+                                        "text": "loss 1.25"})
+    clock[0] += 5.4
+    board.tick()
+    clock[0] += 0.1
+    board.tick()
+    shown = [lines[-1] for lines in drawings(stream.getvalue()) if len(lines) == 2]
+    assert "cell 5 of 9, Side by side" in shown[-3]
+    assert [re.search(r"\d+ s.*$", line)[0].strip() for line in shown[-2:]] == ["10 s, 1:00 left", "15 s, 55 s left"]
+    assert all(line.startswith("lr=0.1 · mine quick") and len(line) <= 80 for line in shown)
+    board.close()

@@ -194,6 +194,16 @@ def _line(error: MarkedYAMLError) -> int:
     return mark.line + 1 if mark else 1
 
 
+def assigned(values: Mapping[str, Any]) -> str:
+    """Values with their names, in a line.
+
+    Example:
+        >>> assigned({"alpha": 8, "seeds": [0, 1]})
+        'alpha=8, seeds=[0, 1]'
+    """
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
 def to_yaml(value: Any) -> str:
     """The same the other way, in one line, mappings by their keys where those can be sorted.
 

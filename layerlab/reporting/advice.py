@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerlab.base.arguments import validated
-from layerlab.reporting.against import signed
 from layerlab.reporting.evidence import WORTH, Evidence, never_acted, unfit
-from layerlab.show.interval import spread
+from layerlab.show.interval import signed, spread
 from layerlab.training.results import BASELINE, Comparison
 
 # Costs that a strategy may save: what for → column of `Comparison.runs`.

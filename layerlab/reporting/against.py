@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from layerlab.base.arguments import validated
-from layerlab.show.interval import spread
+from layerlab.show.interval import signed, spread
 from layerlab.show.table import Table
 from layerlab.training.results import BASELINE, Comparison
 
@@ -68,12 +68,6 @@ def _cell(row: pd.Series, column: str) -> str:
         return row[column] if isinstance(row[column], str) else "—"
     interval = row[column], row[f"{column} ±"]
     return signed(interval) if column in POINTS else spread(*interval)
-
-
-def signed(interval: tuple[float, float]) -> str:
-    """A difference with its sign."""
-    text = spread(*interval)
-    return text if text.startswith(("-", "—")) else f"+{text}"
 
 
 def payoff(runs: Mapping[str, Comparison]) -> pd.DataFrame:

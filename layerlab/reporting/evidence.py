@@ -41,13 +41,13 @@ def below(interval: Interval, count: int, null: float = 0.0) -> float:
     return above((-interval[0], interval[1]), count, -null)
 
 
-def proven(values: Mapping[str, float]) -> list[str]:
+def proven(values: Mapping[str, float], alpha: float = ALPHA) -> list[str]:
     """The arms whose p holds when as many are looked at, by Holm's procedure."""
     from statsmodels.stats.multitest import multipletests
 
     if not values:
         return []
-    rejected = multipletests(list(values.values()), alpha=ALPHA, method="holm")[0]
+    rejected = multipletests(list(values.values()), alpha=alpha, method="holm")[0]
     return [arm for arm, holds in zip(values, rejected, strict=True) if holds]
 
 
@@ -62,6 +62,7 @@ class Evidence:
         metric: the accuracy that chooses: of the validation half where there is one, else of the test half.
         finest: points of one test image: no interval of accuracies is taken to be narrower.
         tolerance: points that may be lost for a saving.
+        looks: how often the numbers are looked at to decide whether to go on; each look has its share of `ALPHA`.
     """
 
     comparison: Comparison
@@ -70,6 +71,12 @@ class Evidence:
     metric: str
     finest: float
     tolerance: float
+    looks: int = 1
+
+    @property
+    def alpha(self) -> float:
+        """How often a statement of this look may be wrong by chance."""
+        return ALPHA / self.looks
 
     @property
     def seeds(self) -> int:
@@ -109,7 +116,7 @@ class Evidence:
             values[arm] = above(self.points(arm), self.seeds)
             if self.takes_longer(arm):
                 values[arm] = max(values[arm], self.beats_equal_cost(arm))
-        return proven(values)
+        return proven(values, self.alpha)
 
     def takes_longer(self, arm: str) -> bool:
         """Whether plain training could have gone on for what the arm cost."""
@@ -133,7 +140,7 @@ class Evidence:
                 tests.append(self.beats_equal_cost(arm))
             # All of them have to hold, so the weakest one counts.
             values[arm] = max(tests)
-        return proven(values)
+        return proven(values, self.alpha)
 
 
 def never_acted(comparison: Comparison, arm: str, baseline: str) -> bool:

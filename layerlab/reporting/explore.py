@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,16 +15,21 @@ from torch import nn
 
 from layerlab.base.arguments import validated
 from layerlab.base.errors import LayerlabError, reason
+from layerlab.base.text import reproduce_command
 from layerlab.base.trees import on_tensors
 from layerlab.base.usage import note_listed
 from layerlab.contract.strategy import Strategy, check_composition, preflights
 from layerlab.reporting.advice import COSTS as COSTS
+from layerlab.reporting.advice import Advice
 from layerlab.reporting.advice import advise as advise
 from layerlab.reporting.against import against as against
 from layerlab.reporting.against import against_table as against_table
 from layerlab.reporting.against import margins as margins
 from layerlab.reporting.against import pareto_front as pareto_front
 from layerlab.reporting.against import payoff as payoff
+from layerlab.reporting.answer_page import Report
+from layerlab.reporting.conclusion import keep_report
+from layerlab.reporting.paying import judge_arms
 from layerlab.runs.record import default_folder
 from layerlab.runs.session import Session
 from layerlab.show.table import Table
@@ -157,6 +164,28 @@ def open_session(
         output: its folder. Default: `runs/<experiment>/<data>-<network>-<digest of the parameters>`.
         parameters: of the notebook.
     """
+    place = session_place(experiment, data, network, output, parameters)
+    return Session(experiment, place.title, place.folder, place.values, {"network": network, "dataset": data.name})
+
+
+class Place(NamedTuple):
+    """Where a session of a network and data is kept.
+
+    Attributes:
+        title: of its run.
+        folder: of its own.
+        values: its parameters, with digests of the images and of a network of one's own.
+    """
+
+    title: str
+    folder: Path
+    values: dict[str, Any]
+
+
+def session_place(
+    experiment: str, data: Dataset, network: str, output: str | Path | None, parameters: Mapping[str, Any]
+) -> Place:
+    """Where `open_session` keeps what it opens."""
     values = {"data": data.name, "network": network, **parameters}
     title = f"{Path(data.name).name} · {network}"
     folder = output or default_folder(experiment, re.sub(r"[^\w.-]+", "-", title), values)
@@ -165,8 +194,7 @@ def open_session(
     if ":" in network:
         file = own_network(network)[1]
         values["code"] = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest() if file else ""
-    tags = {"network": network, "dataset": data.name}
-    return Session(experiment, f"{experiment} · {title}", Path(folder), values, tags)
+    return Place(f"{experiment} · {title}", Path(folder), values)
 
 
 @validated
@@ -190,6 +218,57 @@ def survey(
     )
     runs.failures |= arms.refused
     return runs
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A notebook's answer, for display.
+
+    Attributes:
+        sentence: the answer.
+        page: the file that shows it with figure, table and how to repeat it.
+        advice: which strategy is best for what.
+    """
+
+    sentence: str
+    page: Path
+    advice: Advice
+
+    def __str__(self) -> str:
+        return "\n".join([self.sentence, *self.advice.sentences, str(self.page)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        told = html.escape(self.sentence)
+        return f"<p><b>{told}</b></p>{self.advice._repr_html_()}<p>{html.escape(str(self.page))}</p>"
+
+
+def conclude(
+    session: Session, runs: Comparison, data: Dataset, network: str, *, tolerance: float = 1.0
+) -> Conclusion:
+    """Answer whether any arm pays, keep the answer with a page that shows it, and give both for display.
+
+    Args:
+        session: not closed yet.
+        runs: of its arms.
+        data, network: as the notebook has them.
+        tolerance: points of top-1 that may be lost for a saving, and below which a gain is worth nothing.
+    """
+    validated = data.validation is not None
+    images = len(data.test)
+    verdict = judge_arms(runs, metric="validation/top1" if validated else "test/top1", tolerance=tolerance,
+                         test_images=images)
+    advice = advise(runs, tolerance=tolerance, test_images=images)
+    whole = next(iter(runs.results.values()), None)
+    steps = {"data": repr(data), "seeds": ", ".join(map(str, runs.seeds))}
+    if whole is not None:
+        steps["training"] = f"{len(whole.history)} epochs, {whole.settings.optimizer} at {whole.settings.lr:g}"
+    changed = {name: value for name, value in session.values.items() if name not in ("content", "code")}
+    command = reproduce_command(f"notebooks/{session.experiment}.ipynb", "", changed)
+    title = f"{Path(network).name} on {Path(data.name).name}"
+    report = Report(title, verdict, runs, advice.sentences, runs.failures, steps, command)
+    return Conclusion(report.sentence, keep_report(session, report), advice)
 
 
 @validated

@@ -20,10 +20,11 @@ from layerlab.base.names import ATTEMPT
 from layerlab.base.text import as_json
 from layerlab.base.usage import USED
 from layerlab.runs import tracking
+from layerlab.runs.answer import ANSWERS, read_answers
 from layerlab.runs.jobs import import_papermill, quiet_papermill
 from layerlab.runs.notebook_file import kernel_for, prepared, read_notebook
 from layerlab.runs.own_folder import OwnFolder
-from layerlab.runs.record import OUTPUT, RECORD, RERUN, read_record, workbook_folder
+from layerlab.runs.record import DIFFERS, OUTPUT, RECORD, RERUN, read_record, workbook_folder
 from layerlab.show.progress import say
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def execute(job: Job, wait: bool = False, rerun: str | None = None) -> None:
                 close_runs(job)
                 (folder / RECORD).unlink()
         job.failed.unlink(missing_ok=True)
+        (folder / _ANSWERS_FILE).unlink(missing_ok=True)
         if not job.strategy:
             (folder / RECORD).unlink(missing_ok=True)
         begin = time.monotonic()
@@ -76,7 +78,7 @@ def execute(job: Job, wait: bool = False, rerun: str | None = None) -> None:
             write_json(folder / RECORD, {
                 "finished": True, "basis": job.basis, "used": _read_used(folder),
                 "parameters": as_json(job.changed), "rerun": rerun or "",
-                "seconds": round(time.monotonic() - begin, 1),
+                "seconds": round(time.monotonic() - begin, 1), "answers": _read_said(folder),
             })
         record = read_record(folder)
         if not record.get("finished"):
@@ -99,13 +101,17 @@ def _run(job: Job, rerun: str) -> None:
     keep_keys()
     folder = Path(job.folder)
     environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "LAYERLAB_HOME": str(workbook_folder()),
-                   HELD: str(folder.resolve()), USED: str(folder / _USED_FILE), RERUN: rerun}
+                   HELD: str(folder.resolve()), USED: str(folder / _USED_FILE), RERUN: rerun,
+                   DIFFERS: json.dumps(as_json(job.differs or job.changed)), ANSWERS: ""}
     parameters = dict(job.changed)
     killed = out_of_memory_kills()
     _prepare(job, environment)
     if job.strategy:
         environment[OUTPUT] = job.folder
         parameters = {"profile": job.profile, **parameters}
+    else:
+        # A paper's study writes its answer into the record itself.
+        environment[ANSWERS] = str(folder / _ANSWERS_FILE)
     try:
         papermill.execute_notebook(
             _plain(job.partial), _plain(job.partial), parameters, engine_name="layerlab", progress_bar=False,
@@ -143,6 +149,14 @@ def _read_used(folder: Path) -> dict[str, Any]:
         return {}
     finally:
         file.unlink(missing_ok=True)
+
+
+def _read_said(folder: Path) -> list[dict[str, Any]]:
+    """What the sessions of a notebook answered, for its record."""
+    file = folder / _ANSWERS_FILE
+    answers = read_answers(file)
+    file.unlink(missing_ok=True)
+    return [answer.model_dump() for answer in answers]
 
 
 def _prepare(job: Job, environment: dict[str, str]) -> None:
@@ -273,7 +287,7 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-_USED_FILE = ".used.json"
+_USED_FILE, _ANSWERS_FILE = ".used.json", ".answers.json"
 # Errors of Python, NumPy and CUDA by their type; of torch's memory on the CPU, C++ and the system by what they say.
 _NO_MEMORY = re.compile(r"MemoryError|OutOfMemory|can't allocate memory|bad_alloc|Cannot allocate memory")
 # Tags: of a cell that may raise, and of the cells by which papermill points to an error.

@@ -6,16 +6,17 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from layerlab.base.errors import LayerlabError, reason
-from layerlab.base.text import reproduce_command
+from layerlab.base.text import as_json, assigned, reproduce_command
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.contract.plugin_probe import Changes, PluginProbe
 from layerlab.contract.registry import strategies
@@ -40,6 +41,7 @@ class Job:
         cwd: the folder that the notebook runs in; empty for the present one.
         kernel: name of the kernel that a person chose; empty for what the notebook names.
         problem: why it cannot be run, found before anything started; otherwise empty.
+        differs: the parameters in which it differs from the other jobs of its batch, with their values.
     """
 
     notebook: str
@@ -53,6 +55,7 @@ class Job:
     cwd: str = ""
     kernel: str = ""
     problem: str = ""
+    differs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -61,9 +64,12 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Name, profile and the parameters that differ, in a few words."""
-        changed = ", ".join(f"{name}={value}" for name, value in self.changed.items())
-        return " ".join(part for part in (self.name, self.profile, changed) if part)
+        """In a few words: what differs from the other jobs of its batch, then name and profile; without such a batch,
+        the parameters that differ from the profile's at the end."""
+        if self.differs:
+            # What all of them have in common would push the rest out of a line.
+            return f"{assigned(self.differs)} · {' '.join(filter(None, (self.name, self.profile)))}"
+        return " ".join(part for part in (self.name, self.profile, assigned(self.changed)) if part)
 
     @property
     def command(self) -> str:
@@ -148,6 +154,27 @@ def paper_job(
         str(paper.notebook_file), str(folder.resolve()), paper.strategy, profile, merged.changed,
         paper_basis(paper, merged.in_force), chosen.cores, chosen.memory_gb,
     )
+
+
+def told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, each with the parameters in which it differs from the others of its notebook, as `differs`.
+
+    The only one of its notebook keeps none.
+    """
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.notebook, []).append(job)
+    differing: dict[str, list[str]] = {}
+    for notebook, group in groups.items():
+        every = dict.fromkeys(name for job in group for name in job.changed)
+        differing[notebook] = [name for name in every
+                               if len({json.dumps(as_json(_in_force(job, name))) for job in group}) > 1]
+    return [replace(job, differs={name: _in_force(job, name) for name in differing[job.notebook]}) for job in jobs]
+
+
+def _in_force(job: Job, name: str) -> Any:
+    """A parameter's value in a job: what was changed, else the profile's, else `default` for the notebook's own."""
+    return job.changed.get(name, job.basis.get("parameters", {}).get(name, "default"))
 
 
 def setting_errors(jobs: Sequence[Job], probe: PluginProbe) -> list[str]:

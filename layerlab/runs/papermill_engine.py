@@ -36,8 +36,16 @@ class Manager(NotebookExecutionManager):
 
     def cell_start(self, cell: Any, cell_index: int | None = None, **options: Any) -> None:
         self.current = cell
-        report({"cell": cell_index or 0, "cells": len(self.nb.cells)})
+        report({"cell": cell_index or 0, "cells": len(self.nb.cells), "heading": self._heading(cell_index or 0)})
         super().cell_start(cell, cell_index, **options)
+
+    def _heading(self, number: int) -> str:
+        """The heading that a cell stands under, without its marks; empty where there is none."""
+        for cell in reversed(self.nb.cells[:number]):
+            first = cell.source.lstrip().partition("\n")[0]
+            if cell.cell_type == "markdown" and first.startswith("#"):
+                return first.lstrip("# ").strip()
+        return ""
 
     def notebook_complete(self, **options: Any) -> None:
         never = [cell for cell in self.nb.cells if cell.metadata.papermill["status"] == self.PENDING]

@@ -47,6 +47,8 @@ MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 # Variable of a notebook's kernel: the id of the batch that does everything anew, if one runs it.
 RERUN = "LAYERLAB_RERUN"
+# Variable of a notebook's kernel: the parameters in which it differs from the others of its batch, in JSON.
+DIFFERS = "LAYERLAB_DIFFERS"
 
 
 def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) -> Path:
@@ -60,7 +62,7 @@ def default_folder(strategy: str, profile: str, overrides: Mapping[str, Any]) ->
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a study noted of itself in its folder: `attempt`, `finished`, `parameters`, `mlflow_run`, its `artifacts`,
-    `basis`, `used`, `seconds`; or nothing, also where the file holds anything else."""
+    `basis`, `used`, `seconds`, `answers`; or nothing, also where the file holds anything else."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -68,7 +70,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("finished"), bool):
         return {}
     kinds: dict[str, type] = {"basis": dict, "used": dict, "seconds": Real, "rerun": str, "attempt": str,
-                              "mlflow_run": str, "artifacts": str}
+                              "answers": list, "mlflow_run": str, "artifacts": str}
     return record if all(isinstance(record.get(name), (kind, NoneType)) for name, kind in kinds.items()) else {}
 
 

@@ -23,15 +23,17 @@ from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.names import file_name
 from layerlab.base.provenance import provenance
-from layerlab.base.text import as_json
+from layerlab.base.text import as_json, assigned
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
+from layerlab.runs.answer import ANSWERS, PAGE, Against, Answer, against_baseline, answer_metrics, append_answer
 from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.own_folder import OwnFolder
 from layerlab.runs.record import (
+    DIFFERS,
     IDENTITY,
     MANIFEST,
     OUTPUT,
@@ -104,6 +106,11 @@ def seeds_at_once() -> int:
     return int(given)
 
 
+def _differing() -> dict[str, Any]:
+    """The parameters in which this notebook differs from the others of its batch, as whoever runs it says."""
+    return dict(json.loads(os.environ.get(DIFFERS) or "{}"))
+
+
 class Session:
     """A notebook at work.
 
@@ -154,6 +161,11 @@ class Session:
         self._own = OwnFolder(self.folder)
         self._manifest = Manifest(notebook)
         self._opened = time.monotonic()
+        differs = _differing()
+        self._arms: list[Against] = []
+        self._answer = Answer()
+        self._pays: dict[str, str] = {}
+        self._trackers: dict[str, tracking.Tracker] = {}
         record = read_record(self.folder)
         if record and not record["finished"] and record.get("parameters") == values and record.get("attempt"):
             self.attempt = record["attempt"]
@@ -172,11 +184,17 @@ class Session:
         }
         write_json(self.folder / RECORD, self._record)
         self._tags = {**(tags or {}), "batch": os.environ.get("LAYERLAB_BATCH", self.attempt)}
+        if differs:
+            # First, since MLflow's list shows only the beginning of a long name.
+            title = f"{assigned(differs)} · {title}"
+            self._tags["differs"] = assigned(differs)[:tracking.LONGEST_TAG]
         self._outbox = tracking.Outbox(
             self.folder, experiment, title, self.attempt,
             self._tags | tracking.common_tags() | {"kind": "notebook"} | tracking.parameter_tag(values),
         )
         self.run_id = self._outbox.open(tracking.PATIENCE)
+        if differs:
+            self._outbox.add(params={name: str(value) for name, value in differs.items()})
         tracking.send_unsent(tracking.unsent_files())
         self._artifacts = tracking.artifact_folder(self.run_id)
         self._record |= {"mlflow_run": self.run_id, "artifacts": self._artifacts}
@@ -184,20 +202,58 @@ class Session:
         self._keep_json(PARAMETERS, values)
         self._keep_json(MANIFEST, self._manifest.content())
 
-    def compare(self, title: str, *arguments: Any, table: str = "", **settings: Any) -> Comparison:
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters in force, as JSON takes them."""
+        return dict(self._values)
+
+    def compare(
+        self, title: str, *arguments: Any, table: str = "", trial: bool = False, **settings: Any
+    ) -> Comparison:
         """`layerlab.compare`, checkpointed in the session's folder and logged with its run's id.
 
         Args:
             title: names the checkpoints; unique in the notebook.
             table: what this is for, as a tag: the table or figure of a paper, say.
+            trial: it only chooses something, so its ratios are no part of the session's answer.
         """
         from layerlab.training.fit import compare
 
-        tracker = tracking.Tracker(self.experiment, self._tags | {"table": table or title}, self.run_id,
-                                   self.folder)
+        tracker = self._trackers.setdefault(title, tracking.Tracker(
+            self.experiment, self._tags | {"table": table or title}, self.run_id, self.folder,
+            f"{self.attempt}/{title}"))
         checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
         settings = {"at_once": seeds_at_once(), **settings}
-        return compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
+        found = compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
+        if not trial:
+            self.compared(title, found)
+        return found
+
+    def compared(self, title: str, comparison: Comparison) -> None:
+        """Take a comparison for the whole of its title: its ratios belong to the session's answer, and the seeds of
+        each arm to one group in MLflow.
+
+        `compare` does it by itself; seeds that were compared one after the other under one title are put together so.
+        """
+        self._arms = [each for each in self._arms if each.comparison != title]
+        self._arms += against_baseline(title, comparison)
+        self._trackers[title].log_arms(comparison)
+
+    def conclude(self, sentence: str, page: str = "", pays: Mapping[str, str] | None = None) -> None:
+        """Keep what the session found out in words, to be shown at the end of a batch, by `layerlab table` and in
+        MLflow.
+
+        Args:
+            sentence: the answer.
+            page: an HTML page that shows it; kept as `answer.html`.
+            pays: arm → `yes`, `no` or `undecided`, where the conclusion says more than each arm's own interval.
+        """
+        self._pays = dict(pays or {})
+        self._answer = self._answer.model_copy(update={"sentence": sentence})
+        if page:
+            self._own.take(PAGE)
+            self._keep(PAGE, page.encode())
+            self._answer = self._answer.model_copy(update={"page": str(self.folder / PAGE)})
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Keep a table, unless it has no rows, as CSV in the folder and in MLflow; gives it back for display."""
@@ -235,13 +291,22 @@ class Session:
         for shown in self._manifest.shown("figure"):
             content = (self.folder / shown.file).read_bytes()
             self._keep(shown.file, stamped(content, f"layerlab · {self.experiment} · {identity.id}"))
+        arms = [arm.model_copy(update={"pays": self._pays.get(arm.arm, arm.pays)}) for arm in self._arms]
+        answer = self._answer.model_copy(update={"arms": arms, "run": self.run_id})
+        now = time.time_ns() // 1_000_000
+        self._outbox.add(metrics=[(name, value, now, 0) for name, value in answer_metrics(answer).items()])
+        if answer.sentence:
+            self._outbox.add(tags={"answer": answer.sentence[:tracking.LONGEST_TAG]})
         self._outbox.add(result=identity.id)
         self._outbox.add(**tracking.ended("FINISHED"))
         self._outbox.send(last=True)
         seconds = round(time.monotonic() - self._opened, 1)
         self._record |= {"finished": True, "process": None, "seconds": seconds,
-                         "used": self._usage.content(self._known)}
+                         "used": self._usage.content(self._known),
+                         "answers": [answer.model_dump()]}
         write_json(self.folder / RECORD, self._record)
+        if file := os.environ.get(ANSWERS):
+            append_answer(Path(file), answer)
         shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
 
     def _show(self, kind: Kind, name: str, content: bytes) -> None:
@@ -371,7 +436,7 @@ class Study(Session):
 
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""
-        from layerlab.contract.rows import scoreboard
+        from layerlab.contract.rows import scoreboard, sentence
 
         identity = self.identity().id
         results = [result.model_copy(update={"result": identity}) for result in self.results]
@@ -380,5 +445,7 @@ class Study(Session):
         # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
         self._outbox.add(tags=tracking.claim_tags(result.model_dump_json() for result in results))
         self._keep_json(RESULTS, [result.model_dump() for result in results])
+        if not self._answer.sentence:
+            self.conclude(sentence(self.paper.strategy, results))
         self.close()
         return scoreboard(results)

@@ -302,6 +302,39 @@ def fronts(
     return figure
 
 
+def payoff(frame: pd.DataFrame) -> Figure:
+    """What strategies gain in accuracy against the time that they take, with what each is held against.
+
+    Args:
+        frame: a row a point, with columns `arm`, `kind` (`strategy`, or what stands beside it), `x` (time as a ratio to
+            the baseline's), `y` (points of top-1 above it), and half-widths of intervals as `x ±` and `y ±`.
+    """
+    arms, kinds = list(dict.fromkeys(frame["arm"])), list(dict.fromkeys(frame["kind"]))
+    figure, ((axis,),) = canvas(width=5.4, height=3.8)
+    colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
+    shapes = dict(zip(kinds, "osv", strict=False))
+    axis.axhline(0, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+    axis.axvline(1, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+    axis.plot([1], [0], "*", color="0.25", markersize=11, zorder=1)
+    for arm, part in frame.groupby("arm", sort=False):
+        first = part.iloc[0]
+        for number, (_, row) in enumerate(part.iterrows()):
+            bars = {f"{name}err": None if np.isnan(row[f"{name} ±"]) else row[f"{name} ±"] for name in "xy"}
+            axis.errorbar(row["x"], row["y"], fmt=shapes[row["kind"]], color=colours[arm], markersize=7,
+                          elinewidth=0.9, capsize=2, alpha=0.65 if number else 1.0,
+                          markerfacecolor="white" if number else colours[arm], **bars)
+            if number:
+                axis.plot([first["x"], row["x"]], [first["y"], row["y"]], ":", color=colours[arm], linewidth=1)
+    axis.set(xlabel="time, as a multiple of the baseline's", ylabel="points of top-1 above the baseline")
+    axis.margins(x=0.1, y=0.12)
+    handles = [plt.Line2D([], [], color=colours[arm], marker="o", linestyle="") for arm in arms]
+    handles += [plt.Line2D([], [], color="0.35", marker=shapes[kind], markerfacecolor="white", linestyle="")
+                for kind in kinds[1:]]
+    handles.append(plt.Line2D([], [], color="0.25", marker="*", markersize=9, linestyle=""))
+    figure.legend(handles, [*arms, *kinds[1:], "the baseline"], loc="outside lower center", ncols=2)
+    return figure
+
+
 def png(figure: Figure, resolution: float = 100) -> bytes:
     """A figure as a PNG of so many pixels an inch; the figure is closed, so that no backend shows it a second time."""
     stream = io.BytesIO()

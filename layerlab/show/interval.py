@@ -38,6 +38,12 @@ def spread(mean: float, half: float = math.nan) -> str:
     return f"{mean:,.0f}" if abs(mean) >= 999.95 else f"{mean:#.4g}"
 
 
+def signed(interval: tuple[float, float]) -> str:
+    """A difference, (mean, half-width), with its sign: `+0.80 ± 0.30`."""
+    text = spread(*interval)
+    return text if text.startswith(("-", "—")) else f"+{text}"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A quantity measured once for each seed: its mean with the 95 % interval.

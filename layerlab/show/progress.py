@@ -22,10 +22,13 @@ from typing import Any, NamedTuple, TextIO
 
 from layerlab.base.errors import LayerlabWarning
 from layerlab.base.screen import printable
+from layerlab.show.countdown import Countdown
 
 VARIABLE = "LAYERLAB_PROGRESS"
 # Characters: the longest label, the shortest and the longest bar.
 _LABEL, _SHORTEST, _LONGEST = 28, 8, 40
+# Columns below which a bar has no room for two times.
+_NARROW = 72
 _HTML = '<pre style="line-height: normal">{code}</pre>'
 
 
@@ -72,8 +75,14 @@ def say(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def followed(file: Path, tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Tell each event of a file, in a thread, while the block runs."""
+def followed(
+    file: Path, tell: Callable[[dict[str, Any]], None], tick: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Tell each event of a file, in a thread, while the block runs.
+
+    Args:
+        tick: called some times a second.
+    """
     file.touch()
     stop = threading.Event()
 
@@ -90,6 +99,7 @@ def followed(file: Path, tell: Callable[[dict[str, Any]], None]) -> Iterator[Non
                         tell(json.loads(line))
                 if ending:
                     return
+                tick()
                 stop.wait(0.2)
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -113,7 +123,7 @@ def drawn(label: str, show: bool = True) -> Iterator[None]:
         os.environ[VARIABLE] = str(file)
         board.start(label)
         try:
-            with followed(file, lambda event: board.event(label, event)):
+            with followed(file, lambda event: board.event(label, event), board.tick):
                 yield
         finally:
             del os.environ[VARIABLE]
@@ -130,9 +140,9 @@ def clock(seconds: float) -> str:
     return (f"{hours}:" if hours else "") + f"{minutes}:{rest % 60:02}"
 
 
-def time_left(share: float, spent: float) -> str:
-    """`3:05 left`, where the share that is done and the seconds spent so far tell."""
-    return f"{clock(spent * (1 - share) / share)} left" if 0 < share < 1 else ""
+def times(spent: float, left: float | None) -> str:
+    """`1:10, 3:05 left`: what was spent, and what is left where that is known."""
+    return f"{clock(spent)}, {clock(left)} left" if left else clock(spent)
 
 
 class Bar(NamedTuple):
@@ -142,13 +152,13 @@ class Bar(NamedTuple):
         label: names it.
         share: how much is done, from 0 to 1.
         text: what is going on.
-        left: the time left, in words.
+        times: the time spent and the time left, in words.
     """
 
     label: str
     share: float
     text: str = ""
-    left: str = ""
+    times: str = ""
 
 
 class Bars:
@@ -236,29 +246,74 @@ class Bars:
             self._live.update(shown, raw=True)
 
     def _drawing(self) -> Any:
-        """The bars as a grid of label, bar, text and time left; the text is cut where the width is short."""
+        """The bars as a grid of label, bar, text and times; the text is cut where the width is short."""
         from rich.cells import cell_len
         from rich.progress_bar import ProgressBar
         from rich.table import Table as Grid
         from rich.text import Text
 
         bars = list(self._bars.values())
+        if self._console.width < _NARROW:
+            # The time left says more than the time spent.
+            bars = [bar._replace(times=bar.times.rpartition(", ")[2]) for bar in bars]
         labels = min(_LABEL, self._console.width // 3, max((cell_len(bar.label) for bar in bars), default=0))
-        lefts = max((cell_len(bar.left) for bar in bars), default=0)
+        times = max((cell_len(bar.times) for bar in bars), default=0)
         # Three blanks stand between the four columns.
-        room = max(2 * _SHORTEST, self._console.width - labels - lefts - 3)
-        length = min(_LONGEST, max(_SHORTEST, room // 4))
+        room = max(2 * _SHORTEST, self._console.width - labels - times - 3)
+        length = min(_LONGEST, max(_SHORTEST, room // 5))
         grid = Grid.grid(padding=(0, 1, 0, 0))
-        for width in (labels, length, room - length, lefts):
+        for width in (labels, length, room - length, times):
             grid.add_column(width=width, no_wrap=True, overflow="ellipsis")
         for bar in bars:
             drawn = ProgressBar(1.0, min(bar.share, 1.0), complete_style="green", finished_style="green")
-            grid.add_row(Text(printable(bar.label)), drawn, Text(printable(bar.text)), Text(bar.left))
+            grid.add_row(Text(printable(bar.label)), drawn, Text(printable(bar.text)), Text(bar.times))
         return grid
 
 
+class _Row:
+    """What is known of a notebook at work.
+
+    Args:
+        begin: when it began, by the monotonic clock.
+        last: how many seconds it took last time.
+    """
+
+    def __init__(self, begin: float, last: float | None) -> None:
+        self.begin = begin
+        self._last = last
+        self._cell, self._cells, self._inner = -1, 1, 0.0
+        self._heading, self._training = "", ""
+        self._countdown = Countdown(begin)
+
+    def take(self, event: Mapping[str, Any], now: float) -> None:
+        """Note an event as `report` writes it."""
+        if "cells" in event:
+            self._cell, self._cells, self._inner = event["cell"], event["cells"], 0.0
+            self._heading, self._training = event.get("heading", ""), ""
+            # Of a cell, nothing is measured before it trains.
+            self._countdown = Countdown(now)
+        elif "epoch" in event:
+            self._inner = event["done"] / event["total"]
+            self._training = f"{event['run']}, epoch {event['epoch']} of {event['epochs']}"
+            self._countdown.done(event["done"], event["total"], now)
+
+    def bar(self, label: str, now: float) -> Bar:
+        """The notebook's bar at a moment."""
+        spent = now - self.begin
+        if self._cell < 0:
+            return Bar(label, 0.0, "starting", clock(spent))
+        # What it took last time knows all cells; the epochs know the training at work.
+        left = self._countdown.left(now)
+        if self._last and self._last > spent:
+            left = max(self._last - spent, left or 0.0)
+        what = self._training or self._heading
+        text = f"cell {self._cell + 1} of {self._cells}{', ' if what else ''}{what}"
+        return Bar(label, (self._cell + self._inner) / self._cells, text, times(spent, left))
+
+
 class Board:
-    """Several notebooks at once: one bar each with cell, epoch and time left; lines where there is no terminal.
+    """Several notebooks at once: one bar each with cell, epoch, time spent and time left; lines where there is no
+    terminal.
 
     Args:
         file: where to draw; standard error by default.
@@ -268,18 +323,28 @@ class Board:
     def __init__(self, file: TextIO | None = None, total: int = 0) -> None:
         self._bars = Bars(file)
         self._lock = threading.RLock()
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, _Row] = {}
         self._begin = time.monotonic()
         self._total = total if total > 1 else 0
         self._done = 0
+        self._countdown = Countdown(self._begin)
+        self._drawn = self._begin
 
-    def _draw(self, bars: Mapping[str, Bar]) -> None:
-        """Draw bars of notebooks, by label, and that of the batch above them."""
-        batch = {}
+    def _draw(self) -> None:
+        """Draw the bars of the notebooks at work, and that of the batch above them."""
+        bars, now = {}, time.monotonic()
         if self._total:
             text = f"{self._done} of {self._total} notebooks"
-            batch[""] = Bar("batch", self._done / self._total, text, clock(time.monotonic() - self._begin))
-        self._bars.show({**batch, **bars})
+            bars[""] = Bar("batch", self._done / self._total, text,
+                           times(now - self._begin, self._countdown.left(now)))
+        self._drawn = now
+        self._bars.show({**bars, **{label: row.bar(label, now) for label, row in self._rows.items()}})
+
+    def tick(self) -> None:
+        """Bring the times up to date, at most once a second: somebody waits for what another process does."""
+        with self._lock:
+            if self._rows and self._bars.drawn and time.monotonic() - self._drawn >= 1:
+                self._draw()
 
     def line(self, text: str) -> None:
         """Write a line above the bars."""
@@ -294,9 +359,9 @@ class Board:
             last: how many seconds it took last time.
         """
         with self._lock:
-            self._rows[label] = {"begin": time.monotonic(), "last": last, "cell": 0, "cells": 1, "inner": 0.0}
+            self._rows[label] = _Row(time.monotonic(), last)
             if self._bars.drawn:
-                self._draw({label: Bar(label, 0.0, "starting")})
+                self._draw()
             else:
                 self.line(f"{label}: started" + (f", last time {clock(last)}" if last else ""))
 
@@ -309,20 +374,10 @@ class Board:
             if "say" in event or "again" in event:
                 self.line(f"{label}: " + (event.get("say") or f"{event['again']} It is started again."))
                 return
-            if "cells" in event:
-                row |= {"cell": event["cell"], "cells": event["cells"], "inner": 0.0, "text": ""}
-            elif "epoch" in event:
-                row["inner"] = event["done"] / event["total"]
-                row["text"] = f", {event['run']}, epoch {event['epoch']} of {event['epochs']}"
-                if not self._bars.drawn and event["epoch"] == event["epochs"]:
-                    self.line(f"{label}: {event['run']}: {event['text']}")
-            share = (row["cell"] + row["inner"]) / row["cells"]
-            spent = time.monotonic() - row["begin"]
-            left = time_left(share, spent)
-            if row["last"]:
-                left = f"{clock(row['last'] - spent)} left" if row["last"] > spent else ""
-            text = f"cell {row['cell'] + 1} of {row['cells']}{row.get('text', '')}"
-            self._draw({label: Bar(label, share, text, left)})
+            row.take(event, time.monotonic())
+            if not self._bars.drawn and "epoch" in event and event["epoch"] == event["epochs"]:
+                self.line(f"{label}: {event['run']}: {event['text']}")
+            self._draw()
 
     def end(self, label: str, text: str) -> None:
         """A notebook has ended, as the text says."""
@@ -331,14 +386,15 @@ class Board:
             if row is None:
                 return
             self._bars.remove(label)
-            self.line(f"{label}: {text} after {clock(time.monotonic() - row['begin'])}")
+            self.line(f"{label}: {text} after {clock(time.monotonic() - row.begin)}")
+            self._countdown.done(self._done + 1, self._total, time.monotonic())
             self.step()
 
     def step(self) -> None:
         """One notebook of the batch is done with."""
         with self._lock:
             self._done += 1
-            self._draw({})
+            self._draw()
 
     def close(self) -> None:
         """Take the bars away."""
@@ -359,6 +415,7 @@ class Progress:
         self.total = total
         self.done = 0
         self._begin = time.monotonic()
+        self._countdown = Countdown(self._begin)
         self._reports = first_process()
         self._show = show and self._reports
         self._bars: Bars | None = None
@@ -374,9 +431,10 @@ class Progress:
             if epoch == epochs:
                 self._bars.line(f"{run}: {text}")
             return
-        share = self.done / self.total
-        left = time_left(share, time.monotonic() - self._begin)
-        self._bars.show({"runs": Bar("all runs", share, f"{self.done} of {self.total} epochs", left),
+        now = time.monotonic()
+        self._countdown.done(self.done, self.total, now)
+        shown = times(now - self._begin, self._countdown.left(now))
+        self._bars.show({"runs": Bar("all runs", self.done / self.total, f"{self.done} of {self.total} epochs", shown),
                          "run": Bar(run, epoch / epochs, f"epoch {epoch} of {epochs}, {text}")})
 
     def close(self) -> None:

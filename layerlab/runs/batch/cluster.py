@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
@@ -33,12 +34,13 @@ def on_cluster(
         LayerlabError: dask.distributed is not installed, or there is no scheduler at the address.
     """
     outcomes: dict[int, Outcome] = {}
+    # A batch that is run again has the same id; its tasks are others.
+    run = uuid.uuid4().hex
     client = _connected(address)
     for attempt in itertools.count():
         waiting = {number: job for number, job in enumerate(jobs) if number not in outcomes}
         with client:
-            _one_scheduler(client, f"{environment['LAYERLAB_BATCH']}-{attempt}", waiting, environment, limits, stop,
-                           board, outcomes)
+            _one_scheduler(client, f"{run}-{attempt}", waiting, environment, limits, stop, board, outcomes)
         lost = [number for number in waiting if number not in outcomes]
         if not lost or stop.asked.is_set():
             break

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerlab.base.errors import reason, refusal
+from layerlab.base.errors import LayerlabError, reason, refusal
 from layerlab.runs import tracking
 from layerlab.runs.basis import State
 from layerlab.runs.batch.cluster import on_cluster
+from layerlab.runs.batch.kept import batch_id, keep_batch
 from layerlab.runs.batch.machine import Machine
 from layerlab.runs.batch.one_job import Outcome, Stop, run_job
 from layerlab.runs.batch.runners import SERVER_GB, Runners, imported
@@ -80,8 +81,13 @@ def run_batch(
     """
     sound = [job for job in jobs if not job.problem]
     board = board or Board(total=len(sound))
+    batch = batch_id(sound)
+    try:
+        keep_batch(batch, sound)
+    except LayerlabError as error:  # a disk that is full ends no batch
+        board.line(f"`layerlab table` will not know this batch: {error}")
     environment = {
-        "LAYERLAB_BATCH": os.environ.get("LAYERLAB_BATCH", uuid.uuid4().hex),
+        "LAYERLAB_BATCH": os.environ.get("LAYERLAB_BATCH", batch),
         "LAYERLAB_HOME": str(workbook_folder()),
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
     }
@@ -166,6 +172,7 @@ def _on_this_machine(
                 )
                 running[future] = (number, room[1])
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            board.tick()
             for future in finished:
                 number, give_back = running.pop(future)
                 give_back()

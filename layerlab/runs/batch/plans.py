@@ -18,7 +18,7 @@ from layerlab.base.text import LONGEST, from_yaml
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.contract.plugin_probe import PluginProbe
 from layerlab.contract.registry import strategies
-from layerlab.runs.jobs import Job, notebook_job, paper_job, setting_errors
+from layerlab.runs.jobs import Job, notebook_job, paper_job, setting_errors, told_apart
 from layerlab.runs.notebook_file import parameter_names, read_notebook
 
 ALL = "all"
@@ -152,7 +152,7 @@ def jobs_of(plan: Plan, beside: Path, output: Path | None = None) -> list[Job]:
     if mistakes:
         lines = "\n".join(f"  - {mistake}" for mistake in dict.fromkeys(mistakes))
         raise LayerlabError(f"The plan has mistakes, and nothing was run:\n{lines}")
-    return list(jobs.values())
+    return told_apart(list(jobs.values()))
 
 
 def _found(plan: Plan, beside: Path, output: Path | None) -> list[tuple[int, Job, str]]:

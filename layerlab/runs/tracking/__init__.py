@@ -8,6 +8,7 @@ from layerlab.runs.tracking.outbox import ended as ended
 from layerlab.runs.tracking.outbox import send_unsent as send_unsent
 from layerlab.runs.tracking.outbox import unsent_files as unsent_files
 from layerlab.runs.tracking.store import CLAIM as CLAIM
+from layerlab.runs.tracking.store import LONGEST_TAG as LONGEST_TAG
 from layerlab.runs.tracking.store import NOTEBOOK as NOTEBOOK
 from layerlab.runs.tracking.store import ORIGIN as ORIGIN
 from layerlab.runs.tracking.store import artifact_folder as artifact_folder

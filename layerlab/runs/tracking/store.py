@@ -46,6 +46,8 @@ NOTEBOOK = f"{PREFIX}notebook"
 PARAMETERS = f"{PREFIX}parameters"
 # Tag of a notebook's run and of the fits that belong to it: the id of what they come from.
 RESULT = f"{PREFIX}result"
+# Tag of the seeds of an arm, and of the run that holds their mean.
+GROUP = f"{PREFIX}group"
 LONGEST_TAG = 8000  # MLflow's limit
 # Tag of the process that writes a run, by which a run that nobody writes any more is known.
 PROCESS = f"{PREFIX}process"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerlab.runs.answer import interval_metrics
 from layerlab.runs.tracking.database import PATIENCE
 from layerlab.runs.tracking.outbox import Outbox, ended
-from layerlab.runs.tracking.store import NOTEBOOK, common_tags
+from layerlab.runs.tracking.store import GROUP, NOTEBOOK, common_tags
+from layerlab.show.interval import mean_interval
 
 if TYPE_CHECKING:
     from layerlab.training.loop import Fit
-    from layerlab.training.results import FitResult
+    from layerlab.training.results import Comparison, FitResult
 
 # Seconds from one writing of a fit's metrics to the next: a call to MLflow takes as long as a small network's epoch.
 PAUSE = 1.0
@@ -32,16 +36,20 @@ class Tracker:
         tags: for every run, such as paper, table and profile.
         parent: id of the notebook's run that they belong to, as a tag.
         folder: of the notebook; keeps what cannot be sent. Default: that of all runs.
+        comparison: an id of what the fits are trained for, by which the seeds of an arm are found together.
     """
 
     def __init__(
         self, experiment: str, tags: Mapping[str, str] | None = None, parent: str | None = None,
-        folder: Path | None = None,
+        folder: Path | None = None, comparison: str = "",
     ) -> None:
         self.experiment = experiment
         self.tags = dict(tags or {})
         self.parent = parent
         self.folder = folder
+        self.comparison = comparison or uuid.uuid4().hex
+        # Arm → the tags that all its seeds share.
+        self._arms: dict[str, dict[str, str]] = {}
         # Whether MLflow took anything yet: what never did is misspelt rather than away.
         self._reached = parent is not None
         # Weak, so that a long sweep does not keep every network that it has trained.
@@ -58,15 +66,17 @@ class Tracker:
         from layerlab.training.settings import describe
 
         attempt = fit.checkpoint.attempt() if fit.checkpoint is not None else uuid.uuid4().hex
-        tags = self.tags | common_tags() | {
+        shared = self.tags | common_tags() | {
             "strategy": "+".join(strategy.name for strategy in fit.strategies) or "none",
             "arm": fit.name,
-            "seed": str(fit.seed),
             "dataset": fit.data.name,
             "data": fit.data.fingerprint,
+            GROUP: self._group(fit.name),
         }
         if self.parent:
-            tags[NOTEBOOK] = self.parent
+            shared[NOTEBOOK] = self.parent
+        self._arms[fit.name] = shared
+        tags = shared | {"seed": str(fit.seed)}
         name = f"{fit.name} · {fit.data.name} · seed {fit.seed}"
         box = Outbox(self.folder, self.experiment, name, attempt, tags)
         if not self._reached:
@@ -96,6 +106,38 @@ class Tracker:
         """Close the run."""
         self._close(fit, "FINISHED")
 
+    def log_arms(self, comparison: Comparison) -> None:
+        """Log each arm with several seeds as a run of its own, of the kind `arm`: of each metric of the last epoch and
+        of what a run costs the mean, and the ends of its 95 % interval as `METRIC low` and `METRIC high`.
+
+        It has the tag `layerlab.group` of the seeds, by which they are found, and is the same run when it is logged
+        again, with more seeds say.
+        """
+        for arm, tags in self._arms.items():
+            if arm not in comparison.arms or len(comparison.seeds) < 2:
+                continue
+            from layerlab.training.results import SUMMARY  # pandas and torch, which a tracker alone does not need
+
+            results = comparison.of(arm)
+            metrics: dict[str, float] = {"seeds": float(len(results))}
+            for name in SUMMARY:
+                metrics |= _interval(name, comparison.per_seed(name, arm))
+            for name in dict.fromkeys(name for result in results for name in result.final):
+                if name not in ("epoch", "timestamp"):
+                    metrics |= _interval(name, [float(result.final.get(name, math.nan)) for result in results])
+            last = max(result.final["timestamp"] for result in results)
+            epochs = max(result.final["epoch"] for result in results)
+            box = Outbox(self.folder, self.experiment, f"mean · {arm} · {tags['dataset']}", self._group(arm),
+                         tags | {"kind": "arm"})
+            box.add(metrics=[(name, value, last, epochs) for name, value in metrics.items()])
+            # The run is made now, so that it does not end before it began.
+            box.send()
+            box.add(**ended("FINISHED"))
+            box.send(last=True)
+
+    def _group(self, arm: str) -> str:
+        return hashlib.blake2b(f"{self.comparison}/{arm}".encode(), digest_size=16).hexdigest()
+
     def on_exception(self, fit: Fit, error: BaseException) -> None:
         """Close the run as failed, or as killed when a person stopped it."""
         self._close(fit, "FAILED" if isinstance(error, Exception) else "KILLED")
@@ -123,6 +165,10 @@ class Tracker:
                 if name not in ("epoch", "timestamp")
             ])
             self._written[fit] = (done + len(rows), time.monotonic())
+
+
+def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    return interval_metrics(name, *mean_interval(values)) if all(map(math.isfinite, values)) else {}
 
 
 def track(experiment: str = "explore", **tags: str) -> Tracker:
