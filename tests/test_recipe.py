@@ -316,13 +316,27 @@ def test_a_clipped_step_is_as_long_as_the_norm(digits):
     assert sum(each.square().sum() for each in moved).sqrt().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_mirrored_views_are_judged_by_their_mean_logits(digits):
+def test_views_are_judged_by_their_mean_logits(digits):
     model = small().eval()
     x, y = next(digits.test.batches(len(digits.test)))
-    logits = (model(x) + model(x.flip(-1))) / 2
-    row = evaluate(model, digits.test, views="mirrored")
-    assert row["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
-    assert row["test/top1"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    around = nn.functional.pad(x, [1] * 4, mode="reflect")
+    up_left, down_right = around[..., :-2, :-2], around[..., 2:, 2:]
+    mirrored = [(model(each) + model(each.flip(-1))) / 2 for each in (x, up_left, down_right)]
+    for views, logits in (("mirrored", mirrored[0]),
+                          ("shifted", 0.5 * mirrored[0] + 0.25 * mirrored[1] + 0.25 * mirrored[2])):
+        row = evaluate(model, digits.test, views=views)
+        assert row["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+        assert row["test/top1"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+
+
+def test_only_the_last_epochs_pay_for_views(digits):
+    fits = [fit(small, digits, **QUICK | {"epochs": 4, **more}) for more in (
+        {}, {"views": "shifted"}, {"views": "shifted", "views_from": 0.75}, {"views": "shifted", "views_from": 1.0})]
+    plain, everywhere, late, last = [[row["test/loss"] for row in each.history] for each in fits]
+    assert all(a != b for a, b in zip(plain, everywhere, strict=True))
+    assert late == [*plain[:2], *everywhere[2:]]
+    assert last == [*plain[:3], everywhere[3]]
+    assert all(same_weights(fits[0].model, each.model) for each in fits)
 
 
 def test_a_format_that_was_measured_is_one_of_both_and_touches_no_random_state(digits, residual):

@@ -24,6 +24,8 @@ from layerlab.workload.examples import are_classes
 Metrics = str | Mapping[str, Any]
 # Metrics that the mean loss tells.
 OF_LOSS: Mapping[str, Callable[[float], float]] = {"perplexity": math.exp}
+# Of an image, whose logits are averaged.
+Views = Literal["plain", "mirrored", "shifted"]
 # How the first parameter of a function is called that is given the network and the whole batch.
 NETWORK = ("model", "network")
 
@@ -50,7 +52,7 @@ def evaluate(
     batch_size: Annotated[int, Field(ge=1)] = 512,
     autocast: Callable[[], Any] = nullcontext,
     memory_format: torch.memory_format = torch.contiguous_format,
-    views: Literal["plain", "mirrored"] = "plain",
+    views: Views = "plain",
     metrics: Metrics = MappingProxyType({}),
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy (as shares) of a network on a split; leaves the network in evaluation mode.
@@ -62,7 +64,7 @@ def evaluate(
         batch_size: examples at a time.
         autocast: gives the context of forward and loss.
         memory_format: of the images.
-        views: `mirrored` takes the mean logits of each image and its mirror image.
+        views: of which mean logits are taken; as the setting of `fit`.
         metrics: name → a function of (output, target), or of (model, batch), whose mean over the examples counts; or an
             object of torchmetrics, which is updated with (output, target). `perplexity` is known by its name.
 
@@ -93,8 +95,8 @@ def evaluate(
             number = count((x, y))
             with autocast():
                 output = logits(predict(model, x)) if needed or are_classes(y) else None
-                if views == "mirrored":
-                    output = (output + model(x.flip(-1))) / 2
+                if views != "plain":
+                    output = _over_views(model, x, output, views)
                 batch = joined(data, x, y)
                 value = loss(model, batch) if objective else loss(output, y)
                 measured.add(model, batch, output, y)
@@ -109,6 +111,24 @@ def evaluate(
     mean_loss, *accuracies = (sums / examples).tolist()
     named = dict(zip(("test/top1", "test/top5"), accuracies, strict=True)) if classes else {}
     return {"test/loss": mean_loss, **named, **measured.found(mean_loss, examples)}
+
+
+def _over_views(model: nn.Module, x: Tensor, plain: Tensor, views: Views) -> Tensor:
+    """The logits (batch, classes) over the views of images (batch, channels, height, width).
+
+    Args:
+        plain: the logits of the images as they are.
+    """
+    mirrored = (plain + model(x.flip(-1))) / 2
+    if views == "mirrored":
+        return mirrored
+    height, width = x.shape[-2:]
+    padded = nn.functional.pad(x, [1] * 4, mode="reflect")
+    total = torch.zeros_like(plain)
+    for row, column in ((0, 0), (2, 2)):
+        shifted = padded[..., row : row + height, column : column + width]
+        total += (model(shifted) + model(shifted.flip(-1))) / 2
+    return (mirrored + total / 2) / 2
 
 
 def joined(data: Any, x: Any, y: Any) -> Any:

@@ -389,9 +389,10 @@ class Fit:
 
     def _evaluate(self, data: Batches, half: str) -> dict[str, float]:
         """`half/loss`, `half/top1` and `half/top5` of the network that predicts."""
-        run = self.run
+        run, settings = self.run, self.settings
+        views = settings.views if run.epoch >= settings.views_from * run.epochs else "plain"
         reached = evaluate(run.model, data, run.loss, autocast=run.autocast, memory_format=run.memory_format,
-                           views=self.settings.views, metrics=self._metrics)
+                           views=views, metrics=self._metrics)
         return {name.replace("test/", f"{half}/"): value for name, value in reached.items()}
 
     def _call(self, hook: str) -> None:

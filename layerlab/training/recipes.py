@@ -30,7 +30,8 @@ FAST: Mapping[str, Any] = {
     "averaging_decay": 0.77,
     "averaging_every": 5,
     "averaging_power": 3.0,
-    "views": "mirrored",
+    "views": "shifted",
+    "views_from": 1.0,
     "channels_last": "auto",
 }
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from layerlab.base.errors import LayerlabError, Refused, sentence
+from layerlab.training.evaluation import Views
 from layerlab.training.muon import Muon, hidden_first
 from layerlab.training.recipes import RECIPES
 from layerlab.workload.dataset import Augment
@@ -66,7 +67,8 @@ class FitSettings(TypedDict, total=False):
     averaging_decay: float
     averaging_every: int
     averaging_power: float
-    views: Literal["plain", "mirrored"]
+    views: Views
+    views_from: float
     precision: Literal["float32", "bfloat16", "float16"]
     channels_last: bool | Literal["auto"]
     compile: bool | str
@@ -143,8 +145,13 @@ class Settings(BaseModel):
     """Steps between two updates of the average."""
     averaging_power: float = Field(0.0, ge=0)
     """The decay is multiplied by the share of the training that is done to this power, so that it grows."""
-    views: Literal["plain", "mirrored"] = "plain"
-    """`mirrored`: evaluate the mean logits of each image and its mirror image."""
+    views: Views = "plain"
+    """`mirrored`: evaluate the mean logits of each image and its mirror image; `shifted`: half of that, and half of the
+    mean of the same when the image is shifted by a pixel up and to the left, and down and to the right (Jordan, arXiv
+    2404.00498)."""
+    views_from: float = Field(0.0, ge=0, le=1)
+    """Share of the epochs from which on `views` count; the others are evaluated plainly, which takes less time. With 1
+    that is the last one alone, whose accuracy stands above the curve of the others."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16, float16: forward and loss under autocast; weights and update stay float32. float16 scales the loss and
     leaves out a step whose gradient overflows."""
