@@ -178,7 +178,7 @@ class Strategy(BaseModel):
     def on_train_batch_start(self, run: Run) -> None:
         """Before each step, of which nothing is computed yet: for what changes from step to step, such as what learns.
 
-        `run.step` counts the steps that are done. It counts to the step's cost.
+        `run.step` counts the steps that are done. What is computed here counts to the step's cost.
         """
 
     def training_step(self, run: Run, x: Tensor, y: Tensor) -> Tensor:
