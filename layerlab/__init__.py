@@ -28,7 +28,7 @@ _PUBLIC = {
     "Preflight": "layerlab.contract.preflight",
     "Replaced": "layerlab.contract.run",
     "Run": "layerlab.contract.run",
-    "Wire": "layerlab.contract.run",
+    "Wire": "layerlab.contract.wire",
     "Strategy": "layerlab.contract.strategy",
     "load_paper": "layerlab.contract.paper",
     "strategies": "layerlab.contract.registry",
@@ -80,8 +80,9 @@ if TYPE_CHECKING:
     from layerlab.contract.paper import load_paper
     from layerlab.contract.preflight import Preflight
     from layerlab.contract.registry import strategies
-    from layerlab.contract.run import Batches, Replaced, Run, Wire
+    from layerlab.contract.run import Batches, Replaced, Run
     from layerlab.contract.strategy import Strategy
+    from layerlab.contract.wire import Wire
     from layerlab.reporting import explore, scoreboard
     from layerlab.runs.session import Session, Study
     from layerlab.runs.tracking import track

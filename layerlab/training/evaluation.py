@@ -96,6 +96,7 @@ def evaluate(
             with autocast():
                 output = logits(predict(model, x)) if needed or are_classes(y) else None
                 if views != "plain":
+                    assert output is not None
                     output = _over_views(model, x, output, views)
                 batch = joined(data, x, y)
                 value = loss(model, batch) if objective else loss(output, y)

@@ -147,8 +147,7 @@ class _Client:
     """MLflow's client, whose errors are sentences."""
 
     def __init__(self, uri: str, shown: str = "") -> None:
-        for name, value in _DEFAULTS.items():
-            os.environ.setdefault(name, value)
+        _settle()
         from mlflow import MlflowClient
 
         self._uri = shown or uri
@@ -222,8 +221,7 @@ def _fill(file: Path, artifacts: str) -> None:
         artifacts: address for the artifacts of MLflow's own experiment `Default`. MLflow takes the current folder's by
             itself, and writes its path into SQL as it is, where quotes and colons mean something.
     """
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    _settle()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     uri = sqlite_uri(file)
@@ -231,11 +229,12 @@ def _fill(file: Path, artifacts: str) -> None:
         SqlAlchemyStore(uri, artifacts).search_experiments()
 
 
-# MLflow's settings, where the environment has none: a server that is down is not waited for for minutes.
-_DEFAULTS = {
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
+def _settle() -> None:
+    """MLflow's settings, where the environment has none: a server that is down is not waited for for minutes."""
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 
 def client() -> Any:
