@@ -151,6 +151,7 @@ def test_a_hugging_face_dataset_trains_as_it_is():
     halves = made.train_test_split(0.25, seed=0)
     data = own_data(halves, device="cpu")
     assert (data.class_names, data.classes, len(data.train)) == (("low", "high"), 2, 144)
+    assert "left out, since they hold no numbers: text" in str(data)
     for given in (halves, made, DataLoader(made.with_format("torch").remove_columns("text"), 32)):
         halves = (given, given) if isinstance(given, DataLoader) else given
         batch_size = {} if isinstance(given, DataLoader) else {"batch_size": 32}
@@ -484,6 +485,7 @@ def test_what_is_no_data_is_refused_in_one_sentence(data, sentence):
     [
         (lambda: fit(perceptron, loaders(), batch_size=16, **QUICK), "batches are of 32, so that batch_size=16"),
         (lambda: fit(perceptron, (table(), table()), augment="crop", **QUICK), "augment='crop' is for images"),
+        (lambda: fit(perceptron, (table(), table()), views="mirrored", **QUICK), "views='mirrored' mirrors images"),
         (lambda: fit(nn.Linear(4, 2), (table(), table()), **QUICK), r"does not take float32 of shape \(2, 5\)"),
         (lambda: fit(perceptron, (table(), table()), loss=lambda a, b: a, **QUICK), "The loss does not map the output"),
         (lambda: fit(TinyLanguageModel, (sentences(), sentences()), **QUICK), r"no target,.*loss=function\(model"),

@@ -23,7 +23,7 @@ from layerlab.training.settings import Settings, length, make_optimizer, make_sc
 from layerlab.training.whitening import whiten
 from layerlab.workload.dataset import Dataset, Moment, Split
 from layerlab.workload.order import forward_order
-from layerlab.workload.own import Data, OwnData
+from layerlab.workload.own import Data, OwnData, offers
 
 Network = nn.Module | Callable[[], nn.Module]
 # Of (output, target), or of (model, batch).
@@ -61,6 +61,8 @@ def prepared(data: Data, settings: Settings) -> Data:
             if (value := getattr(settings, name)) != Settings.model_fields[name].default:
                 raise Refused(f"{name}={value!r} is for images as load_dataset gives them; leave it out with "
                               f"{data.name!r}, and give own_data a transform.")
+        if settings.views != "plain" and "images" not in offers(data):
+            raise Refused(f"views={settings.views!r} mirrors images, which {data.name!r} does not give; leave it out.")
         return replace(data, train=replace(data.train, moment=Moment()))
     train = data.train
     augment = train.augment if settings.augment is None else settings.augment

@@ -291,9 +291,8 @@ def _collate(examples: list[Any]) -> Any:
     Raises:
         LayerlabError: examples of different shapes.
     """
-    if isinstance(examples[0], Mapping):
-        examples = [{key: value for key, value in each.items() if not isinstance(value, str | bytes | None)}
-                    for each in examples]
+    if left := left_out(examples[0]):
+        examples = [{key: value for key, value in each.items() if key not in left} for each in examples]
     try:
         return torch_data.default_collate(examples)
     except (RuntimeError, TypeError) as error:
@@ -301,6 +300,12 @@ def _collate(examples: list[Any]) -> Any:
             f"The examples do not make one batch ({first_line(error)}); let them be tensors of one shape, or give a "
             "DataLoader whose collate_fn makes such ones."
         ) from None
+
+
+def left_out(example: Any) -> list[str]:
+    """The entries of a dict that no batch has, since they hold text or nothing."""
+    items = example.items() if isinstance(example, Mapping) else ()
+    return [key for key, value in items if isinstance(value, str | bytes | None)]
 
 
 def _some(examples: int, one: Callable[[int], Any]) -> list[Any]:

@@ -18,7 +18,17 @@ from layerlab.base.errors import LayerlabError, brief
 from layerlab.base.trees import on_tensors, tensors
 from layerlab.show.table import Table
 from layerlab.workload.dataset import Dataset, Split, channel_statistics
-from layerlab.workload.examples import Examples, Form, Items, Loader, Origin, Resident, are_classes, other_draws
+from layerlab.workload.examples import (
+    Examples,
+    Form,
+    Items,
+    Loader,
+    Origin,
+    Resident,
+    are_classes,
+    left_out,
+    other_draws,
+)
 from layerlab.workload.places import HALVES, TESTING, TRAINING, VALIDATION, half_of
 
 FORMS = ("(train, test), or {'train': …, 'validation': …, 'test': …}, where each half is a DataLoader, a Dataset, or "
@@ -162,6 +172,9 @@ def own_data(
                 for half, origin in origins.items()}
         _check_alike(made)
         fingerprint = _fingerprint(made)
+    origin = made[TRAINING].origin
+    if isinstance(origin, Items) and (left := left_out(origin.dataset[0])):
+        note = "; ".join(part for part in (note, f"left out, since they hold no numbers: {', '.join(left)}") if part)
     names = _class_names(given[TRAINING])
     return OwnData(name, made[TRAINING], made[TESTING], len(names) or _classes(made), fingerprint,
                    _kind(given[TRAINING]), names, note, made.get(VALIDATION))
