@@ -85,7 +85,7 @@ def test_a_scoreboard_grows_with_the_runs(fake, tmp_path, monkeypatch):
             study.finish()
         return lambda: scoreboard.collect(["fake"])
 
-    assert exponent(work, (2, 8, 24)) < MOST
+    assert exponent(work, (1, 4, 12)) < MOST
     # No run is left behind, however many there are.
-    monkeypatch.setattr("layerlab.runs.tracking.store.PAGE", 10)
-    assert len(notebook_runs("fake")) == 24
+    monkeypatch.setattr("layerlab.runs.tracking.store.PAGE", 5)
+    assert len(notebook_runs("fake")) == 12

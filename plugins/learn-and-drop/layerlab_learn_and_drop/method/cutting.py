@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,12 +185,16 @@ def _plan(network: nn.Module, example: Tensor) -> Plan:
     last_use = [max((places[user] for user in node.users), default=-1) for node in nodes]
     learns = _learns_behind(network, nodes)
     crossing = _crossing(nodes, last_use)
+    # The modules in the order of their first calls, and at each place how many of them there are up to it.
+    names = sorted(calls, key=calls.__getitem__)
+    known = list(itertools.accumulate(calls.get(str(node.target)) == place for place, node in enumerate(nodes)))
     cuts: dict[int, Cut] = {}
     for count in range(1, len(layers)):
         best: Cut | None = None
         behind = False
         for place in range(ends[count - 1], calls[layers[count].name]):
-            cut = None if shared[place] else _cut(nodes, crossing[place], place, count, sizes)
+            before = names[: known[place]]
+            cut = None if shared[place] else _cut(nodes[place], crossing[place], before, count, sizes)
             if cut is not None and (best is None or cut.elements <= best.elements):
                 best, behind = cut, learns[place]
         if best is not None and behind:
@@ -290,16 +295,16 @@ def _used_on_both_sides(network: nn.Module, nodes: Sequence[fx.Node]) -> list[bo
 
 
 def _cut(
-    nodes: Sequence[fx.Node], crossing: Sequence[fx.Node], place: int, count: int, sizes: tuple[_Sizes, _Sizes]
+    node: fx.Node, crossing: Sequence[fx.Node], modules: Sequence[str], count: int, sizes: tuple[_Sizes, _Sizes]
 ) -> Cut | None:
-    """The cut behind a place, which has `count` layers before it; None where more than tensors of the batch cross."""
-    shapes = [_example_shape(node, *sizes) for node in crossing if node.op != "placeholder"]
+    """The cut behind a node, which has `count` layers and these modules before it; None where more than tensors of the
+    batch cross."""
+    shapes = [_example_shape(each, *sizes) for each in crossing if each.op != "placeholder"]
     known = tuple(shape for shape in shapes if shape is not None)
     if len(known) < len(crossing):
         return None
     elements = sum(torch.Size(shape).numel() for shape in known)
-    names = tuple(dict.fromkeys(str(node.target) for node in nodes[: place + 1] if node.op == "call_module"))
-    return Cut(count, nodes[place].name, known, elements, sizes[0].flops[nodes[place]] / 2, names)
+    return Cut(count, node.name, known, elements, sizes[0].flops[node] / 2, tuple(modules))
 
 
 def _parameters(network: nn.Module, node: fx.Node) -> dict[str, nn.Parameter]:
