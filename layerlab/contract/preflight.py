@@ -63,10 +63,11 @@ class Preflight:
         """
         layers, reasons = parameter_layers(network), dict(left_out or {})
         names = list(dict.fromkeys(layers if covered is None else covered))
+        silent = set(unmentioned(network, (*names, *reasons)))
         for name, module in layers.items():
             if all(not parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 reasons[name] = FROZEN
-            elif not mentioned(network, name, (*names, *reasons)):
+            elif name in silent:
                 reasons[name] = otherwise
         acts = tuple(name for name in names if name not in reasons)
         return cls(acts, reasons, dict(saves or {}), tuple(notes))
@@ -106,11 +107,10 @@ def parameter_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def mentioned(network: nn.Module, layer: str, names: Iterable[str]) -> bool:
-    """Whether `names` have a layer, under any of its names, or all its parameters, under any of theirs."""
+def unmentioned(network: nn.Module, names: Iterable[str]) -> list[str]:
+    """The layers with parameters that `names` do not have under any of their names, nor all their parameters."""
     given = set(names)
-    module = network.get_submodule(layer)
-    if any(other is module and name in given for name, other in network.named_modules(remove_duplicate=False)):
-        return True
+    modules = {module for name, module in network.named_modules(remove_duplicate=False) if name in given}
     named = {parameter for name, parameter in network.named_parameters(remove_duplicate=False) if name in given}
-    return all(parameter in named for parameter in module.parameters(recurse=False))
+    return [name for name, module in parameter_layers(network).items()
+            if module not in modules and not named.issuperset(module.parameters(recurse=False))]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerlab.base.errors import Refused, reason
 from layerlab.base.sharing import shared_names
-from layerlab.contract.preflight import Preflight, mentioned, parameter_layers
+from layerlab.contract.preflight import Preflight, parameter_layers, unmentioned
 from layerlab.contract.strategy import Strategy
 from layerlab.testing.networks import CLASSES, NETWORKS, SHAPE, SHARED, TIED, UNUSUAL, Network, relu_thrice
 from layerlab.testing.trial import EPOCHS, digits, logits_of, own_network, train
@@ -114,8 +114,8 @@ def coverage_said(strategy: Strategy) -> None:
 
 def _complete(found: Preflight, network: nn.Module, example: Tensor, name: str) -> None:
     names = (*found.covered, *found.left_out)
-    for layer in parameter_layers(network):
-        assert mentioned(network, layer, names), (
+    for layer in unmentioned(network, names):
+        raise AssertionError(
             f"its preflight says nothing of layer {layer!r} of the network {name}; list it as covered or as left out, "
             "with the reason (Preflight.of does the latter)"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,17 +36,6 @@ class Imported:
 def origins(experiment: str) -> dict[str, Any]:
     """The runs of an experiment by their ids, and by the ids that they had elsewhere."""
     found = {}
-    for run in all_runs(store.client(), experiment):
+    for run in store.every_run(store.client(), [experiment]):
         found[run.info.run_id] = found[run.data.tags.get(store.ORIGIN, run.info.run_id)] = run
     return found
-
-
-def all_runs(client: Any, experiment: str, **options: Any) -> Iterator[Any]:
-    """The runs of an experiment, page by page."""
-    token = None
-    while True:
-        page = client.search_runs([experiment], max_results=1000, page_token=token, **options)
-        yield from page
-        token = page.token
-        if not token:
-            return

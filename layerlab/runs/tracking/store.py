@@ -55,6 +55,8 @@ PROCESS = f"{PREFIX}process"
 ORIGIN = f"{PREFIX}origin"
 # MLflow's limits: for one call, and in characters of a name.
 METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100
+# Runs that are asked for at once.
+PAGE = 5000
 LONGEST_KEY = 250
 
 
@@ -335,7 +337,7 @@ def run_parameters(run: Any) -> dict[str, Any] | None:
 def tag_results(run_id: str, result: str) -> None:
     """Put a result's id on a notebook's run and on the fits that belong to it."""
     experiment = client().get_run(run_id).info.experiment_id
-    fits = client().search_runs([experiment], f"tags.`{NOTEBOOK}` = '{run_id}'", max_results=5000)
+    fits = every_run(client(), [experiment], f"tags.`{NOTEBOOK}` = '{run_id}'")
     for each in [run_id, *(fit.info.run_id for fit in fits)]:
         client().set_tag(each, RESULT, result)
 
@@ -364,10 +366,27 @@ def notebook_runs(paper: str) -> list[Any]:
     found = found_experiment(paper)
     if found is None:
         return []
-    return list(reader().search_runs(
-        [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
-        order_by=["attributes.start_time DESC"], max_results=1000,
-    ))
+    return every_run(reader(), [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
+                     order_by=["attributes.start_time DESC"])
+
+
+def every_run(there: Any, experiments: Sequence[str], wanted: str = "", **options: Any) -> list[Any]:
+    """The runs of experiments that a filter takes, all of them: MLflow gives a page at a time.
+
+    Args:
+        there: the client.
+        experiments: their ids.
+        wanted: the filter, as MLflow's `search_runs` has it.
+        options: of that.
+    """
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = there.search_runs(experiments, wanted, max_results=PAGE, page_token=token, **options)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
 
 
 def find_notebook_run(name: str) -> Any | None:
@@ -409,7 +428,7 @@ def _close_dead_runs(client: Any) -> None:
     """
     numbers = [experiment.experiment_id for experiment in client.search_experiments()]
     wanted = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{this_machine()}:%'"
-    for run in client.search_runs(numbers, wanted, max_results=5000):
+    for run in every_run(client, numbers, wanted):
         if not is_alive(run.data.tags[PROCESS]):
             client.set_terminated(run.info.run_id, "KILLED")
 
@@ -494,7 +513,7 @@ def log_file(run_id: str, content: bytes, name: str, folder: str = "") -> None:
 def end_open_runs(experiment: str, parent: str, status: str = "FAILED") -> None:
     """Close a notebook's run and the runs under it that a dead process left running."""
     number = experiment_id(experiment)
-    for run in client().search_runs([number], f"tags.`{NOTEBOOK}` = '{parent}'", max_results=5000):
+    for run in every_run(client(), [number], f"tags.`{NOTEBOOK}` = '{parent}'"):
         if run.info.status == "RUNNING":
             client().set_terminated(run.info.run_id, status)
     client().set_terminated(parent, status)

@@ -135,7 +135,9 @@ def _refuse_ties(network: nn.Module) -> None:
 
 def frozen_by_user(network: fx.GraphModule) -> set[nn.Module]:
     """The layers that were frozen when the network was traced, which keep their shape and their weights."""
-    return {module for path, module in network.named_modules() if path in network.meta["frozen"]}
+    frozen = network.meta["frozen"]
+    # Asked for at many a node, and nearly always empty.
+    return {module for path, module in network.named_modules() if path in frozen} if frozen else set()
 
 
 def name_of(network: nn.Module) -> str:

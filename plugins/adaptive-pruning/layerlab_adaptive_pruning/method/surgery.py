@@ -8,7 +8,7 @@ layers are coupled is found by torch-pruning's dependency graph, which also does
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -133,14 +133,16 @@ class _Outputs:
     def hold_against(self, network: fx.GraphModule, replaced: list[Replaced]) -> None:
         """Raise `LayerlabError` if the network without its dead channels gives something else."""
         left = {}
+        present = {name for name, _ in network.named_modules()}
+        carried = {old: (new, carry) for old, new, carry in reversed(replaced) if carry is not None}
         for path, scale in self.scales.items():
-            if path not in dict(network.named_modules()):
+            if path not in present:
                 continue
             kept = torch.arange(len(scale), device=scale.device)
             # A channel that is dead but coupled to others stays, and counts as dead here, too.
-            for old, new, carry in replaced:
-                if old is scale and carry is not None:
-                    scale, kept = new, carry(kept)
+            while scale in carried:
+                scale, carry = carried[scale]
+                kept = carry(kept)
             left[path] = self.marks[path][kept]
         now = _tensors(Probe(network, left).run(self.images))
         for before, after in zip(self.outputs, now, strict=True):
@@ -209,10 +211,12 @@ def _reached(network: fx.GraphModule, without: set[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _starved(network: fx.GraphModule, without: set[fx.Node]) -> dict[fx.Node, list[fx.Node]] | None:
+def _starved(
+    network: fx.GraphModule, before: set[fx.Node], without: set[fx.Node]
+) -> dict[fx.Node, list[fx.Node]] | None:
     """Additions and concatenations that lose inputs when some nodes pass nothing on, and which; None if the network's
     output no longer depends on the image, or what loses an input is neither."""
-    before, after = _reached(network, set()), _reached(network, without)
+    after = _reached(network, without)
     found: dict[fx.Node, list[fx.Node]] = {}
     for each in after:
         lost = [n for n in each.all_input_nodes if n in before and n not in after]
@@ -244,8 +248,9 @@ def _branches_to_remove(
                 weak.append((float(module.weight.abs().max()), alive, each))
     gone: set[fx.Node] = set()
     zeroed: set[fx.Node] = set()
+    reached = _reached(network, set())
     for _, alive, each in sorted(weak, key=lambda item: item[0]):
-        if _starved(network, gone | {each}) is not None and not _loses_frozen(network, gone | {each}):
+        if _starved(network, reached, gone | {each}) is not None and not _loses_frozen(network, gone | {each}):
             gone.add(each)
             if alive:
                 zeroed.add(each)
@@ -270,7 +275,7 @@ def _loses_frozen(network: fx.GraphModule, gone: set[fx.Node]) -> bool:
 
 def _lost_terms(network: fx.GraphModule, gone: set[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Sum → the term that it loses; concatenations are left out, since their readers leave the constants out."""
-    starved = _starved(network, gone) or {}
+    starved = _starved(network, _reached(network, set()), gone) or {}
     return {n: starved[n][0] for n in network.graph.nodes if n in starved and n.target not in (torch.cat, torch.concat)}
 
 
@@ -316,15 +321,21 @@ def _add_constant(network: fx.GraphModule, at: fx.Node, constant: Tensor, replac
 
 def _merge(network: fx.GraphModule, replaced: list[Replaced], bridge: Bridge) -> None:
     generator = torch.Generator().manual_seed(0)
-    while (found := _thin(network)) is not None:
-        first, norm, between, second = found
+    frozen = frozen_by_user(network)
+    gone: set[fx.Node] = set()
+    # A merged convolution stands in the second one's place, which is still to come.
+    for first in list(network.graph.nodes):
+        found = None if first in gone else _thin(network, first, frozen)
+        if found is None:
+            continue
+        norm, between, second = found
         conv1, conv2, bn = layer(network, first), layer(network, second), layer(network, norm) if norm else None
         weight, bias = _bridged(conv1, bn, conv2, bridge, generator)
         before = conv2.weight
         conv2.weight = nn.Parameter(weight[:, :, None, None], requires_grad=before.requires_grad)
         replaced.append(Replaced(before, conv2.weight, None))
         follower = layer(network, next(iter(second.users)))
-        settles = isinstance(follower, _BatchNorm) and follower not in frozen_by_user(network)
+        settles = isinstance(follower, _BatchNorm) and follower not in frozen
         if conv2.bias is None and len(second.users) == 1 and settles:
             follower.running_mean.sub_(bias)
         else:
@@ -334,6 +345,10 @@ def _merge(network: fx.GraphModule, replaced: list[Replaced], bridge: Bridge) ->
         conv2.kernel_size, conv2.dilation, conv2.padding = (1, 1), (1, 1), (0, 0)
         for each in between:
             edit(network, "bypass", each.name, source(each).name)
+        for each in between:
+            network.graph.erase_node(each)
+        gone.update(between)
+    if gone:
         clean(network)
 
 
@@ -358,30 +373,29 @@ def _bridged(
     return torch.outer(column, row * scale), column * ((offset - mean) * scale + shift) + own
 
 
-def _thin(network: fx.GraphModule) -> tuple[fx.Node, fx.Node | None, list[fx.Node], fx.Node] | None:
-    """The first convolution with one output that one more convolution, behind a norm and an activation, reads."""
-    frozen = frozen_by_user(network)
-    for first in network.graph.nodes:
-        conv1 = layer(network, first)
-        if not isinstance(conv1, nn.Conv2d) or conv1.out_channels != 1 or not _mergeable(conv1) or conv1 in frozen:
-            continue
-        norm, between, at = None, [first], first
-        while len(at.users) == 1:
-            (at,) = at.users
-            module = layer(network, at)
-            if module in frozen:
-                break
-            if isinstance(module, nn.Conv2d):
-                if _mergeable(module):
-                    return first, norm, between, at
-                break
-            if isinstance(module, nn.BatchNorm2d) and norm is None and len(between) == 1 and module.track_running_stats:
-                norm = at
-            elif isinstance(module, _POOLINGS) and conv1.stride == (1, 1):
-                continue  # stays, in front of the new convolution
-            elif not (isinstance(module, _ACTIVATIONS) or at.target in _FUNCTIONS):
-                break
-            between.append(at)
+def _thin(
+    network: fx.GraphModule, first: fx.Node, frozen: Collection[nn.Module]
+) -> tuple[fx.Node | None, list[fx.Node], fx.Node] | None:
+    """Whether a node is a convolution with one output that one more convolution, behind a norm and an activation,
+    reads: the norm if there is one, what goes, and the other convolution."""
+    conv1 = layer(network, first)
+    if not isinstance(conv1, nn.Conv2d) or conv1.out_channels != 1 or not _mergeable(conv1) or conv1 in frozen:
+        return None
+    norm, between, at = None, [first], first
+    while len(at.users) == 1:
+        (at,) = at.users
+        module = layer(network, at)
+        if module in frozen:
+            break
+        if isinstance(module, nn.Conv2d):
+            return (norm, between, at) if _mergeable(module) else None
+        if isinstance(module, nn.BatchNorm2d) and norm is None and len(between) == 1 and module.track_running_stats:
+            norm = at
+        elif isinstance(module, _POOLINGS) and conv1.stride == (1, 1):
+            continue  # stays, in front of the new convolution
+        elif not (isinstance(module, _ACTIVATIONS) or at.target in _FUNCTIONS):
+            break
+        between.append(at)
     return None
 
 

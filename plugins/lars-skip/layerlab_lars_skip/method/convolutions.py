@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -52,9 +53,8 @@ def find_convolutions(network: nn.Module, example: Tensor) -> Convolutions:
             f"lars-skip skips convolutions that learn, and all {len(found)} of {name} are frozen; thaw one, or leave "
             "the strategy out."
         )
-    most = 0
-    while most < len(found) and _rest_learns(network, found[most][1]):
-        most += 1
+    # Each prefix holds the one before it, so what learns behind them only becomes less.
+    most = bisect_left(found, True, key=lambda each: not _rest_learns(network, each[1]))
     if not most:
         raise Refused(
             f"lars-skip skips layers up to a convolution, and nothing in {name} learns after its first, {found[0][0]}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,14 +183,21 @@ def _plan(network: nn.Module, example: Tensor) -> Plan:
     shared = _used_on_both_sides(network, nodes)
     places = {node: place for place, node in enumerate(nodes)}
     last_use = [max((places[user] for user in node.users), default=-1) for node in nodes]
+    learns = _learns_behind(network, nodes)
+    crossing = _crossing(nodes, last_use)
+    # The modules in the order of their first calls, and at each place how many of them there are up to it.
+    names = sorted(calls, key=calls.__getitem__)
+    known = list(itertools.accumulate(calls.get(str(node.target)) == place for place, node in enumerate(nodes)))
     cuts: dict[int, Cut] = {}
     for count in range(1, len(layers)):
         best: Cut | None = None
+        behind = False
         for place in range(ends[count - 1], calls[layers[count].name]):
-            cut = None if shared[place] else _cut(nodes, last_use, place, count, sizes)
+            before = names[: known[place]]
+            cut = None if shared[place] else _cut(nodes[place], crossing[place], before, count, sizes)
             if cut is not None and (best is None or cut.elements <= best.elements):
-                best = cut
-        if best is not None and _rest_learns(network, best):
+                best, behind = cut, learns[place]
+        if best is not None and behind:
             cuts[count] = best
     if not cuts:
         raise Refused(
@@ -229,6 +237,7 @@ def _layers(network: nn.Module, nodes: Sequence[fx.Node]) -> tuple[list[Layer], 
     """The layers in forward order with the names of their parameters, and the place where each one's work ends."""
     layers: list[tuple[str, list[str]]] = []
     ends: list[int] = []
+    seen: set[str] = set()
     early: list[str] = []  # parameters used before the first layer
     for place, node in enumerate(nodes):
         used = _parameters(network, node)
@@ -238,20 +247,33 @@ def _layers(network: nn.Module, nodes: Sequence[fx.Node]) -> tuple[list[Layer], 
             (layers[-1][1] if layers else early).extend(used)
             ends[-1:] = [place] * len(layers[-1:])
             continue
-        seen = any(name == node.target for name, _ in layers)
-        if not seen and not isinstance(network.get_submodule(str(node.target)), NORMALISATION):
+        if node.target not in seen and not isinstance(network.get_submodule(str(node.target)), NORMALISATION):
+            seen.add(str(node.target))
             layers.append((str(node.target), [*early, *used]))
             ends.append(place)
             early = []
     return [Layer(name, tuple(names)) for name, names in layers], ends
 
 
-def _rest_learns(network: nn.Module, cut: Cut) -> bool:
-    """Whether a parameter behind a cut learns."""
-    before: set[nn.Parameter] = set()
-    for name in cut.modules:
-        before.update(network.get_submodule(name).parameters())
-    return any(parameter.requires_grad and parameter not in before for parameter in network.parameters())
+def _learns_behind(network: nn.Module, nodes: Sequence[fx.Node]) -> list[bool]:
+    """For each place: whether a parameter learns that no module up to there has."""
+    left = {parameter for parameter in network.parameters() if parameter.requires_grad}
+    found = []
+    for node in nodes:
+        if node.op == "call_module":
+            left.difference_update(network.get_submodule(str(node.target)).parameters())
+        found.append(bool(left))
+    return found
+
+
+def _crossing(nodes: Sequence[fx.Node], last_use: Sequence[int]) -> list[list[fx.Node]]:
+    """For each place: the nodes up to there whose result is used behind it, in their order."""
+    found: list[list[fx.Node]] = []
+    alive: list[tuple[fx.Node, int]] = []
+    for place, (node, last) in enumerate(zip(nodes, last_use, strict=True)):
+        alive = [(each, until) for each, until in (*alive, (node, last)) if until > place]
+        found.append([each for each, _ in alive])
+    return found
 
 
 def _used_on_both_sides(network: nn.Module, nodes: Sequence[fx.Node]) -> list[bool]:
@@ -273,17 +295,16 @@ def _used_on_both_sides(network: nn.Module, nodes: Sequence[fx.Node]) -> list[bo
 
 
 def _cut(
-    nodes: Sequence[fx.Node], last_use: Sequence[int], place: int, count: int, sizes: tuple[_Sizes, _Sizes]
+    node: fx.Node, crossing: Sequence[fx.Node], modules: Sequence[str], count: int, sizes: tuple[_Sizes, _Sizes]
 ) -> Cut | None:
-    """The cut behind a place, which has `count` layers before it; None where more than tensors of the batch cross."""
-    crossing = [node for node, last in zip(nodes[: place + 1], last_use, strict=False) if last > place]
-    shapes = [_example_shape(node, *sizes) for node in crossing if node.op != "placeholder"]
+    """The cut behind a node, which has `count` layers and these modules before it; None where more than tensors of the
+    batch cross."""
+    shapes = [_example_shape(each, *sizes) for each in crossing if each.op != "placeholder"]
     known = tuple(shape for shape in shapes if shape is not None)
     if len(known) < len(crossing):
         return None
     elements = sum(torch.Size(shape).numel() for shape in known)
-    names = tuple(dict.fromkeys(str(node.target) for node in nodes[: place + 1] if node.op == "call_module"))
-    return Cut(count, nodes[place].name, known, elements, sizes[0].flops[nodes[place]] / 2, names)
+    return Cut(count, node.name, known, elements, sizes[0].flops[node] / 2, tuple(modules))
 
 
 def _parameters(network: nn.Module, node: fx.Node) -> dict[str, nn.Parameter]:
