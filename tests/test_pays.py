@@ -25,15 +25,15 @@ from layerlab import Strategy
 class Net(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
-        self.useful = nn.Linear(64, 256)
-        self.parts = nn.ModuleList(nn.Linear(256, 512) for _ in range(12))
-        self.output = nn.Linear(528, num_classes)
+        self.useful = nn.Linear(64, 128)
+        self.parts = nn.ModuleList(nn.Linear(128, 128) for _ in range(12))
+        self.output = nn.Linear(144, num_classes)
         self.skipped = ()
 
     def forward(self, x):
         pixels = x.flatten(1)
         x = torch.relu(self.useful(pixels))
-        hidden = torch.zeros(len(x), 512)
+        hidden = torch.zeros(len(x), 128)
         for number, part in enumerate(self.parts):
             if number not in self.skipped:
                 # The last part is needed, the others are ballast.

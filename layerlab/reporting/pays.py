@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -227,6 +228,7 @@ class Inquiry:
         self._tell_line = tell
         # Seconds of a fit apart from its epochs, and of an epoch, as far as they are known.
         self._start, self._epoch = math.inf, 0.0
+        self._epochs: list[float] = []
         assert images.validation is not None
         # Without the test images, so that nothing can be chosen by them.
         self.pilot = replace(images, test=images.validation, validation=None, fingerprint=f"{images.fingerprint}-pilot")
@@ -286,8 +288,9 @@ class Inquiry:
         spent = time.monotonic() - begin
         rows = runs.results[BASELINE, PILOT_SEED].history
         # The first epoch of a process warms up what the others use; an evaluation belongs to an epoch, too.
-        warm = [row["time/epoch_seconds"] for row in rows[1:] or rows]
-        self._epoch = 1.2 * sum(warm) / len(warm)
+        self._epochs += [row["time/epoch_seconds"] for row in rows[1:] or rows]
+        # The median, since a moment in which the machine is busy tells nothing of the others.
+        self._epoch = 1.2 * statistics.median(self._epochs)
         self._start = min(self._start, max(0.0, spent - epochs * self._epoch))
         return runs
 
