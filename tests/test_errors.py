@@ -114,6 +114,8 @@ def test_the_arguments_of_fit_and_compare_that_are_no_settings_are_known_by_name
         (lambda net, data: fit(net, data, seeds=[1]), r"fit has no setting 'seeds' \(did you mean 'seed'"),
         (lambda net, data: compare(net, data, {"a": ()}, seed=1), r"compare has no .*did you mean 'seeds'"),
         (lambda net, data: fit(net, data, seed="one"), "fit: setting 'seed' should be a valid integer"),
+        (lambda net, data: fit(net, data, seed=["one"]), "^fit: setting 'seed.0' should be a valid integer, [^;]*$"),
+        (lambda net, data: compare({"a": 3}, data, {"a": ()}), "setting 'model.a' should be an instance of Module"),
         (lambda net, data: fit(net, data, seed=1.5), "fit: setting 'seed' should be a valid integer"),
         (lambda net, data: fit(net, data, name=3), "fit: setting 'name' should be a valid string, got 3"),
         (lambda net, data: fit(net, data, observers="mlflow"), "fit: setting 'observers.*got 'mlflow'"),

@@ -202,7 +202,7 @@ def sentence(error: ValidationError, owner: str, known: Iterable[str] = ()) -> s
     parts = []
     for same in _by_setting(error):
         detail = same[0]
-        setting = ".".join(str(part) for part in detail["loc"]) or "settings"
+        setting = ".".join(str(part) for part in detail["loc"] if not _names_a_type(part)) or "settings"
         if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = nearest(str(detail["loc"][-1]), known)
             listing = f"it has {', '.join(known)}" if known else ""
@@ -220,6 +220,11 @@ def sentence(error: ValidationError, owner: str, known: Iterable[str] = ()) -> s
     return "; ".join(parts) + "."
 
 
+def _names_a_type(part: Any) -> bool:
+    """Whether a part of a place is pydantic's own name of an alternative, such as `dict[str,int]`."""
+    return isinstance(part, str) and "[" in part
+
+
 def _by_setting(error: ValidationError) -> list[list[Any]]:
     """The problems of an error, those together that are one: a value of which no alternative of a type takes."""
     groups: list[list[Any]] = []
@@ -232,6 +237,10 @@ def _by_setting(error: ValidationError) -> list[list[Any]]:
             groups[-1].append(detail)
         else:
             groups.append([detail])
+    # Of alternatives of which one went further, such as a list with a wrong number in it, that one is meant.
+    further = {group[0]["loc"][0] for group in groups if any(map(_names_a_type, group[0]["loc"]))}
+    groups = [group for group in groups if group[0]["loc"][:1] not in {(each,) for each in further}
+              or any(map(_names_a_type, group[0]["loc"]))]
     for group in groups:
         if len(group) > 1:  # which alternative it was is no part of the setting's name
             group[0]["loc"] = group[0]["loc"][:-1]

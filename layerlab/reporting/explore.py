@@ -90,7 +90,7 @@ class Arms(NamedTuple):
 @validated
 def make_arms(
     names: str | Sequence[str] = ALL,
-    combinations: Sequence[str] | Mapping[str, Mapping[str, Mapping[str, Any]]] = (),
+    combinations: SkipValidation[Sequence[str] | Mapping[str, Mapping[str, Mapping[str, Any]]]] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Arms:
     """An arm for each strategy, and for each combination of several.
