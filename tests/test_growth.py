@@ -87,5 +87,5 @@ def test_a_scoreboard_grows_with_the_runs(fake, tmp_path, monkeypatch):
 
     assert exponent(work, (1, 4, 12)) < MOST
     # No run is left behind, however many there are.
-    monkeypatch.setattr("layerlab.runs.tracking.store.PAGE", 5)
+    monkeypatch.setattr("layerlab.runs.tracking.pages.PAGE", 5)
     assert len(notebook_runs("fake")) == 12

@@ -19,6 +19,7 @@ from layerlab.base.errors import LayerlabError
 from layerlab.base.files import is_plain
 from layerlab.runs.tracking import store
 from layerlab.runs.tracking.imported import CLAIMS_ALONE, Imported, origins
+from layerlab.runs.tracking.pages import every_run
 from layerlab.runs.tracking.schema import copy_to, schema, upgrade
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
@@ -74,7 +75,7 @@ class _Import:
         return self.found
 
     def _experiment(self, experiment: Any) -> None:
-        runs = store.every_run(self.there, [experiment.experiment_id])
+        runs = every_run(self.there, [experiment.experiment_id])
         if not runs:
             return
         number = store.experiment_id(experiment.name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerlab.runs.tracking import store
+from layerlab.runs.tracking.pages import every_run
 
 # Tag of a run that came as a claims.json: whatever its times, it lacks what its database holds.
 CLAIMS_ALONE = f"{store.PREFIX}claims-alone"
@@ -36,6 +37,6 @@ class Imported:
 def origins(experiment: str) -> dict[str, Any]:
     """The runs of an experiment by their ids, and by the ids that they had elsewhere."""
     found = {}
-    for run in store.every_run(store.client(), [experiment]):
+    for run in every_run(store.client(), [experiment]):
         found[run.info.run_id] = found[run.data.tags.get(store.ORIGIN, run.info.run_id)] = run
     return found

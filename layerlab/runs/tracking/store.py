@@ -32,6 +32,7 @@ from layerlab.base.provenance import provenance, versions, versions_text
 from layerlab.base.usage import note_absent
 from layerlab.runs.record import DATABASE, workbook_folder
 from layerlab.runs.tracking.database import PATIENCE, check_file, wait_for_database
+from layerlab.runs.tracking.pages import every_run
 from layerlab.runs.tracking.schema import copy_to, schema, sqlite_file, sqlite_uri, upgrade, without_password
 from layerlab.runs.tracking.writer import is_alive, this_machine, this_process
 from layerlab.show.progress import say
@@ -55,8 +56,6 @@ PROCESS = f"{PREFIX}process"
 ORIGIN = f"{PREFIX}origin"
 # MLflow's limits: for one call, and in characters of a name.
 METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100
-# Runs that are asked for at once.
-PAGE = 5000
 LONGEST_KEY = 250
 
 
@@ -368,25 +367,6 @@ def notebook_runs(paper: str) -> list[Any]:
         return []
     return every_run(reader(), [found.experiment_id], "tags.kind = 'notebook' AND attributes.status = 'FINISHED'",
                      order_by=["attributes.start_time DESC"])
-
-
-def every_run(there: Any, experiments: Sequence[str], wanted: str = "", **options: Any) -> list[Any]:
-    """The runs of experiments that a filter takes, all of them: MLflow gives a page at a time.
-
-    Args:
-        there: the client.
-        experiments: their ids.
-        wanted: the filter, as MLflow's `search_runs` has it.
-        options: of that.
-    """
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = there.search_runs(experiments, wanted, max_results=PAGE, page_token=token, **options)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
 
 
 def find_notebook_run(name: str) -> Any | None:
