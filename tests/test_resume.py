@@ -290,6 +290,7 @@ def test_of_a_torchrun_job_the_first_process_alone_writes_and_all_read(digits, r
     options = dict(epochs=2, batch_size=256, checkpoint=tmp_path, progress=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LAYERLAB_PROGRESS", str(tmp_path / "progress"))
+    (tmp_path / "progress").touch()
     silent = Count()
     alone = fit(residual, digits, observers=[silent], **options)
     # The word that nothing is written goes where a batch reads it.

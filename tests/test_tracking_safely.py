@@ -72,7 +72,9 @@ def test_what_cannot_be_tracked_is_found_before_anything_is_trained(fake, digits
     before = {tag.key for content in logged for tag in content.get("tags", ())}
     study.claim("gain", [1.0], seeds=[0])
     study.finish()
-    assert before == {tag.key for content in logged for tag in content.get("tags", ())} != set()
+    # An answer's name and length are such that every store takes it.
+    after = {tag.key for content in logged for tag in content.get("tags", ())} - {"answer"}
+    assert before == after != set()
 
 
 def test_an_experiment_that_was_deleted_is_named_with_the_remedy_before_any_training(digits, residual):

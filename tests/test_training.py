@@ -144,7 +144,7 @@ def test_accuracy_and_loss_are_those_of_the_predictions(digits, residual):
         ({"learning_rate": 1}, "fit has no setting 'learning_rate'"),
         ({"epochs": 0}, "'epochs' should be greater than or equal to 1"),
         ({"batch_size": 10**6}, "batch_size 1000000 is larger than the 1433 training images"),
-        ({"precision": "float8"}, "setting 'precision' should be 'float32' or 'bfloat16'"),
+        ({"precision": "float8"}, "setting 'precision' should be 'float32', 'bfloat16' or 'float16'"),
         ({"compile": "gcc"}, "setting 'compile' should be true, false or one of .*inductor.*, got 'gcc'"),
         ({"device": "cuda:99"}, "Device 'cuda:99' is not available here"),
         ({"strategies": [3]}, "is no strategy"),
