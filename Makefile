@@ -20,7 +20,8 @@ reproduce: $(READY)  ## every installed paper at the quick profile, then the sco
 test: $(READY)  ## the test suite but for what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-all: $(READY)  ## the slow tests, too: kills at random moments, many writers, clusters
+test-all: $(READY)  ## the slow tests, too: kills at random moments, many writers, clusters, other trainers
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[datasets,huggingface,lightning,metrics]'
 	LAYERLAB_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(READY)  ## ruff, then mypy

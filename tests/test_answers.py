@@ -9,7 +9,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
-from helpers import Freezer, Residual
+from helpers import Freezer, Residual, slow
 
 from layerlab import Session
 from layerlab.base.files import write_json
@@ -118,6 +118,7 @@ def test_a_batch_ends_with_its_answers_which_the_table_and_mlflow_have_too(fake,
     assert list(csv.DictReader(io.StringIO(_call("table", "--format", "csv")))) == table
 
 
+@slow
 def test_what_has_not_come_to_its_end_has_no_answer(fake):
     fake(OPEN, "raise ValueError('broke')", FINISH)
     run_batch(_grid(epochs=[1, 2]), workers=1)

@@ -76,6 +76,7 @@ def test_explore_ones_own_images_and_network(mine, tmp_path):
         "baseline", "lars-skip", "notebook"}
 
 
+@slow
 def test_explore_takes_a_recipe_of_one_s_own(mine):
     shown = _run("explore", **mine, epochs=3, seeds=[0], optimizer="adamw", lr=0.002, schedule="one-cycle",
                  validation=4, fit_settings={"clip_norm": 1.0, "averaging": "ema", "patience": 3, "weight_decay": 0.01})

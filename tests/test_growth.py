@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import slow
 from torch import nn
 
 from layerlab import Study, scoreboard, strategies
@@ -54,7 +55,9 @@ def chain(layers: int) -> nn.Sequential:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
-@pytest.mark.parametrize("name", ["comm-overlap", "lars-skip", "learn-and-drop", "low-bit", "memory-reorder"])
+@pytest.mark.parametrize("name", [
+    "comm-overlap", "lars-skip", "learn-and-drop", pytest.param("low-bit", marks=slow),
+    pytest.param("memory-reorder", marks=slow)])
 def test_a_pre_flight_grows_with_the_layers(name):
     example = torch.randn(2, 3, 8, 8)
 
@@ -65,6 +68,7 @@ def test_a_pre_flight_grows_with_the_layers(name):
     assert exponent(work, (5, 40, 160)) < MOST
 
 
+@slow
 def test_a_plan_grows_with_its_jobs(tmp_path):
     def work(size: int) -> Callable[[], object]:
         alphas = [number + 0.5 for number in range(size)]
@@ -73,6 +77,7 @@ def test_a_plan_grows_with_its_jobs(tmp_path):
     assert exponent(work, (5, 40, 160)) < MOST
 
 
+@slow
 def test_a_scoreboard_grows_with_the_runs(fake, tmp_path, monkeypatch):
     fake()
     made = itertools.count(1)

@@ -16,7 +16,7 @@ import nbformat
 import numpy as np
 import pytest
 from fake_paper import FINISH, OPEN, TRAIN
-from helpers import write_notebook
+from helpers import slow, write_notebook
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell
 from PIL import Image
@@ -177,6 +177,7 @@ def test_a_database_that_was_only_read_counts_and_one_that_was_written_does_not(
     assert usage.changes(used, os.getcwd()) == [f"{read} was written to"]
 
 
+@slow
 def test_a_scoreboard_is_made_again_when_runs_are_added_and_not_otherwise(fake, tmp_path):
     fake()
     job = notebook_job(write_notebook(tmp_path / "home" / "notebooks" / "board.ipynb",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers import slow
 
 import layerlab
 from layerlab.cli.main import main
@@ -90,6 +91,7 @@ def _answer(*arguments: str) -> tuple[dict[str, str], str, str]:
     return told, Path(told["page"]).read_text(), result.stderr
 
 
+@slow
 def test_of_three_methods_the_one_that_pays_is_recommended_and_no_placebo(methods, tmp_path):
     """Within two minutes; on a busy machine with fewer seeds."""
     told, page, lines = _answer(methods, "digits", "--budget", "2min", "-s", "skip", "-s", "waste", "-s", "lame")
@@ -120,6 +122,7 @@ def test_what_cannot_pay_is_not_even_compared(methods):
     assert "seed 1" not in lines
 
 
+@slow
 def test_interrupted_it_goes_on_with_what_it_had_chosen(methods):
     question = Question(methods, "digits", 60.0, ["skip"])
     first: list[str] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import small_disk, write_notebook
+from helpers import slow, small_disk, write_notebook
 from nbformat.v4 import new_code_cell
 from PIL import Image
 from test_full_disk import call, fill
@@ -61,7 +61,7 @@ def unusable(place: Path, kind: str) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("kind", ["a file", "a full disk", "no right"])
+@pytest.mark.parametrize("kind", ["a file", pytest.param("a full disk", marks=slow), "no right"])
 def test_without_a_cache_each_command_does_what_it_does_with_one_and_says_so(
     fake, images, tmp_path, monkeypatch, kind
 ):
