@@ -16,13 +16,13 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 reproduce: $(READY)  ## every installed paper at the quick profile, then the scoreboard
 	$(BIN)/layerlab reproduce
 
-# One thread a worker: most tests wait for a kernel or a process of their own.
+# One thread a worker, and a worker more than cores: many tests wait for a kernel or a process of their own.
 test: $(READY)  ## the test suite but for what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-all: $(READY)  ## the slow tests, too: kills at random moments, many writers, clusters, other trainers
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[datasets,huggingface,lightning,metrics]'
-	LAYERLAB_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	LAYERLAB_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 lint: $(READY)  ## ruff, then mypy
 	$(BIN)/ruff check .

@@ -103,7 +103,7 @@ def fingerprint() -> str:
 def test_another_process_comes_to_the_same_fingerprint():
     script = "import test_fingerprint as t; print(t.fingerprint())"
     found = {subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True,
-                            check=True, env={"PYTHONHASHSEED": seed, "CUDA_VISIBLE_DEVICES": ""}).stdout
+                            check=True, env={"PYTHONHASHSEED": seed, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}).stdout
              for seed in ("1", "2")}
     assert len(found) == 1
     assert found != {""}

@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from helpers import slow
+
 import layerlab
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +55,7 @@ WRONG = {
 }
 
 
+@slow
 def test_a_third_party_s_plugin_is_checked_strictly_and_its_mistakes_are_found(tmp_path):
     (tmp_path / "mine.py").write_text(PLUGIN)
     (tmp_path / "wrong.py").write_text("\n".join(["import mine; from layerlab import compare, fit", *WRONG]) + "\n")
