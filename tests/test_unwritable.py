@@ -89,6 +89,7 @@ def test_without_a_cache_each_command_does_what_it_does_with_one_and_says_so(
             assert "Decoded images are not kept, so the next start decodes again: " in said
 
 
+@slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs mounts of its own: root's")
 def test_without_a_folder_for_temporary_files_each_command_ends_in_a_sentence_or_well(fake, images, tmp_path):
     fake()

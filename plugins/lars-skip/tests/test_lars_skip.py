@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pandas as pd
 import pytest
 import torch
+from helpers import slow
 from torch import nn
 
 from layerlab import (
@@ -174,7 +175,7 @@ def test_backward_flops_fall_by_exactly_the_skipped_layers_share():
         assert table["forward_flops"][skipped] == 2 * sum(macs)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "densenet121", "mobilenet_v2"])
+@pytest.mark.parametrize("name", [pytest.param("vgg11", marks=slow), "resnet18", "densenet121", "mobilenet_v2"])
 def test_it_works_on_torchvisions_networks(name):
     data = load_dataset("digits", image_size=32, channels=3, limit=16, test_limit=8, device="cpu")
     result = fit(lambda: build_model(name, num_classes=10), data, LarsSkip(alpha=0), epochs=2, batch_size=8,
@@ -306,7 +307,7 @@ def test_a_network_that_leaves_nothing_to_skip_or_to_learn_is_refused(data, mode
         fit(model, data, LarsSkip(), epochs=1, **OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vgg11", marks=slow)])
 def test_the_preflight_says_what_skipping_all_convolutions_saves(name):
     data = load_dataset("digits", image_size=32, channels=3, limit=16, test_limit=8, device="cpu")
     result = fit(build_model(name, num_classes=10), data, LarsSkip(alpha=0), epochs=2, **OPTIONS | {"batch_size": 8})
