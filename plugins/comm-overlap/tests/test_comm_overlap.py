@@ -183,6 +183,8 @@ def train(network, others, ours, more):
     strategies = sorted([*others, *([ours] if ours else [])], key=lambda each: isinstance(each, Whole))
     result = fit(network, digits(), strategies, **(SETTINGS | more))
     hooks = any(module._forward_pre_hooks or module._forward_hooks for module in result.model.modules())
+    # `launch(fit, …)` sends whole results home.
+    result = cloudpickle.loads(cloudpickle.dumps(result))
     found = {"weights": result.model.state_dict(), "history": result.history, "hooks": hooks}
     for each in result.strategies:
         if isinstance(each, CommOverlap):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,10 @@ class Choice:
         self.over = len(self.ways) == 1
         self._device = device
         self._seconds: dict[Way, list[float]] = {way: [] for way in self.ways}
-        self._visits = self._plan()
+        # Plain values, since a result travels to another process with its strategies.
+        self._left = [way for number in range(_ROUNDS) for way in (ways if number % 2 == 0 else reversed(ways))][1:]
         self._steps = 0
         self._since = 0.0
-        next(self._visits)
 
     def before_step(self, left: int) -> bool:
         """To be called before each step, with everything that was sent still under way.
@@ -83,7 +83,7 @@ class Choice:
             self._steps += 1
             return False
         self._seconds[self.way].append((time.perf_counter() - self._since) / _TIMED)
-        before, self.way = self.way, next(self._visits, None) or self._decide()
+        before, self.way = self.way, self._left.pop(0) if self._left else self._decide()
         # This step is the first of the next visit, if that can end in this epoch.
         self._steps = int(whole)
         return self.way != before
@@ -96,10 +96,6 @@ class Choice:
     def seconds(self) -> dict[str, float]:
         """Name of a way → seconds a step, median over its visits, once it is decided the mean over all workers."""
         return {way.name: statistics.median(values) for way, values in self._seconds.items() if values}
-
-    def _plan(self) -> Iterator[Way]:
-        for number in range(_ROUNDS):
-            yield from self.ways if number % 2 == 0 else reversed(self.ways)
 
     def _decide(self) -> Way:
         medians = [statistics.median(self._seconds[way]) for way in self.ways]
