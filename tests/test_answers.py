@@ -80,6 +80,7 @@ def test_jobs_are_told_apart_by_what_differs_alone(fake):
     assert [job.differs for job in told_apart([*jobs, alone])] == [{"epochs": 1}, {"epochs": 4}, {"epochs": 1}]
 
 
+@slow
 def test_a_batch_ends_with_its_answers_which_the_table_and_mlflow_have_too(fake, tmp_path):
     fake(OPEN, TRAIN, FINISH)
     plan = tmp_path / "plan.yaml"

@@ -63,7 +63,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Job]:
     return lambda: notebook_job(file)
 
 
-@pytest.mark.parametrize("root", ["", "/nowhere"])
+@pytest.mark.parametrize("root", ["", pytest.param("/nowhere", marks=slow)])
 def test_finished_before_says_what_was_compared_and_runs_again_what_changed(job, tmp_path, monkeypatch, root):
     monkeypatch.setenv("LAYERLAB_DATA", root)
     assert [outcome.status for outcome in run_batch([job()])] == ["finished"]

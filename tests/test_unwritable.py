@@ -61,7 +61,8 @@ def unusable(place: Path, kind: str) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("kind", ["a file", pytest.param("a full disk", marks=slow), "no right"])
+@slow
+@pytest.mark.parametrize("kind", ["a file", "a full disk", "no right"])
 def test_without_a_cache_each_command_does_what_it_does_with_one_and_says_so(
     fake, images, tmp_path, monkeypatch, kind
 ):

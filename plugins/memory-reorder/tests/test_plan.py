@@ -146,7 +146,7 @@ def live_peak(step: measuring.Step) -> int:
 
 
 @pytest.mark.parametrize(("name", "size", "batch"), [
-    pytest.param("resnet18", 32, 8, marks=slow), ("squeezenet1_1", 64, 4)])
+    pytest.param("resnet18", 32, 8, marks=slow), pytest.param("squeezenet1_1", 64, 4, marks=slow)])
 def test_a_dry_run_has_the_live_tensors_of_the_real_step_and_the_real_peak_has_workspaces_as_well(name, size, batch):
     torch.manual_seed(0)
     model, shape = analysis.network(name, image_size=size)
