@@ -6,7 +6,7 @@ import os
 import threading
 
 import pytest
-from helpers import Freezer, same_weights
+from helpers import Freezer, same_weights, slow
 
 from layerlab import LayerlabError, LayerlabWarning, Run, compare
 
@@ -35,6 +35,7 @@ def test_seeds_side_by_side_give_what_one_after_the_other_gives(digits, residual
         assert result.final["test/top1"] == together.results[key].final["test/top1"]
 
 
+@slow
 def test_a_seed_is_trained_in_a_process_of_its_own(digits, residual, tmp_path):
     built = tmp_path / "built"
     built.mkdir()
@@ -62,6 +63,7 @@ def test_what_cannot_be_sent_to_another_process_trains_here_and_says_so(digits, 
     assert run.seeds == [0, 1]
 
 
+@slow
 def test_a_seed_that_fails_ahead_fails_here_with_its_own_error(digits, residual, tmp_path):
     with pytest.warns(LayerlabWarning, match="Seed 1 could not be trained ahead and is trained here: .*It stumbled"), \
             pytest.raises(LayerlabError, match="It stumbled with seed 1"):

@@ -55,9 +55,8 @@ def chain(layers: int) -> nn.Sequential:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
 
 
-@pytest.mark.parametrize("name", [
-    "comm-overlap", "lars-skip", "learn-and-drop", pytest.param("low-bit", marks=slow),
-    pytest.param("memory-reorder", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["comm-overlap", "lars-skip", "learn-and-drop", "low-bit", "memory-reorder"])
 def test_a_pre_flight_grows_with_the_layers(name):
     example = torch.randn(2, 3, 8, 8)
 
