@@ -55,8 +55,8 @@ class StockEngine:
         self._bytes = sum(p.numel() * p.element_size() for p in run.training_model.parameters() if p.requires_grad)
         self._sent = 0
         self.ddp = DistributedDataParallel(
-            run.training_model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb,
-            find_unused_parameters=find_unused, init_sync=synchronise, **({} if buffers else OWN_BUFFERS))
+            run.training_model, bucket_cap_mb=bucket_mb, find_unused_parameters=find_unused, init_sync=synchronise,
+            **({} if buffers else OWN_BUFFERS))
         if link is not None:
             # DDP compares a hook's annotations, as objects, with its own.
             self.ddp.register_comm_hook(None, lambda _, bucket: _late(link, bucket))
