@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from layerlab.training.evaluation import joined, logits, takes_model
 from layerlab.training.settings import Settings, length, make_optimizer, make_schedule
 from layerlab.training.whitening import whiten
 from layerlab.workload.dataset import Dataset, Moment, Split
+from layerlab.workload.examples import Examples
 from layerlab.workload.order import forward_order
-from layerlab.workload.own import Data, OwnData, offers
+from layerlab.workload.own import Data, OwnData, offers, on_halves
 
 Network = nn.Module | Callable[[], nn.Module]
 # Of (output, target), or of (model, batch).
@@ -34,20 +36,16 @@ OF_IMAGES = ("augment", "padding", "sizes", "whitening")
 
 def on_device(data: Data, device: torch.device) -> Data:
     """The dataset with labels and resident images on a device; streamed images stay where they are."""
-    if isinstance(data, OwnData):
-        validation_half = data.validation.to(device) if data.validation is not None else None
-        return replace(data, train=data.train.to(device), test=data.test.to(device), validation=validation_half)
-    validation = _moved(data.validation, device) if data.validation is not None else None
-    return replace(
-        data, train=_moved(data.train, device), test=_moved(data.test, device), validation=validation
-    )
+    return on_halves(partial(_moved, device=device), data)
 
 
-def _moved(split: Split, device: torch.device) -> Split:
-    if split.labels.device == device:
-        return split
-    images = split.images.to(device) if isinstance(split.images, Tensor) else split.images
-    return replace(split, images=images, labels=split.labels.to(device))
+def _moved(half: Split | Examples, device: torch.device) -> Split | Examples:
+    if isinstance(half, Examples):
+        return half.to(device)
+    if half.labels.device == device:
+        return half
+    images = half.images.to(device) if isinstance(half.images, Tensor) else half.images
+    return replace(half, images=images, labels=half.labels.to(device))
 
 
 def prepared(data: Data, settings: Settings) -> Data:

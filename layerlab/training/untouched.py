@@ -15,22 +15,19 @@ from layerlab.base.errors import Refused
 from layerlab.base.trees import on_tensors, tensors
 from layerlab.workload.dataset import Dataset, Split
 from layerlab.workload.examples import Examples, Resident
-from layerlab.workload.own import Data, OwnData
+from layerlab.workload.own import Data, on_halves
 
 
 def lent(data: Data) -> Data:
     """The same data for an arm of its own: a tensor is copied when the arm first writes into it, and only then."""
-    if isinstance(data, OwnData):
-        own_validation = _lent_examples(data.validation) if data.validation is not None else None
-        return replace(data, train=_lent_examples(data.train), test=_lent_examples(data.test),
-                       validation=own_validation)
-    validation = _lent(data.validation) if data.validation is not None else None
-    return replace(data, train=_lent(data.train), test=_lent(data.test), validation=validation)
+    return on_halves(_lent, data)
 
 
-def _lent(split: Split) -> Split:
-    images = _copied_when_written(split.images) if isinstance(split.images, Tensor) else split.images
-    return replace(split, images=images, labels=_copied_when_written(split.labels))
+def _lent(half: Split | Examples) -> Split | Examples:
+    if isinstance(half, Examples):
+        return _lent_examples(half)
+    images = _copied_when_written(half.images) if isinstance(half.images, Tensor) else half.images
+    return replace(half, images=images, labels=_copied_when_written(half.labels))
 
 
 def _halves(data: Data) -> dict[str, Any]:

@@ -349,6 +349,12 @@ def _image_dataset(
                    note=note, validation=splits.get(VALIDATION))
 
 
+def on_halves(function: Callable[[Any], Any], data: Data) -> Data:
+    """The same data with a function's value in the place of each half that there is."""
+    halves = {name: getattr(data, name) for name in ("train", "test", "validation")}
+    return replace(data, **{name: function(half) for name, half in halves.items() if half is not None})
+
+
 def offers(data: Data) -> frozenset[str]:
     """What data give to a strategy that needs it, in the words of `Strategy.needs`."""
     if isinstance(data, Dataset):
