@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 # Inches of a figure of two panels, so that letters stay readable in the column of a README, which is about 850 pixels.
 WIDEST = 10.4
+# Inches of two rows of a legend.
+_ROWS = 0.5
 
 
 def _theme() -> None:
@@ -67,15 +69,22 @@ def panels(
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
-    """A legend below all panels, where it covers nothing, in as many columns as the figure's width takes."""
+    """A legend below all panels, where it covers nothing, in as many columns as the figure's width takes.
+
+    The figure grows by its rows behind the second, so that the panels keep their height.
+    """
     if not labels:
         return
     room = figure.bbox.width * 0.98
     for columns in range(min(len(labels), 6), 0, -1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
-        if columns == 1 or legend.get_window_extent().width <= room:
-            return
+        box = legend.get_window_extent()
+        if columns == 1 or box.width <= room:
+            break
         legend.remove()
+    more = box.height / figure.dpi - _ROWS
+    if more > 0:
+        figure.set_figheight(figure.get_figheight() + more)
 
 
 def wrapped(text: str, inches: float, size: float = 12.0) -> str:

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from layerlab.show import ticks as ticks
 from layerlab.show.canvas import Picture as Picture
@@ -39,6 +39,8 @@ LABELS = {
 }
 # Curves with bands at most: those of more hide each other.
 _BANDS = 5
+# Inches from one mark to the next of several at one point.
+_ASIDE = 0.11
 
 
 def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"), title: str = "") -> Figure:
@@ -133,7 +135,7 @@ def side_by_side(frame: pd.DataFrame, columns: Mapping[str, str], baseline: str 
         axis.set_yticks(range(len(names)), names if number % 3 == 0 else [""] * len(names))
         axis.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
         axis.margins(x=0.12)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_locator(ticks.few(4))
     return figure
 
 
@@ -238,13 +240,13 @@ def payoff(frame: pd.DataFrame) -> Figure:
 
 
 def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, percent: bool = False,
-                 error: str | None = None, xlabel: str = "", title: str = "", one: str = "") -> Figure:
+                 error: str | tuple[str, str] = "", xlabel: str = "", title: str = "", one: str = "") -> Figure:
     """Grouped bars with their values written on them.
 
     Args:
         frame: long table.
         x, y, hue: its columns.
-        error: column of half-widths of intervals.
+        error: column of half-widths of intervals, or the two of their lower and upper ends.
         percent: y is a share, shown in per cent.
         one: what 1 is, for ratios; a line is drawn there.
     """
@@ -256,15 +258,18 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
     for number, (name, each) in enumerate(drawn.items()):
         part = frame[frame[hue].astype(str) == name].set_index(x).reindex(groups)
         places = np.arange(len(groups)) + (number - (len(drawn) - 1) / 2) * width
-        bars = axis.bar(places, part[y], width, label=name, yerr=part[error] if error else None, color=each.colour,
+        reach: Any = part[error] if isinstance(error, str) and error else None
+        if isinstance(error, tuple):
+            reach = [(part[y] - part[error[0]]).clip(0), (part[error[1]] - part[y]).clip(0)]
+        bars = axis.bar(places, part[y], width, label=name, yerr=reach, color=each.colour,
                         error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.3"}, edgecolor="white", linewidth=0.6)
-        axis.bar_label(bars, fmt=(lambda v: f"{100 * v:.3g}%") if percent else "{:.3g}", fontsize=9, padding=2,
+        axis.bar_label(bars, fmt=lambda v: _short(v, percent), fontsize=9, padding=2,
                        rotation=90 if narrow else 0)
     room = max(map(len, map(str, groups))) * 0.1 * len(groups) > figure.get_figwidth() * 0.85
     axis.set_xticks(np.arange(len(groups)), [str(group) for group in groups], rotation=90 if room else 0)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     entitle(axis, title)
-    axis.margins(y=0.2 if narrow else 0.12)
+    axis.margins(y=0.25 if narrow else 0.12)
     axis.grid(axis="x", visible=False)
     if percent:
         ticks.percent(axis.yaxis)
@@ -276,17 +281,22 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
     return figure
 
 
+def _short(value: float, percent: bool) -> str:
+    """A number to three digits, for a bar."""
+    return (f"{100 * value:.3g}%" if percent else f"{value:.3g}").replace("-", "−")
+
+
 def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel: str, ylabel: str,
              percent: bool = True) -> Figure:
     """Cost against accuracy, a point for each candidate, one panel for each value of `panel`.
 
-    Candidates that ended at the same point are drawn as rings around each other.
+    Candidates that ended at the same point stand side by side around it.
 
     Args:
         frame: a row a candidate, with columns x, y, label, panel and, for intervals, `x ±` and `y ±` named so.
         percent: x is a share, shown in per cent; y always is.
     """
-    names = list(dict.fromkeys(frame[panel]))
+    names, together = list(dict.fromkeys(frame[panel])), False
     figure, axes = panels(len(names), height=3.4)
     drawn = looks([str(name) for name in frame[label]])
     for axis, name in zip(axes, names, strict=True):
@@ -294,9 +304,12 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
             for number, (_, point) in enumerate(same.iterrows()):
                 each = drawn[str(point[label])]
                 axis.errorbar(point[x], point[y], xerr=_bar(point.get(f"{x} ±", np.nan)),
-                              yerr=_bar(point.get(f"{y} ±", np.nan)), fmt=each.marker, color=each.colour,
-                              elinewidth=0.8, capsize=2, markersize=6.5 + 5 * number, markeredgewidth=1.4,
-                              fillstyle="none" if number else "full")
+                              yerr=_bar(point.get(f"{y} ±", np.nan)), fmt=",", color=each.colour, elinewidth=0.8,
+                              capsize=2)
+                aside = ScaledTranslation(_ASIDE * (number - (len(same) - 1) / 2), 0, figure.dpi_scale_trans)
+                axis.plot(point[x], point[y], each.marker, color=each.colour, markersize=6.5,
+                          transform=axis.transData + aside, clip_on=False)
+                together = together or number > 0
         axis.set(xlabel=xlabel, ylabel=ylabel)
         entitle(axis, name)
         if percent:
@@ -305,7 +318,9 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel
         axis.margins(x=0.12, y=0.15)
     handles = [plt.Line2D([], [], color=each.colour, marker=each.marker, linestyle="", markersize=6.5)
                for each in drawn.values()]
-    legend_below(figure, handles, list(drawn))
+    if together:
+        handles.append(plt.Line2D([], [], linestyle=""))
+    legend_below(figure, handles, [*drawn, *(["side by side: at the same point"] if together else [])])
     return figure
 
 

@@ -50,7 +50,7 @@ def layer_epoch_map(
                           solid_capstyle="butt", clip_on=False)
             before = count
     handles, names = _state_handles(states or ()), list(states or ())
-    if gone:
+    if gone and any(table.isna().to_numpy().any() for table in maps.values()):
         handles, names = [*handles, plt.Rectangle((0, 0), 1, 1, color=_GONE)], [*names, gone]
     if edge:
         handles, names = [*handles, plt.Line2D([], [], color="crimson", linewidth=2)], [*names, edge]

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from layerlab.base.errors import LayerlabError
 from layerlab.show.ticks import ExactFormatter
 
 # The width of a README's column, and the height of the smallest letters there, in pixels.
@@ -59,6 +60,16 @@ def check_figure(figure: Figure) -> list[str]:
             if _lacks_label(axes, axis, panels):
                 faults.append(f"The {axis.axis_name} axis of panel {number} has no label.")
     return list(dict.fromkeys(faults))
+
+
+def demand_legible(name: str, figure: Figure) -> None:
+    """Refuse a figure in which something cannot be read.
+
+    Raises:
+        LayerlabError: what `check_figure` finds.
+    """
+    if faults := check_figure(figure):
+        raise LayerlabError(f"The figure {name!r} cannot be read: {' '.join(faults)}")
 
 
 def _texts(figure: Figure) -> list[Text]:

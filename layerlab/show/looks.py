@@ -63,21 +63,24 @@ class Looks:
     def __init__(self) -> None:
         self._known: dict[str, Look] = {}
 
-    def bind(self, plain: Iterable[str] = (), method: Iterable[str] = (), others: Iterable[str] = ()) -> None:
+    def bind(
+        self, plain: Iterable[str] = (), method: Iterable[str] = (), others: Iterable[str | Sequence[str]] = ()
+    ) -> None:
         """Say what arms are, before the first of them is drawn; without it they take their looks in the order seen.
 
         Args:
             plain: trained or computed without the method.
             method: what the figures are about.
-            others: in the order of their tones.
+            others: in the order of their tones; names in a sequence of their own share one.
         """
-        for name in plain:
-            self._known[name] = self._next(PLAIN)
-        for name in method:
-            self._known[name] = self._next(METHOD)
-        for name in others:
-            self._known.pop(name, None)
-            self._known[name] = self._other()
+        for colour, names in ((PLAIN, plain), (METHOD, method)):
+            for name in names:
+                self._known[name] = self._next(colour)
+        for given in others:
+            shared = [given] if isinstance(given, str) else list(given)
+            tone = self._rarest()
+            for name in shared:
+                self._known[name] = self._next(tone)
 
     def __getitem__(self, arm: str) -> Look:
         """The look of an arm; one that is seen first takes the next."""
@@ -96,12 +99,12 @@ class Looks:
             return self._next(PLACEBO)
         if " · equal " in arm:
             return self._next(EQUAL)
-        return self._other()
+        return self._next(self._rarest())
 
-    def _other(self) -> Look:
-        """The tone that fewest have, with a line and a marker that no other of it has."""
+    def _rarest(self) -> str:
+        """The tone that fewest arms have."""
         count = {tone: sum(look.colour == tone for look in self._known.values()) for tone in TONES}
-        return self._next(min(TONES, key=lambda tone: count[tone]))
+        return min(TONES, key=lambda tone: count[tone])
 
     def _next(self, colour: str) -> Look:
         colours = [look.colour for look in self._known.values()]

@@ -84,7 +84,7 @@ def percent(axis: Any, most: int = 7) -> None:
         axis: matplotlib's.
         most: ticks at most, by about one.
     """
-    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(few(most))
     axis.set_major_formatter(ExactFormatter(100, "%"))
 
 
@@ -98,8 +98,10 @@ def logarithmic(axis: Any, base: float = 10, letters: bool = False) -> None:
     """
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=base)
     low, high = axis.get_view_interval()
-    few = base == 10 and high / low < 3000
-    axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,), numticks=12))
+    # Within less than a power of ten, round numbers as on a linear axis.
+    narrow, short = high / low < 8, high / low < 3000
+    powers = LogLocator(base, subs=(1, 2, 5) if base == 10 and short else (1,), numticks=12)
+    axis.set_major_locator(few(4) if base == 10 and narrow else powers)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(_LogFormatter(letters=letters))
     axis.set_minor_formatter(NullFormatter())
@@ -122,3 +124,8 @@ def at(axis: Any, values: Sequence[float]) -> None:
     axis.set_major_locator(FixedLocator(shown))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(_LogFormatter())
+
+
+def few(most: int) -> MaxNLocator:
+    """Round numbers at an axis, so many at most."""
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
