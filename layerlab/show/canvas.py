@@ -58,6 +58,8 @@ def panels(
         width, height, options: as `canvas` has them.
     """
     columns = max(1, min(columns, count))
+    # One panel alone takes the width of its legend.
+    width = max(width, 6.4) if count == 1 else width
     figure, axes = canvas(columns, -(-count // columns), width, height, **options)
     flat = list(axes.flat)
     for axis in flat[count:]:
@@ -77,7 +79,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], 
         return
     room = figure.bbox.width * 0.98
     for columns in range(min(len(labels), 6), 0, -1):
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.4, **options)
         box = legend.get_window_extent()
         if columns == 1 or box.width <= room:
             break

@@ -265,11 +265,13 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
                         error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.3"}, edgecolor="white", linewidth=0.6)
         axis.bar_label(bars, fmt=lambda v: _short(v, percent), fontsize=9, padding=2,
                        rotation=90 if narrow else 0)
-    room = max(map(len, map(str, groups))) * 0.1 * len(groups) > figure.get_figwidth() * 0.85
-    axis.set_xticks(np.arange(len(groups)), [str(group) for group in groups], rotation=90 if room else 0)
+    names = [str(group) for group in groups]
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    crowded = longest * 0.1 * len(groups) > figure.get_figwidth() * 0.85
+    axis.set_xticks(np.arange(len(groups)), names, rotation=90 if crowded else 0)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     entitle(axis, title)
-    axis.margins(y=0.25 if narrow else 0.12)
+    axis.margins(y=0.36 if narrow else 0.12)
     axis.grid(axis="x", visible=False)
     if percent:
         ticks.percent(axis.yaxis)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from layerlab.show.canvas import entitle, legend_below, panels
 from layerlab.show.looks import tones
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Inches between the names of layers, and between the numbers of epochs for each of their letters.
 _LINE, _LETTER = 0.17, 0.1
+# Inches from a map down to its own legend, below its epochs.
+_LEGEND = 0.55
 _EMPTY, _GONE = "#d9d9d9", "#c94c4c"
 
 
@@ -69,8 +72,9 @@ def layer_maps(maps: Mapping[str, LayerMap], title: str = "") -> Figure:
     for axis, (name, each) in zip(axes, maps.items(), strict=True):
         _heat_map(axis, name, each.table, each.label, each.states or None)
         if each.states:
-            axis.legend(_state_handles(each.states), each.states, loc="upper center", bbox_to_anchor=(0.5, -0.28),
-                        ncols=min(3, len(each.states)))
+            below = axis.transAxes + ScaledTranslation(0, -_LEGEND, figure.dpi_scale_trans)
+            axis.legend(_state_handles(each.states), each.states, loc="upper center", bbox_to_anchor=(0.5, 0.0),
+                        bbox_transform=below, ncols=min(3, len(each.states)))
     if title:
         figure.suptitle(title)
     return figure

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter
 from matplotlib.transforms import Bbox
@@ -38,7 +39,8 @@ def check_figure(figure: Figure) -> list[str]:
     Returns:
         Of its texts, which overlap each other or are crossed by a line, which are cut, which would be too small in a
         column of 850 pixels; of its axes, which have two ticks with one label, a label that is not its tick's value, a
-        factor apart from the numbers, or no label; and curves of one panel that differ by colour alone.
+        factor apart from the numbers, or no label; curves of one panel that differ by colour alone; and entries of a
+        legend that look the same.
 
     Example:
         >>> from layerlab import figures
@@ -49,7 +51,7 @@ def check_figure(figure: Figure) -> list[str]:
         ['The y axis of panel 1 has no label.']
     """
     figure.canvas.draw()
-    faults = [*_overlaps(figure), *_cut(figure), *_small(figure)]
+    faults = [*_overlaps(figure), *_cut(figure), *_small(figure), *_same_in_legend(figure)]
     panels = [axes for axes in figure.axes if axes.get_visible()]
     for number, axes in enumerate(panels, 1):
         faults += _crossed(axes, number)
@@ -178,6 +180,26 @@ def _alike(axes: Any, number: int) -> Iterator[str]:
 def _style(line: Line2D) -> tuple[str, str, str]:
     # matplotlib knows dashes of one's own by their pattern alone.
     return str(line.get_linestyle()), str(line.get_marker()), str(getattr(line, "_unscaled_dash_pattern", ""))
+
+
+def _same_in_legend(figure: Figure) -> Iterator[str]:
+    """Entries of a legend that look the same."""
+    for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)):
+        if legend is None:
+            continue
+        entries = [(text.get_text(), _appearance(handle))
+                   for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)]
+        for (one, first), (other, second) in itertools.combinations(entries, 2):
+            if first and first == second:
+                yield f"{one!r} and {other!r} look the same in the legend."
+
+
+def _appearance(handle: Any) -> tuple[Any, ...]:
+    if isinstance(handle, Line2D):
+        return (*_style(handle), handle.get_fillstyle(), str(handle.get_color()))
+    if isinstance(handle, Patch):
+        return (handle.get_facecolor(), handle.get_edgecolor(), handle.get_hatch())
+    return ()
 
 
 def _ticks(axis: Any) -> Iterator[str]:

@@ -73,45 +73,59 @@ class Looks:
             method: what the figures are about.
             others: in the order of their tones; names in a sequence of their own share one.
         """
+        # As if nothing else were known: what another method's figures bind changes nothing.
+        own = Looks()
         for colour, names in ((PLAIN, plain), (METHOD, method)):
             for name in names:
-                self._known[name] = self._next(colour)
+                own._known[name] = own._next(colour)
         for given in others:
-            shared = [given] if isinstance(given, str) else list(given)
-            tone = self._rarest()
-            for name in shared:
-                self._known[name] = self._next(tone)
+            tone = own._rarest(())
+            for name in [given] if isinstance(given, str) else given:
+                own._known[name] = own._next(tone)
+        self._known |= own._known
 
     def __getitem__(self, arm: str) -> Look:
         """The look of an arm; one that is seen first takes the next."""
-        if arm not in self._known:
-            self._known[arm] = self._new(str(arm))
-        return self._known[arm]
+        return self.of([arm])[arm]
 
     def of(self, arms: Sequence[str]) -> dict[str, Look]:
-        """The looks of several arms, in their order."""
-        return {arm: self[arm] for arm in dict.fromkeys(arms)}
+        """The looks of several arms, in their order; those that are seen first differ in colour from the others."""
+        names = list(dict.fromkeys(arms))
+        for arm in names:
+            if arm not in self._known:
+                beside = [self._known[name] for name in names if name in self._known]
+                self._known[arm] = self._next(self._colour(arm, beside))
+        return {arm: self._known[arm] for arm in names}
 
-    def _new(self, arm: str) -> Look:
+    def _colour(self, arm: str, beside: Sequence[Look]) -> str:
         if arm in _PLAIN_NAMES:
-            return self._next(PLAIN)
+            return PLAIN
         if arm.endswith(" · placebo"):
-            return self._next(PLACEBO)
+            return PLACEBO
         if " · equal " in arm:
-            return self._next(EQUAL)
-        return self._next(self._rarest())
+            return EQUAL
+        return self._rarest(beside)
 
-    def _rarest(self) -> str:
-        """The tone that fewest arms have."""
-        count = {tone: sum(look.colour == tone for look in self._known.values()) for tone in TONES}
-        return min(TONES, key=lambda tone: count[tone])
+    def _rarest(self, beside: Sequence[Look]) -> str:
+        """The tone that fewest of the arms in the figure have, and of these tones the one that fewest have at all."""
+        def how_often(tone: str) -> tuple[int, int]:
+            return (sum(look.colour == tone for look in beside),
+                    sum(look.colour == tone for look in self._known.values()))
+
+        return min(TONES, key=how_often)
 
     def _next(self, colour: str) -> Look:
-        colours = [look.colour for look in self._known.values()]
+        """A look with a marker that no other of its colour has, nor any other with its line."""
+        known = self._known.values()
         number = _FIRST.get(colour, -1)
-        if number < 0 or colour in colours:
-            number = len(_FIRST) + len(colours)
-        return Look(colour, _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
+        if number < 0 or any(look.colour == colour for look in known):
+            number = len(_FIRST) + len(known)
+        for further in range(len(_LINES) * len(_MARKERS)):
+            line, marker = _LINES[(number + further) % len(_LINES)], _MARKERS[(number + further) % len(_MARKERS)]
+            if not any((look.marker == marker and look.colour == colour) or (look.line, look.marker) == (line, marker)
+                       for look in known):
+                break
+        return Look(colour, line, marker)
 
 
 LOOKS = Looks()

@@ -68,7 +68,7 @@ def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int], 
         rows.append({"method": arm, "network": name, "points": mean, "points ±": half,
                      **{column: part[column].mean() for column in columns}})
     figure = figures.families(pd.DataFrame(rows), columns, "points", "method", "network",
-                              "points of top-1 above the\nconventional network, same epoch", title, percent=False)
+                              "points of top-1 against the\nconventional network", title, percent=False)
     for axis in figure.axes:
         axis.axhline(0, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
     return figure

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -14,7 +16,7 @@ from layerlab_comm_overlap.method.measuring import CHOSEN, VARIANTS
 from layerlab_comm_overlap.method.stock import STOCK
 
 _ALONE, *_SOME, _ALL = VARIANTS
-figures.bind(plain=[_ALONE, "one process"], method=[_ALL], others=[*_SOME, CHOSEN, *STOCK])
+figures.bind(plain=[_ALONE, "one process"], method=[_ALL], others=[*_SOME, CHOSEN, tuple(STOCK)])
 
 
 def bars(frame: pd.DataFrame) -> Figure:
@@ -85,7 +87,8 @@ def timelines(spans: Mapping[str, pd.DataFrame]) -> Figure:
     layers = list(dict.fromkeys(frame_layer for frame in spans.values()
                                 for frame_layer in frame.loc[frame["kind"] == "forward", "what"]))
     short = [layer.rpartition(".")[2] for layer in layers]
-    colours = dict(zip(short, figures.tones(len(short)), strict=True))
+    # Layers have an order, and so have these colours.
+    colours = dict(zip(short, plt.get_cmap("viridis")(np.linspace(0, 1, len(short))), strict=True))
     figure, axes = figures.panels(len(spans), columns=1, width=10.4, height=1.9, sharex=True)
     longest = max(frame["end"].max() for frame in spans.values())
     for axis, (title, frame) in zip(axes, spans.items(), strict=True):

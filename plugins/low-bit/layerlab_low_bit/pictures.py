@@ -39,6 +39,8 @@ def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
         # Upright numbers stand on the bars.
         axis.set_ylim(floor, high * (high / low) ** 0.36)
         figures.ticks.logarithmic(axis.yaxis, letters=True)
+        # There are no more than a million of a million.
+        axis.set_yticks([place for place in axis.get_yticks() if place <= 1e6])
         axis.set_xticks(places, KINDS.values())
         axis.set(ylabel=f"{rate} values [ppm]")
         axis.grid(axis="x", visible=False)
@@ -83,7 +85,7 @@ def _draw_kind(axis: Any, part: pd.DataFrame, histograms: pd.DataFrame) -> None:
     if (part["kind"] == "error").all():
         part = part.iloc[::-1]
     table = histograms.loc[part["tensor"]]
-    shares = table.div(table.sum(1).clip(lower=1), axis=0)
+    shares = table.div(table.sum(axis=1).clip(lower=1), axis=0)
     used = shares.columns[(shares > 0).any()]
     first = max(used.min(), int((part["position"] - part["bits"]).min()) - 4)
     last = max(used.max(), int(part["position"].max())) + 1

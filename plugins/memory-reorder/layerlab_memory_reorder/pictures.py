@@ -27,7 +27,7 @@ from layerlab_memory_reorder.method.plan import Plan
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
 
 figures.bind(plain=[PLAIN, "plain PyTorch"], method=[OURS, "reordered"],
-             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, PLAN, NULL, *list(PARTS)[1:]])
+             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, NULL, PLAN, *list(PARTS)[1:]])
 
 
 def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory [MB]") -> Figure:

@@ -23,8 +23,9 @@ figures.bind(
 
 
 def curves(frame: pd.DataFrame, title: str) -> Figure:
-    """`analysis.learning_curves`."""
-    return figures.curves(frame, "test/top1", title=title)
+    """`analysis.learning_curves`, or their later part, which the title says."""
+    first = frame["epoch"].min()
+    return figures.curves(frame, "test/top1", title=f"{title}, from epoch {first} on" if first > 1 else title)
 
 
 def choice(frame: pd.DataFrame, title: str) -> Figure:
