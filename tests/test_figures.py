@@ -23,7 +23,7 @@ from layerlab import LayerlabError, Session, figures
 from layerlab.testing import check_figure
 
 ROOT = Path(__file__).parents[1]
-PLACES = {"core": drawn_figures.core, **drawn_figures.PLUGINS}
+PLACES = drawn_figures.places()
 DRAWN = [(place, name) for place, make in PLACES.items() for name in make()]
 # Functions of figures that give no figure of a notebook: they prepare one.
 PARTS = {"canvas", "panels"}
@@ -37,7 +37,7 @@ def _closed() -> Any:
 
 @pytest.mark.parametrize(("place", "name"), DRAWN)
 def test_every_figure_can_be_read(place, name):
-    assert check_figure(PLACES[place]()[name]()) == []
+    assert check_figure(drawn_figures.drawn(place, name)) == []
 
 
 def drawing_functions(module: Any) -> set[str]:

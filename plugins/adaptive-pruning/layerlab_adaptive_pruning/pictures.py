@@ -67,8 +67,9 @@ def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int], 
         name = labels[0] if arm == BASELINE else f"{labels[stage]}, after {part['epoch'].iloc[0]} epochs"
         rows.append({"method": arm, "network": name, "points": mean, "points ±": half,
                      **{column: part[column].mean() for column in columns}})
-    figure = figures.families(pd.DataFrame(rows), columns, "points", "method", "network",
-                              "points of top-1 against the\nconventional network", title, percent=False)
+    figure = figures.families(
+        pd.DataFrame(rows), columns, "points", "method", "network", "points of top-1 against the\nconventional network",
+        f"{title}: both after as many epochs", percent=False)
     for axis in figure.axes:
         axis.axhline(0, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
     return figure

@@ -26,8 +26,8 @@ from layerlab_memory_reorder.method.plan import Plan
 
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
 
-figures.bind(plain=[PLAIN, "plain PyTorch"], method=[OURS, "reordered"],
-             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, NULL, PLAN, *list(PARTS)[1:]])
+figures.bind(plain=[PLAIN, "plain PyTorch", PLAN], method=[OURS, "reordered"],
+             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, NULL, *list(PARTS)[1:]])
 
 
 def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory [MB]") -> Figure:
