@@ -81,7 +81,7 @@ def hide_the_step(axis: Any) -> None:
 
 
 def lie(axis: Any) -> None:
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value + 0.01:.2f}"))
 
 
 def two_alike(axis: Any) -> None:
@@ -99,8 +99,9 @@ def same_entries(axis: Any) -> None:
 
 
 FAULTS: dict[str, Callable[[Any], Any]] = {
-    r"'0.2' stands at|'0' stands at \d ticks": lie,
-    r"'97%' stands at|'96%' stands at": hide_the_step,
+    r"'0.21' stands at 0.2 of the x axis": lie,
+    "'96%' stands at 2 ticks of the y axis": hide_the_step,
+    "'98%' stands at 0.975 of the y axis": hide_the_step,
     "overlap": lambda axis: (axis.text(0.2, 0.985, "one text"), axis.text(0.21, 0.985, "another text")),
     "is cut by the edge": lambda axis: axis.annotate("beyond", (1.05, 0.5), xycoords="figure fraction"),
     "'inside' is cut": lambda axis: axis.text(0.4, 0.98, "inside", clip_on=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -13,11 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
 from layerlab.base.errors import LayerlabError
-from layerlab.show.ticks import ExactFormatter
 
 # The width of a README's column, and the height of the smallest letters there, in pixels.
 COLUMN, SMALLEST = 850, 8
@@ -229,9 +229,10 @@ def _ticks(axis: Any) -> Iterator[str]:
 
 def _is_number_axis(axis: Any) -> bool:
     """Whether places are numbers, and not those of names in a row, which somebody put there with their ticks."""
-    named = isinstance(axis.get_major_locator(), FixedLocator) and not isinstance(
-        axis.get_major_formatter(), ExactFormatter)
-    return not named and not isinstance(axis.get_major_formatter(), NullFormatter) and not axis.have_units()
+    formatter = axis.get_major_formatter()
+    # Names given with their places come from such a function.
+    named = isinstance(formatter, FuncFormatter) and isinstance(formatter.func, functools.partial)
+    return not named and not isinstance(formatter, FixedFormatter | NullFormatter) and not axis.have_units()
 
 
 def _said(text: str) -> float | None:
