@@ -219,6 +219,13 @@ def test_a_pruned_network_is_held_against_the_conventional_one_of_the_same_epoch
     assert "80% left, after 8 epochs" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def test_nothing_has_no_bar_on_a_logarithmic_axis():
+    figure = drawn_figures.drawn("low-bit", "rates_figure")
+    for axis in figure.axes:
+        for bar, number in zip(axis.patches, axis.texts, strict=True):
+            assert (bar.get_height() <= axis.get_ylim()[0]) == (number.get_text() == "0")
+
+
 def test_the_layer_nearest_the_input_is_at_the_bottom():
     table = drawn_figures.layers(5, 3)
     figure = figures.layer_epoch_map({"a run": table}, "score")

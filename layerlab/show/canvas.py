@@ -63,8 +63,8 @@ def panels(
     figure, axes = canvas(columns, -(-count // columns), width, height, **options)
     flat = list(axes.flat)
     for axis in flat[count:]:
-        # An axis above an empty place is the last of its column, and shows what shared axes show at the bottom alone.
         axis.remove()
+    # An axis above an empty place is the last of its column, and shows what shared axes show at the bottom alone.
     for axis in flat[max(0, count - columns):count]:
         axis.tick_params(axis="x", labelbottom=True)
     return figure, flat[:count]

@@ -35,12 +35,13 @@ def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
             axis.bar_label(shown, [f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in values],
                            fontsize=8.5, rotation=90, padding=2)
         axis.set_yscale("log")
-        # Upright numbers stand on the bars.
+        # Above the bars is room for their upright numbers.
         highest = max(shares.max(), 10 * floor)
-        axis.set_ylim(floor, highest * (highest / floor) ** 0.5)
         figures.ticks.logarithmic(axis.yaxis, letters=True)
         # There are no more than a million of a million.
         axis.set_yticks([place for place in axis.get_yticks() if place <= 1e6])
+        # Last, since ticks widen the view, in which nothing would have a bar.
+        axis.set_ylim(floor, highest * (highest / floor) ** 0.5)
         axis.set_xticks(places, KINDS.values())
         axis.set(ylabel=f"{rate} values [ppm]")
         axis.grid(axis="x", visible=False)
