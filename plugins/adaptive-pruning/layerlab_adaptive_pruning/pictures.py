@@ -62,7 +62,7 @@ def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int], 
         # One point for the conventional network: it is its own measure in every stage.
         if bool(stage) == (arm == BASELINE):
             continue
-        points = part["top-1"].to_numpy() - dense.loc[[(seed, stage) for seed in part["seed"]]].to_numpy()
+        points = part["top-1"].to_numpy() - dense.reindex([(seed, stage) for seed in part["seed"]]).to_numpy()
         mean, half = Estimate(tuple(100 * points)).interval
         name = labels[0] if arm == BASELINE else f"{labels[stage]}, after {part['epoch'].iloc[0]} epochs"
         rows.append({"method": arm, "network": name, "points": mean, "points ±": half,

@@ -36,7 +36,7 @@ def rates_figure(table: pd.DataFrame, title: str = "") -> Figure:
                            fontsize=8.5, rotation=90, padding=2)
         axis.set_yscale("log")
         # Above the bars is room for their upright numbers.
-        highest = max(shares.max(), 10 * floor)
+        highest = max(np.nanmax(shares, initial=0.0), 10 * floor)
         figures.ticks.logarithmic(axis.yaxis, letters=True)
         # There are no more than a million of a million.
         axis.set_yticks([place for place in axis.get_yticks() if place <= 1e6])
