@@ -104,7 +104,8 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
         rows = part.set_index("arm").reindex(arms)
         bars = axis.barh(range(len(arms)), rows["peak GB"], color=[figures.look(arm).colour for arm in arms])
         # A way that some network cannot take has no number there.
-        axis.bar_label(bars, ["" if pd.isna(peak) else f"{peak:.3g}" for peak in rows["peak GB"]], fontsize=9, padding=2)
+        numbers = ["" if pd.isna(peak) else f"{peak:.3g}" for peak in rows["peak GB"]]
+        axis.bar_label(bars, numbers, fontsize=9, padding=2)
         axis.set_yticks(range(len(arms)), arms, fontsize=9)
         kind = "real steps" if part["real"].any() else "dry runs"
         axis.set_title(f"{network}\nbatch {batch}, {kind}", fontsize=11)
