@@ -30,6 +30,12 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _readable_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that a test runs fails at a figure whose labels overlap, repeat, are cut or lie."""
+    monkeypatch.setenv("LAYERLAB_CHECK_FIGURES", "1")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tensors too small for threads, which on a busy machine make each step a hundred times slower."""

@@ -91,6 +91,18 @@ def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
     assert "something broke" in (tmp_path / "out" / "fake.failed.ipynb").read_text()
 
 
+def test_a_notebook_that_a_test_runs_fails_at_a_figure_that_cannot_be_read(fake, tmp_path):
+    draw = """from layerlab import figures
+figure, ((axis,),) = figures.canvas()
+axis.plot([1, 2], [0.960, 0.970])
+axis.set(xlabel='epoch', ylabel='share')
+axis.yaxis.set_major_formatter('{x:.1f}')
+study.figure('rounded', figure)"""
+    fake(OPEN, draw, FINISH)
+    with pytest.raises(LayerlabError, match=r"figure 'rounded' cannot be read: '1.0' stands at \d+ ticks"):
+        reproduce("fake", output=tmp_path / "out")
+
+
 @slow
 def test_a_dead_kernel_is_no_success_and_the_next_run_goes_on(fake, tmp_path):
     fake(OPEN, "import os, signal\nif p.pause: os.kill(os.getpid(), signal.SIGKILL)", TRAIN, FINISH)

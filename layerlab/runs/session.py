@@ -268,9 +268,16 @@ class Session:
         return frame
 
     def figure(self, name: str, figure: Figure) -> Picture:
-        """Keep a matplotlib figure as PNG in the folder and in MLflow; gives the picture back for display."""
-        from layerlab.show.figures import Picture, png
+        """Keep a matplotlib figure as PNG in the folder and in MLflow; gives the picture back for display.
 
+        Raises:
+            LayerlabError: `$LAYERLAB_CHECK_FIGURES` is set, as in our tests, and something in it cannot be read.
+        """
+        from layerlab.show.figures import Picture, png
+        from layerlab.show.legibility import demand_legible
+
+        if os.environ.get("LAYERLAB_CHECK_FIGURES"):
+            demand_legible(name, figure)
         picture = Picture(figure, png(figure, 144), 144)
         self._show("figure", name, picture.content)
         return picture

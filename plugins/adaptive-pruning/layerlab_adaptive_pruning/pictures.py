@@ -1,16 +1,18 @@
-"""What the notebook draws: which layers and channels survive."""
+"""What the notebook draws: which layers and channels survive, and what a user chooses from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import seaborn as sns
+import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 
-from layerlab import Comparison, figures
+from layerlab import Comparison, Estimate, figures
 from layerlab_adaptive_pruning.analysis import BASELINE, OURS, PEER, pruning_of
+
+figures.bind(plain=[BASELINE], method=[OURS], others=[PEER, "torch-pruning's BNScale", "torch-pruning's GroupNorm"])
 
 
 def survival(comparison: Comparison, seed: int, labels: Sequence[str]) -> Figure:
@@ -20,30 +22,54 @@ def survival(comparison: Comparison, seed: int, labels: Sequence[str]) -> Figure
         seed: of the runs that are shown.
         labels: of the stages.
     """
-    shown = [arm for arm in (OURS, PEER) if (arm, seed) in comparison.results]
-    count_layers = len(pruning_of(comparison.results[shown[0], seed]).stages[0]["channels"])
-    figure, axes = figures.canvas(rows=len(shown), width=min(16.0, max(8.0, 0.36 * count_layers)), height=2.5)
-    for axis, arm in zip(axes[:, 0], shown, strict=True):
+    maps = {}
+    for arm in (OURS, PEER):
+        if (arm, seed) not in comparison.results:
+            continue
         noted = pruning_of(comparison.results[arm, seed]).stages
         first = noted[0]["channels"]
         order = _forward(comparison.results[BASELINE, seed].model, list(first))
-        left = np.array([[stage["channels"][path] / first[path] for path in order] for stage in noted])
-        colours = sns.color_palette("viridis", as_cmap=True).with_extremes(bad="#c94c4c")
-        sns.heatmap(np.where(left == 0, np.nan, left), ax=axis, vmin=0, vmax=1, cmap=colours, linewidths=0.4,
-                    linecolor="white", mask=np.zeros_like(left, dtype=bool), cbar_kws={"label": "channels left"})
-        axis.grid(False)
-        axis.set_facecolor("#c94c4c")
-        gone = int((left[-1] == 0).sum())
-        axis.set_title(f"{arm}: {gone} of {len(order)} batch norms are gone" if gone else f"{arm}: no layer is gone")
-        axis.set_yticklabels(labels[: len(noted)], rotation=0)
-        axis.set_xticks(np.arange(len(order)) + 0.5, order if len(order) <= 45 else [""] * len(order), rotation=90,
-                        fontsize=7)
-        if len(order) > 45:
-            axis.set_xlabel("batch norms in forward order")
-    return figure
+        left = np.array([[stage["channels"][path] / first[path] for stage in noted] for path in order])
+        missing = int((left[:, -1] == 0).sum())
+        title = f"{arm}: {missing} of {len(order)} batch norms are gone" if missing else f"{arm}: no layer is gone"
+        columns = [label.removesuffix(" left") for label in labels[: len(noted)]]
+        maps[title] = pd.DataFrame(np.where(left == 0, np.nan, left), index=order, columns=columns)
+    return figures.layer_epoch_map(maps, "share of channels left", columns="parameters left after each stage",
+                                   gone="the layer is gone")
 
 
 def _forward(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Batch norms in the order of the modules, which is the order in which a traced network runs."""
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return sorted(paths, key=lambda path: order.get(path, len(order)))
+
+
+def choices(table: pd.DataFrame, labels: Sequence[str], batches: Sequence[int], title: str = "") -> Figure:
+    """Accuracy against parameters and latency, each pruned network against the conventional one after as many epochs.
+
+    Later stages have trained for longer, so that accuracies as such would rise with pruning.
+
+    Args:
+        table: `analysis.speeds`.
+        labels: of the stages.
+        batches: images a batch for which inference was timed.
+    """
+    columns = {"parameters": "parameters"} | {
+        f"batch {size} [ms]": f"latency, {size} image{'s' * (size > 1)} at a time [ms]" for size in batches}
+    dense = table[table["arm"] == BASELINE].set_index(["seed", "stage"])["top-1"]
+    rows = []
+    for (arm, stage), part in table.groupby(["arm", "stage"], sort=False):
+        # One point for the conventional network: it is its own measure in every stage.
+        if bool(stage) == (arm == BASELINE):
+            continue
+        points = part["top-1"].to_numpy() - dense.reindex([(seed, stage) for seed in part["seed"]]).to_numpy()
+        mean, half = Estimate(tuple(100 * points)).interval
+        name = labels[0] if arm == BASELINE else f"{labels[stage]}, after {part['epoch'].iloc[0]} epochs"
+        rows.append({"method": arm, "network": name, "points": mean, "points ±": half,
+                     **{column: part[column].mean() for column in columns}})
+    figure = figures.families(
+        pd.DataFrame(rows), columns, "points", "method", "network", "points of top-1 against the\nconventional network",
+        f"{title}: both after as many epochs", percent=False)
+    for axis in figure.axes:
+        axis.axhline(0, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+    return figure

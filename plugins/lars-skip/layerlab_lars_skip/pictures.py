@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from layerlab import figures
 
+figures.bind(plain=["conventional", "full learning"], method=["proposed"], others=["linear freezing", "own history"])
+
 TITLE = "multiply-accumulates, VGG-F at 224 × 224"
 
 
@@ -44,7 +46,7 @@ def skipped(maps: Mapping[str, pd.DataFrame]) -> Figure:
 def savings(table: pd.DataFrame) -> Figure:
     """Figs. 6 and 7: of `analysis.savings`."""
     return figures.grouped_bars(
-        table, "dataset", "saved", "what", "saved against full learning", percent=True, error="±",
+        table, "dataset", "saved", "what", "saved against full learning", percent=True, error="±", xlabel="dataset",
         title="Figs. 6 and 7: saved over the run")
 
 

@@ -1,4 +1,4 @@
-"""The paper's Figures 3 and 4: what lies where in memory, and when."""
+"""The paper's Figures 3 and 4: what lies where in memory, and when; savings, peaks and times."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from layerlab import figures
+from layerlab_memory_reorder.analysis import PLAN
+from layerlab_memory_reorder.method.measuring import (
+    BOTH,
+    CHECKPOINTING,
+    FUSED,
+    NULL,
+    OURS,
+    PAPER,
+    PARTS,
+    PLAIN,
+    USERS,
+)
 from layerlab_memory_reorder.method.plan import Plan
 
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
+
+figures.bind(plain=[PLAIN, "plain PyTorch", PLAN], method=[OURS, "reordered"],
+             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, NULL, *list(PARTS)[1:]])
 
 
 def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory [MB]") -> Figure:
@@ -23,28 +37,29 @@ def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory
         plans: title → plan; all panels have the same y axis.
         unit, label: of the y axis, in bytes.
     """
-    colours: dict[str, Any] = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
-    figure, axes = figures.canvas(len(plans), width=6.6, height=5.6, sharey=True)
+    colours = dict(zip(KINDS, figures.tones(len(KINDS)), strict=True))
+    figure, axes = figures.panels(len(plans), height=5.6, sharey=True)
     tallest = max(plan.total for plan in plans.values())
-    for axis, (title, plan) in zip(axes[0], plans.items(), strict=True):
+    for axis, (title, plan) in zip(axes, plans.items(), strict=True):
         for block in plan.blocks:
             width, height = block.last - block.first + 1, block.bytes / unit
             axis.add_patch(Rectangle((block.first - 0.5, block.offset / unit), width, height, linewidth=0.6,
-                                     facecolor=colours[block.kind], edgecolor="white"))
-            if block.bytes > 0.028 * tallest:
-                axis.text(block.first - 0.5 + width / 2, block.offset / unit + height / 2, block.tensor, fontsize=6.5,
+                                     facecolor=colours[block.kind], edgecolor="white", alpha=0.75))
+            # Named where its name fits.
+            if block.bytes > 0.035 * tallest and len(block.tensor) * 0.36 < width:
+                axis.text(block.first - 0.5 + width / 2, block.offset / unit + height / 2, block.tensor, fontsize=8,
                           ha="center", va="center", color="black")
         axis.axhline(plan.total / unit, color="0.3", linewidth=0.9, linestyle="--")
         axis.set_title(f"{title}: {plan.total / unit:.3g} MB")
         axis.set_xlim(-0.6, len(plan.operations) - 0.4)
         axis.set_ylim(0, 1.06 * tallest / unit)
         names = [operation.name.removeprefix("forward ") for operation in plan.operations]
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+        axis.set_xlabel("operations, in their order")
         axis.grid(False)
-    axes[0][0].set_ylabel(label)
+    axes[0].set_ylabel(label)
     present = [kind for kind in KINDS if any(block.kind == kind for plan in plans.values() for block in plan.blocks)]
-    figure.legend([Patch(color=colours[kind]) for kind in present], present, loc="outside lower center",
-                  ncols=len(present))
+    figures.legend_below(figure, [Patch(color=colours[kind], alpha=0.75) for kind in present], present)
     return figure
 
 
@@ -56,23 +71,23 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
         published: per cent.
     """
     names = list(dict.fromkeys(frame["network"]))
-    figure, axes = figures.canvas(len(names), width=3.3, sharey=True)
+    figure, axes = figures.panels(len(names), columns=4 if len(names) > 4 else 2, height=2.9, sharey=True)
     lines = {"kept": "all weight diffs kept", "shared": "one weight diff at a time", "slabs": "weight diffs in slabs",
              "forward reuse": "memory reused in forward too"}
-    colours = sns.color_palette("colorblind", len(lines))
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes, names, strict=True):
         part = frame[frame["network"] == name]
-        for colour, (column, label) in zip(colours, lines.items(), strict=True):
-            axis.plot(part["batch"], part[column], marker="o", markersize=4, color=colour, label=label)
+        for column, label in lines.items():
+            look = figures.look(label)
+            axis.plot(part["batch"], part[column], marker=look.marker, markersize=5, color=look.colour,
+                      linestyle=look.line, label=label)
         axis.axhline(published, color="0.3", linewidth=0.9, linestyle="--",
                      label=f"published: over {published:g} % against the conventional plan")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(part["batch"], [str(batch) for batch in part["batch"]])
-        axis.minorticks_off()
-        axis.set(title=name, xlabel="batch size", ylim=(0, 75))
-    axes[0][0].set_ylabel("saved [%]")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        axis.set(xlabel="batch size", ylim=(0, 75))
+        figures.entitle(axis, name)
+        figures.ticks.logarithmic(axis.xaxis, base=2)
+        figures.ticks.at(axis.xaxis, sorted(set(part["batch"])))
+        axis.set_ylabel("saved [%]" if axis.get_subplotspec().is_first_col() else "")
+    figures.legend_below(figure, *axes[0].get_legend_handles_labels(), handlelength=3)
     return figure
 
 
@@ -84,20 +99,32 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
     """
     groups: list[Any] = list(frame.groupby(["network", "batch"], sort=False))
     arms = list(dict.fromkeys(frame["arm"]))
-    colours = dict(zip(arms, sns.color_palette("colorblind", len(arms)), strict=True))
-    columns = min(4, len(groups))
-    rows = -(-len(groups) // columns)
-    figure, axes = figures.canvas(columns, rows, width=3.1 + 2.2 / columns, height=2.9, sharey=True)
-    flat = list(axes.flat)
-    for axis, ((network, batch), part) in zip(flat, groups, strict=False):
-        bars = axis.barh(range(len(part)), part["peak GB"], color=[colours[arm] for arm in part["arm"]])
-        axis.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=2)
-        axis.set_yticks(range(len(part)), part["arm"], fontsize=8)
+    figure, axes = figures.panels(len(groups), columns=3, width=3.6, height=0.26 * len(arms) + 1.2, sharey=True)
+    for axis, ((network, batch), part) in zip(axes, groups, strict=True):
+        rows = part.set_index("arm").reindex(arms)
+        bars = axis.barh(range(len(arms)), rows["peak GB"], color=[figures.look(arm).colour for arm in arms])
+        # A way that some network cannot take has no number there.
+        numbers = ["" if pd.isna(peak) else f"{peak:.3g}" for peak in rows["peak GB"]]
+        axis.bar_label(bars, numbers, fontsize=9, padding=2)
+        axis.set_yticks(range(len(arms)), arms, fontsize=9)
         kind = "real steps" if part["real"].any() else "dry runs"
-        axis.set(title=f"{network}, batch {batch}, {kind}", xlabel="peak [GB]")
-        axis.margins(x=0.18)
+        axis.set_title(f"{network}\nbatch {batch}, {kind}", fontsize=11)
+        axis.set_xlabel("peak [GB]")
+        # Numbers stand behind the bars.
+        axis.margins(x=0.3)
+        axis.xaxis.set_major_locator(figures.ticks.few(4))
         axis.grid(axis="y", visible=False)
-    flat[0].invert_yaxis()
-    for axis in flat[len(groups):]:
-        axis.set_visible(False)
+    axes[0].invert_yaxis()
     return figure
+
+
+def times(frame: pd.DataFrame) -> Figure:
+    """Seconds of a step of every way, each a multiple of that of PyTorch's optimizer in backward, with quartiles.
+
+    Args:
+        frame: `analysis.timed`.
+    """
+    named = frame.assign(where=frame["network"] + ",\nbatch " + frame["batch"].astype(str))
+    return figures.grouped_bars(
+        named, "where", "time", "arm", "seconds of a step, as a multiple", error=("time low", "time high"),
+        xlabel="network", title=f"Seconds of a step as a multiple of those of {FUSED}", one=FUSED)
