@@ -8,6 +8,7 @@ seconds to those of the first setting decides, by turns; images a second belong 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -30,11 +31,11 @@ def measure(name: str, images: int, rounds: int) -> None:
     """Print a network's rates, a line a setting, the fastest marked."""
     options, shape, batches = NETWORKS[name]
     data = noise(images, shape)
-    settings = {f"batch {batch}, channels {'last' if last else 'first'}": {"batch_size": batch, "channels_last": last}
-                for batch in batches for last in (False, True)}
     # More epochs than are ever asked for: a fit that has ended trains no further.
-    fits = {title: Fit(partial(build_model, name, **options), data, epochs=rounds + 10, lr=0.01, **setting)
-            for title, setting in settings.items()}
+    fits = {f"batch {batch}, channels {'last' if last else 'first'}":
+            Fit(partial(build_model, name, **options), data, epochs=rounds + 10, lr=0.01, batch_size=batch,
+                channels_last=last)
+            for batch, last in itertools.product(batches, (False, True))}
     times = time_by_turns({title: one.train_epoch for title, one in fits.items()}, rounds=rounds)
     first = next(iter(times.values()))
     fastest = min(times, key=lambda title: times[title].ratio(first)[0])
