@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from traitlets.config import Config
 
 from layerlab import LayerlabError, Study, load_paper, strategies
-from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
+from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_results
 from layerlab.reporting.publish import DIGESTS, digests, publish
 from layerlab.runs.batch.plans import jobs_of, read_plan
 from layerlab.runs.execution import execute
@@ -43,7 +43,7 @@ def test_the_committed_pages_say_what_the_committed_claims_say():
         pytest.skip("other plugins are installed than this project's")
     readme = (ROOT / "README.md").read_text()
     assert (ROOT / "results" / "README.md").read_text() == scoreboard_page(ROOT / "results")
-    assert with_papers(readme, ROOT / "results") == readme
+    assert with_results(readme, ROOT / "results") == readme
     for name in {folder.parent.name for folder in PUBLISHED}:
         folder = ROOT / "results" / name
         assert (folder / "README.md").read_text() == paper_page(folder, load_paper(name))
@@ -81,7 +81,7 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
     assert "a gain | Table I | 3 points | 3 ± 13 points | 1 | cpu, digits, 2 seeds" in (there / "README.md").read_text()
     assert "## fake\n\nA paper (Author, 2020). [Tables and figures](fake/README.md).\n" in pages[1].read_text()
     readme = pages[2].read_text()
-    assert "| `fake` | Author, *A paper*, 2020 |  |  |  | 1 |  |  |  |  |  | [claims" in readme
+    assert "- fake: 1 undecided of 1 claims.  \n  <sub>`fake`: Author, *A paper*, 2020; [claims and fig" in readme
     assert readme.startswith("# Mine\n")
     assert readme.endswith("\nThe end.\n")
 

@@ -345,16 +345,31 @@ def preflight(
 @click.argument("what", nargs=-1, metavar="[NAME|FOLDER]…")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
               help="The folder of results.")
+@click.option("--check", is_flag=True, help="Publish nothing; list what is kept that older code made.")
 @shows
-def publish(what: tuple[str, ...], target: Path) -> None:
+def publish(what: tuple[str, ...], target: Path, check: bool) -> None:
     """Keep finished runs among the results, one page a paper, and write the scoreboard of all of them.
 
     A NAME stands for a strategy's newest runs in MLflow, all profiles but quick; without any, all strategies are taken.
-    A FOLDER is one that `layerlab reproduce` wrote.
+    A FOLDER is one that `layerlab reproduce` wrote. With --check the exit status is 1 where older code made something.
     """
+    from layerlab.contract.paper import load_paper, readable_papers
+    from layerlab.reporting.freshness import TODAY, kept_ages
     from layerlab.reporting.publish import publish as keep
 
-    show(Table(("page written",), [[str(page)] for page in keep(what, target)]))
+    if not check:
+        show(Table(("page written",), [[str(page)] for page in keep(what, target)]))
+        return
+    ages = kept_ages(target, [load_paper(name) for name in what] or readable_papers())
+    older = [each for each in ages if each.state != TODAY]
+    rows: list[list[str | Cell]] = []
+    for each in ages:
+        tone: Tone = "good" if each.state == TODAY else "warning"
+        rows.append([each.paper, each.profile, Cell(each.state, tone), each.why])
+    show(Table(("paper", "profile", "made by", "why"), rows,
+               notes=[f"{len(older)} of {len(ages)} kept profiles wait for a new run."]))
+    if older:
+        raise SystemExit(1)
 
 
 @main.command()

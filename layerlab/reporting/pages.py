@@ -1,4 +1,4 @@
-"""Pages of what is kept: a paper's own, the scoreboard of all, and the table of papers for a README. All Markdown."""
+"""Pages of what is kept: a paper's own, the scoreboard of all, and what a README shows of them. All Markdown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.provenance import versions_text
 from layerlab.base.screen import printable, visible
 from layerlab.base.text import reproduce_command
-from layerlab.contract.claims import ClaimResult, Verdict
+from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
+from layerlab.reporting.bottom_line import kept_line
+from layerlab.reporting.freshness import age
+from layerlab.reporting.overview import ALTERNATIVE, CAPTION, OVERVIEW
 from layerlab.reporting.scoreboard import scoreboard_table
 from layerlab.runs.manifest import read_manifest
 from layerlab.runs.record import PARAMETERS, RESULTS, read_parameters, read_results
@@ -26,6 +29,7 @@ from layerlab.show.table import Cell, Table, markdown_text
 # First line of every page, by which `layerlab publish` knows what it may replace.
 MARK = "<!-- written by `layerlab publish`; changes are lost when it is run again -->"
 SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
+PICTURE = ("<!-- overview -->", "<!-- /overview -->")
 # Of a plugin that lies beside the results.
 CARD = "plugins/{}/README.md"
 # A table with more rows is folded.
@@ -38,12 +42,14 @@ def kept_profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
 
 
 def run_rows(folder: Path, paper: Paper) -> list[ClaimResult]:
-    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters.
+    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters and the
+    plugin's code.
 
     Raises:
         LayerlabError: what the folder holds cannot be read.
     """
-    rows = read_results(folder)
+    older = bool(age(folder, paper).numbers)
+    rows = [row.model_copy(update={"older": older}) for row in read_results(folder)]
     if not (folder / PARAMETERS).exists():
         return [paper.judged(row) for row in rows]
     parameters = read_parameters(folder)
@@ -60,17 +66,24 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
     return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
 
 
+def lines(target: Path) -> list[tuple[Paper, str]]:
+    """Every installed paper with its sentence, from what is kept of it."""
+    return [(paper, kept_line(paper, kept_profiles(target / paper.strategy, paper))) for paper in readable_papers()]
+
+
 def scoreboard_page(target: Path) -> str:
-    """Every claim of every installed paper, in Markdown."""
+    """The sentence of every installed paper, their figure, and every claim, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
-    lines: list[list[str | Cell]] = [
+    counted: list[list[str | Cell]] = [
         [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
+    said = "\n".join(f"- {markdown_text(line)}" for _, line in lines(target))
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
-        "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
+        "MLflow holds. [docs/verdicts.md](../docs/verdicts.md) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = [MARK, "# Results", about, Table(("paper", *get_args(Verdict)), lines).markdown()]
+    text = [MARK, "# Results", said, _picture(""), "## Claims by verdict", about,
+            Table(("paper", *get_args(Verdict)), counted).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
@@ -79,28 +92,33 @@ def scoreboard_page(target: Path) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def _picture(folder: str) -> str:
+    """The figure of all papers with the sentence below it, seen from a page beside `folder`."""
+    return f"![{ALTERNATIVE}]({folder}{OVERVIEW}.png)\n\n{CAPTION}"
+
+
 def _card(target: Path, name: str) -> bool:
     return (target.resolve().parent / CARD.format(name)).exists()
 
 
-def with_papers(readme: str, target: Path) -> str | None:
-    """A README with the table of papers between its marks anew; None if it has none."""
-    before, mark, rest = readme.partition(SUMMARY[0])
-    _, end, after = rest.partition(SUMMARY[1])
-    if not (mark and end):
-        return None
-    lines: list[list[str | Cell]] = []
-    for paper in readable_papers():
-        name, rows = paper.strategy, kept(target, paper)
-        card = f"[`{name}`]({CARD.format(name)})" if _card(target, name) else f"`{name}`"
-        title = f"{paper.short_authors}, {paper.title}, {paper.year}"
-        source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
-        page = Cell("quick only", markdown="`quick` only")
+def with_results(readme: str, target: Path) -> str | None:
+    """A README with the figure of all papers and their sentences between its marks anew; None if it has neither."""
+    told = []
+    for paper, line in lines(target):
+        name = paper.strategy
+        links = [f"[what was tried]({CARD.format(name)})"] if _card(target, name) else []
         if (target / name / "README.md").exists():
-            page = Cell("claims and figures", link=f"{target.name}/{name}/README.md")
-        lines.append([Cell(name, markdown=card), Cell(title, markdown=source), *counts(rows).values(), page])
-    table = Table(("plugin", "paper", *get_args(Verdict), ""), lines).markdown()
-    return f"{before}{mark}\n{table}\n{end}{after}"
+            links.append(f"[claims and figures]({target.name}/{name}/README.md)")
+        source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
+        told.append(f"- {markdown_text(line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
+    blocks = {SUMMARY: "\n".join(told), PICTURE: _picture(f"{target.name}/")}
+    found = None
+    for (begin, end), block in blocks.items():
+        before, mark, rest = readme.partition(begin)
+        _, closed, after = rest.partition(end)
+        if mark and closed:
+            found = readme = f"{before}{mark}\n{block}\n{closed}{after}"
+    return found
 
 
 def paper_page(folder: Path, paper: Paper) -> str:
@@ -111,6 +129,7 @@ def paper_page(folder: Path, paper: Paper) -> str:
     if _card(folder.parent, paper.strategy):
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
+    text.append(f"**{markdown_text(kept_line(paper, profiles))}**")
     text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
     for profile, rows in profiles.items():
         text += run_part(profile, paper, profile.name, rows)
@@ -135,6 +154,9 @@ def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult])
     text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
     if other := next((row for row in rows if row.changed), None):
         text.append(f"Not as the profile has it today: {_code(', '.join(other.changed_texts))}.")
+    if why := age(folder, paper).why:
+        text.append(f"**{OLDER[:1].upper()}{OLDER[1:]}** ({_plain(why)}): it counts for no verdict and waits for a new "
+                    "run.")
     if some:
         result = f"Result: {_code(some.result)}. " if some.result else ""
         text.append(f"{result}Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. "
