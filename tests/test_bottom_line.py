@@ -11,6 +11,7 @@ from layerlab.contract.paper import Paper
 from layerlab.reporting.bottom_line import bottom_line
 from layerlab.reporting.findings import Outcome, finding
 from layerlab.runs.answer import Against
+from layerlab.show.interval import mean_interval
 
 CONDITIONS = {"dataset": "imagenet", "network": "large", "epochs": 90}
 
@@ -38,8 +39,10 @@ def row(claim: str, values: list[float], profile: str = "cpu", **more: object) -
     conditions = more.pop("conditions", {"dataset": "cifar10", "network": "small"})
     of = paper()
     seeds = list(range(len(values)))
+    mean, half = mean_interval(values)
     made = of.not_run(of.claim(claim), profile).model_copy(update={
-        "measured": sum(values) / len(values), "values": values, "seeds": seeds, "conditions": conditions,
+        "measured": mean, "interval": half if seeds[1:] else None, "values": values, "seeds": seeds,
+        "conditions": conditions,
         "observed": {"baseline top-1": 80.0}, **more})
     return of.judged(made)
 

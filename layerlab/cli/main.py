@@ -142,26 +142,25 @@ def describe(name: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
 @shows
 def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
-    """Show every claim of the installed papers with what MLflow holds of it.
+    """Show a sentence for each installed paper, and every claim with what MLflow holds of it.
 
-    The runs behind them follow in text, Markdown and HTML.
+    csv, latex and json have a row for each run of a claim; in the other forms a claim is one line, with its runs beside
+    each other.
     """
     from layerlab.base.files import write_atomically
-    from layerlab.reporting.scoreboard import collect, page, run_table, scoreboard_table
+    from layerlab.reporting.scoreboard import board, collected, page, scoreboard_table
 
     if wants_json():
         form = "json"
-    results = collect(names)
-    claims, runs = scoreboard_table(results), run_table(results)
+    found = collected(names)
+    results = [row for each in found for row in each.rows]
     if form == "html":
-        text = page(results)
-    elif form == "markdown":
-        text = f"{claims.markdown()}\n\n{runs.markdown()}\n"
-    elif form == "text":
+        text = page(results, [each.line for each in found])
+    elif form in ("markdown", "text"):
         # A file has no colours; click leaves them out of what goes there.
-        text = f"{claims.text(colour=not output)}\n\n{runs.text(colour=not output)}\n"
+        text = board(found, form == "markdown", colour=not output) + "\n"
     else:
-        text = getattr(claims, form)() + "\n"
+        text = getattr(scoreboard_table(results), form)() + "\n"
     if output:
         write_atomically(output, lambda stream: stream.write(text.encode()))
         click.echo(output)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from layerlab.base.names import FileName, FileNameOrNone
+from layerlab.show.interval import spread
 
 Verdict = Literal[
     "reproduced", "holds", "weaker", "undecided", "differs", "opposite", "not tested", "by a model", "not run",
@@ -186,10 +187,11 @@ class ClaimResult(BaseModel):
         """`mean ± half-width unit`, or why there is none."""
         if self.measured is None:
             return "—" if self.verdict == "not run" else "never"
+        half = math.nan if self.interval is None else self.interval
+        if half > 1e-9 * abs(self.measured):
+            return f"{spread(self.measured, half)} {self.unit}"
         # What seeds do not change differs by rounding alone.
-        half = self.interval if (self.interval or 0) > 1e-9 * abs(self.measured) else 0.0
-        spread = f" ± {half:.2g}" if self.interval is not None else ""
-        return f"{self.measured:.4g}{spread} {self.unit}"
+        return f"{self.measured:.4g} {self.unit}"
 
     @property
     def share_text(self) -> str:

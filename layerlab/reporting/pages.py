@@ -21,9 +21,11 @@ from layerlab.contract.rows import completed, counts, merged
 from layerlab.reporting.bottom_line import kept_line
 from layerlab.reporting.freshness import age
 from layerlab.reporting.overview import ALTERNATIVE, CAPTION, OVERVIEW
-from layerlab.reporting.scoreboard import scoreboard_table
+from layerlab.reporting.readable import papers_alone, readable
+from layerlab.reporting.scoreboard import claims_table, scoreboard_table
 from layerlab.runs.manifest import read_manifest
 from layerlab.runs.record import PARAMETERS, RESULTS, read_parameters, read_results
+from layerlab.show.stamp import same_picture
 from layerlab.show.table import Cell, Table, markdown_text
 
 # First line of every page, by which `layerlab publish` knows what it may replace.
@@ -88,7 +90,7 @@ def scoreboard_page(target: Path) -> str:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
             text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
-        text.append(scoreboard_table(rows).markdown())
+        text.append(claims_table(rows).markdown())
     return "\n\n".join(text) + "\n"
 
 
@@ -131,18 +133,22 @@ def paper_page(folder: Path, paper: Paper) -> str:
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
     text.append(f"**{markdown_text(kept_line(paper, profiles))}**")
     text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
+    before: dict[Path, str] = {}
     for profile, rows in profiles.items():
-        text += run_part(profile, paper, profile.name, rows)
+        text += run_part(profile, paper, profile.name, rows, before)
     return "\n\n".join(text) + "\n"
 
 
-def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult]) -> list[str]:
+def run_part(
+    folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult], before: dict[Path, str] | None = None
+) -> list[str]:
     """The paragraphs of a paper's page about one of the runs that are kept.
 
     Args:
         folder: where the run's tables, figures and parameters lie.
         name: of the folder where they are kept, beside the page.
         rows: the run's.
+        before: what the page shows already: file → its address; what this part shows is added to it.
 
     Raises:
         LayerlabError: the paper has no such profile; a table that cannot be read.
@@ -153,7 +159,7 @@ def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult])
     about = paper.profile(profile).description
     text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
     if other := next((row for row in rows if row.changed), None):
-        text.append(f"Not as the profile has it today: {_code(', '.join(other.changed_texts))}.")
+        text.append(_changed(other))
     if why := age(folder, paper).why:
         text.append(f"**{OLDER[:1].upper()}{OLDER[1:]}** ({_plain(why)}): it counts for no verdict and waits for a new "
                     "run.")
@@ -163,7 +169,7 @@ def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult])
                     f"Commit: {_code(some.commit)}. Versions: {_plain(versions_text(some.versions))}.")
     shown = visible(json.dumps(parameters, indent=1, ensure_ascii=False))
     text.append(f"<details><summary>Parameters</summary>\n\n```json\n{shown}\n```\n</details>")
-    return text + list(_shown(folder, name))
+    return text + list(_shown(folder, name, paper, {} if before is None else before))
 
 
 def _plain(text: str) -> str:
@@ -183,18 +189,49 @@ def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
     return reproduce_command(paper.strategy, profile, changed)
 
 
-def _shown(folder: Path, name: str) -> Iterator[str]:
-    """The tables and figures of a profile's folder, under the texts that its notebook had when it ran."""
+def _changed(row: ClaimResult) -> str:
+    """Which parameters a run had that its profile has not, and the other way round, folded."""
+    lines = []
+    for name, value in row.changed.items():
+        had = f"the run had {_code(json.dumps(value, ensure_ascii=False))}"
+        lines.append(f"- {_code(name)}: {'the run did not know it' if value is None else had}")
+    count = f"{len(lines)} parameter{'s' * (len(lines) != 1)}"
+    return (f"<details><summary>The run differs from today's profile in {count}; it counts for no verdict</summary>\n\n"
+            + "\n".join(lines) + "\n</details>")
+
+
+def _shown(folder: Path, name: str, paper: Paper, before: dict[Path, str]) -> Iterator[str]:
+    """The tables and figures of a profile's folder, under the texts that its notebook had when it ran; what the page
+    shows already is named alone."""
     last = ""
     for section in read_manifest(folder):
         if section.heading not in ("", last):
             yield f"#{section.heading}"
         last = section.heading
-        entries = [_entry(folder / shown.file, quote(f"{name}/{shown.file}")) for shown in section.shows]
+        entries = []
+        for shown in section.shows:
+            file, address = folder / shown.file, quote(f"{name}/{shown.file}")
+            if same := next((there for other, there in before.items() if _same(file, other)), ""):
+                entries.append(f"{shown.kind.capitalize()} {_plain(shown.name)} is the same as [above]({same}).")
+            else:
+                before[file] = address
+                entries.append(_entry(file, address, paper))
         yield from filter(None, [section.text, *entries, section.after])
 
 
-def _entry(file: Path, address: str) -> str:
+def _same(file: Path, other: Path) -> bool:
+    """Whether two files show the same."""
+    if file.suffix != other.suffix:
+        return False
+    one, two = file.read_bytes(), other.read_bytes()
+    try:
+        return one == two or (file.suffix == ".png" and same_picture(one, two))
+    except OSError:  # what is no picture
+        return False
+
+
+def _entry(file: Path, address: str, paper: Paper) -> str:
+    """A figure, or a table with its rows; nothing for a table that holds the paper's own rows alone."""
     if file.suffix != ".csv":
         return f"![{_plain(file.stem)}]({address})"
     try:
@@ -203,7 +240,9 @@ def _entry(file: Path, address: str) -> str:
         raise LayerlabError(f"{file} is no table that can be read ({first_line(error)}); run `layerlab reproduce` "
                             "again, with --rerun.") from None
     frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
-    table = Table.from_frame(frame.loc[:, frame.notna().any()]).markdown()
+    if papers_alone(frame, file.stem, paper):
+        return ""
+    table = Table.from_frame(readable(frame.loc[:, frame.notna().any()])).markdown()
     if len(frame) > LONG:
         table = f"<details><summary>{len(frame)} rows</summary>\n\n{table}\n\n</details>"
     return f"Table [{_plain(file.stem)}]({address}):\n\n{table}"
