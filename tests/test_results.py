@@ -111,7 +111,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path
     text, again = nbformat.v4.new_markdown_cell, "keep(next(names))"
     file = fake(
         "profile = 'cpu'", OPEN.replace(", epochs=epochs, pause=pause", ""), "import pandas as pd",
-        "def keep(name, rows=1):\n    study.table(name, pd.DataFrame({'x': range(rows)}))", "names = iter('cd')",
+        "def keep(name, rows=1):\n    study.table(name, pd.DataFrame({'x': [name] * rows}))", "names = iter('cd')",
         text("## Curves\n\nThin lines are seeds."),
         "from matplotlib.figure import Figure\nstudy.figure(f'{profile}, 8', Figure());",
         text("And in numbers:"), "%who str\nfor name in ('b', 'a, ends'):\n    keep(name)", again,
@@ -124,7 +124,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path
     page = publish([ipython.user_ns["study"].folder], tmp_path / "results")[0].read_text()
 
     def table(name):
-        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| ---: |\n| 0 |\n\n"
+        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| --- |\n| {name} |\n\n"
 
     shown, _, costs = page.partition("### Curves")[2].partition("### Costs")
     assert shown == ("\n\nThin lines are seeds.\n\n![cpu, 8](cpu/figures/cpu%2C%208.png)\n\nAnd in numbers:\n\n"

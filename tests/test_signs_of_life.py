@@ -8,6 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+from click.testing import CliRunner
+from fake_paper import FINISH, OPEN
+from nbclient import NotebookClient
+
+from layerlab import load_paper
+from layerlab.cli.main import main
+
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLING = ROOT / "layerlab" / "cli" / "installing.py"
 
@@ -46,3 +54,42 @@ def test_make_names_the_size_before_it_installs():
     assert said < installs
     for line in done.stdout.splitlines():
         assert "installing.py" in line or ("pip install" not in line and "-m venv" not in line)
+
+
+def test_a_notebook_s_first_cell_counts_its_seconds_until_it_has_loaded():
+    shown: list[str] = []
+
+    class Watched(NotebookClient):
+        def process_message(self, msg, cell, cell_index):
+            if msg["msg_type"] in ("display_data", "update_display_data"):
+                shown.append(msg["content"]["data"]["text/plain"])
+            return super().process_message(msg, cell, cell_index)
+
+    cell = nbformat.v4.new_code_cell
+    book = nbformat.v4.new_notebook(cells=[cell("from layerlab import Table\nimport time\ntime.sleep(2.5)"),
+                                           cell("from layerlab import Estimate\nimport time\ntime.sleep(1.2)")])
+    Watched(book, kernel_name="python3").execute()
+    *moving, last = shown
+    assert len(moving) >= 3
+    assert all(text.startswith("loading: ") for text in moving)
+    # Nothing is left of it, and the second cell has none.
+    assert last == ""
+    assert [len(each.outputs) for each in book.cells] == [1, 0]
+
+
+def test_reproduce_ends_with_a_sentence_for_each_paper_and_what_to_type_next(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    fake(OPEN, "study.claim('gain', [2.0], seeds=[0], conditions={'dataset': 'digits'})", FINISH)
+    with (load_paper("fake").folder / "paper.toml").open("a") as stream:
+        stream.write("\n[headline]\nmethod = 'Fake'\naccuracy = 'gain'\n")
+    result = CliRunner().invoke(main, ["reproduce", "fake"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(result.stdout.split())
+    said = ("Fake against plain training: 2.00 points more accuracy; the quick profile on digits, 1 seed, which "
+            "settles nothing.")
+    assert said in text
+    assert text.index(said) < text.index("What to type next: ") < text.index("scoreboard every claim, published")
+    assert "Table I" not in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,16 +137,16 @@ def _show_ended(ended: Sequence[Ended]) -> list[Ended]:
     from layerlab.runs.record import read_results
 
     done = [job for job, outcome in ended if outcome.status in ("finished", "done before")]
-    results: dict[Job, list[ClaimResult]] = {}
+    results: list[tuple[Job, list[ClaimResult]]] = []
     unreadable = []
     for job in done:
         try:
             rows = read_results(Path(job.folder)) if job.strategy else []
-            results[job] = [row for row in rows if row.paper == job.strategy]
+            results.append((job, [row for row in rows if row.paper == job.strategy]))
         except LayerlabError as error:
             unreadable.append((job, Outcome("failed", str(error))))
     if wants_json():
-        rows = [row for job in done for row in results.get(job, [])]
+        rows = [row for _, those in results for row in those]
         show(*([scoreboard_table(rows)] if rows else []), answers_data([job for job, _ in ended]), _outcomes(ended))
         return unreadable
     if done:
@@ -157,13 +157,13 @@ def _show_ended(ended: Sequence[Ended]) -> list[Ended]:
         click.echo()
         batch = batch_id([job for job, _ in ended if not job.problem])
         show(replace(answers_table(done), caption=f"Batch {batch}"))
-    _show_papers({job: rows for job, rows in results.items() if rows and not job.differs})
+    _show_papers([(job, rows) for job, rows in results if rows and not job.differs])
     return unreadable
 
 
-def _show_papers(results: Mapping[Job, list[ClaimResult]]) -> None:
+def _show_papers(results: Sequence[tuple[Job, list[ClaimResult]]]) -> None:
     """Say in a sentence what each paper's runs found, draw all of them in one figure, and name what to type next."""
-    from layerlab.contract.paper import load_paper
+    from layerlab.contract.paper import load_paper, readable_papers
     from layerlab.reporting.bottom_line import QUICK, bottom_line
     from layerlab.reporting.findings import outcome
     from layerlab.reporting.overview import QUICK_NOTE, keep_overview, overview
@@ -174,7 +174,7 @@ def _show_papers(results: Mapping[Job, list[ClaimResult]]) -> None:
         return
     width = shutil.get_terminal_size((80, 24)).columns
     runs: dict[str, dict[Path, list[ClaimResult]]] = {}
-    for job, rows in results.items():
+    for job, rows in results:
         runs.setdefault(job.strategy, {})[Path(job.folder)] = rows
     papers = [(load_paper(name), folders) for name, folders in runs.items()]
     click.echo()
@@ -182,9 +182,11 @@ def _show_papers(results: Mapping[Job, list[ClaimResult]]) -> None:
         line = bottom_line(paper, [outcome(folder, rows) for folder, rows in folders.items()])
         click.echo(wrapped(line, width))
     if len(papers) > 1:
-        quick = all(job.profile == QUICK for job in results)
+        quick = all(job.profile == QUICK for job, _ in results)
         folder = workbook_folder() / "runs"
-        file = keep_overview(folder, overview(papers), QUICK_NOTE if quick else "")
+        # All that are installed, so that each has its own colour.
+        points = overview((paper, runs.get(paper.strategy, {})) for paper in readable_papers())
+        file = keep_overview(folder, points, QUICK_NOTE if quick else "")
         click.echo(f"\nFigure of all papers: {os.path.relpath(file)}")
     # As it was called, where the shell would not find it otherwise.
     program = "layerlab" if shutil.which("layerlab") else os.path.relpath(sys.argv[0])

@@ -382,25 +382,6 @@ def find_notebook_run(name: str) -> Any | None:
     return None
 
 
-def download(run_id: str, folder: Path) -> None:
-    """Put a run's artifacts into a folder."""
-    reader().download_artifacts(run_id, "", str(folder))
-
-
-def download_some(run_id: str, names: Iterable[str], folder: Path) -> None:
-    """Put those of a run's artifacts into a folder that it has.
-
-    Args:
-        names: paths among the artifacts, such as `tables/pays.csv`.
-    """
-    names = list(names)
-    parents = {name.rpartition("/")[0] for name in names}
-    there = {item.path for parent in parents for item in reader().list_artifacts(run_id, parent)}
-    for name in names:
-        if name in there:
-            reader().download_artifacts(run_id, name, str(folder))
-
-
 def run_url(experiment: str, run_id: str) -> str:
     """Where the UI shows a run: on the tracking server, or where `make ui` puts it."""
     # Without the user and the password that a server may ask for.
