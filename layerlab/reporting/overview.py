@@ -23,6 +23,7 @@ CAPTION = (
     "A method pays where its point lies above the square of plain training that costs the same; where the square is as "
     "high, stopping earlier does as well. Bars are 95 % intervals."
 )
+NOTHING_YET = "No method was measured with today's code yet; a figure of all of them follows the first published run."
 QUICK_NOTE = "The quick profile on digits, which settles nothing"
 COLUMNS = ("method", "tone", "cost", "kind", "x", "x ±", "y", "y ±")
 METHOD = "method"

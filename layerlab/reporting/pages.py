@@ -20,7 +20,7 @@ from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
 from layerlab.reporting.bottom_line import kept_line
 from layerlab.reporting.freshness import age
-from layerlab.reporting.overview import ALTERNATIVE, CAPTION, OVERVIEW
+from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
 from layerlab.reporting.readable import papers_alone, readable
 from layerlab.reporting.scoreboard import claims_table, scoreboard_table
 from layerlab.runs.manifest import read_manifest
@@ -78,13 +78,13 @@ def scoreboard_page(target: Path) -> str:
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
     counted: list[list[str | Cell]] = [
         [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
-    said = "\n".join(f"- {markdown_text(line)}" for _, line in lines(target))
+    said = "\n".join(f"- {_bold(paper, line)}" for paper, line in lines(target))
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [docs/verdicts.md](../docs/verdicts.md) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = [MARK, "# Results", said, _picture(""), "## Claims by verdict", about,
+    text = [MARK, "# Results", said, _picture(target, ""), "## Claims by verdict", about,
             Table(("paper", *get_args(Verdict)), counted).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
@@ -94,9 +94,17 @@ def scoreboard_page(target: Path) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def _picture(folder: str) -> str:
+def _picture(target: Path, folder: str) -> str:
     """The figure of all papers with the sentence below it, seen from a page beside `folder`."""
-    return f"![{ALTERNATIVE}]({folder}{OVERVIEW}.png)\n\n{CAPTION}"
+    numbers = target / f"{OVERVIEW}.csv"
+    drawn = numbers.exists() and numbers.read_text(encoding="utf-8").count("\n") > 1
+    return f"![{ALTERNATIVE}]({folder}{OVERVIEW}.png)\n\n{CAPTION}" if drawn else NOTHING_YET
+
+
+def _bold(paper: Paper, line: str) -> str:
+    """A paper's sentence in Markdown, the method's name in bold letters."""
+    name = paper.headline.method if paper.headline else paper.strategy
+    return f"**{markdown_text(name)}**{markdown_text(line.removeprefix(name))}"
 
 
 def _card(target: Path, name: str) -> bool:
@@ -112,8 +120,8 @@ def with_results(readme: str, target: Path) -> str | None:
         if (target / name / "README.md").exists():
             links.append(f"[claims and figures]({target.name}/{name}/README.md)")
         source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
-        told.append(f"- {markdown_text(line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
-    blocks = {SUMMARY: "\n".join(told), PICTURE: _picture(f"{target.name}/")}
+        told.append(f"- {_bold(paper, line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
+    blocks = {SUMMARY: "\n".join(told), PICTURE: _picture(target, f"{target.name}/")}
     found = None
     for (begin, end), block in blocks.items():
         before, mark, rest = readme.partition(begin)
