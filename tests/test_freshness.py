@@ -89,6 +89,17 @@ def test_what_is_kept_of_older_code_is_marked_and_counts_for_nothing(run, tmp_pa
     assert "| cpu, made by older code, digits, 2 seeds" in page
 
 
+def test_older_pictures_are_marked_and_the_numbers_count(run, tmp_path):
+    target = tmp_path / "results"
+    publish([run.folder], target)
+    paper = load_paper("fake")
+    (paper.folder / "pictures.py").write_text("COLOUR = 'blue'\n")
+    kept = kept_profiles(target / "fake", paper)
+    assert counts(next(iter(kept.values())))["undecided"] == "1"
+    assert [each.state for each in kept_ages(target, [paper])] == ["older pictures"]
+    assert "**Figures drawn by older code** (pictures.py changed since)" in paper_page(target / "fake", paper)
+
+
 def test_a_run_without_an_identity_is_older(run):
     (run.folder / "identity.json").unlink()
     assert "noted no code" in age(run.folder, load_paper("fake")).numbers

@@ -19,7 +19,7 @@ from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
 from layerlab.reporting.bottom_line import kept_line
-from layerlab.reporting.freshness import age
+from layerlab.reporting.freshness import Age, age
 from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
 from layerlab.reporting.readable import papers_alone, readable
 from layerlab.reporting.scoreboard import claims_table, scoreboard_table
@@ -168,9 +168,7 @@ def run_part(
     text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
     if other := next((row for row in rows if row.changed), None):
         text.append(_changed(other))
-    if why := age(folder, paper).why:
-        text.append(f"**{OLDER[:1].upper()}{OLDER[1:]}** ({_plain(why)}): it counts for no verdict and waits for a new "
-                    "run.")
+    text += _aged(age(folder, paper))
     if some:
         result = f"Result: {_code(some.result)}. " if some.result else ""
         text.append(f"{result}Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. "
@@ -195,6 +193,16 @@ def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
     changed = {name: value for name, value in paper.differing(profile, parameters).items()
                if name in usual and value is not None}
     return reproduce_command(paper.strategy, profile, changed)
+
+
+def _aged(its: Age) -> list[str]:
+    """What of a run older code made."""
+    if its.numbers:
+        return [f"**{OLDER[:1].upper()}{OLDER[1:]}** ({_plain(its.numbers)}): it counts for no verdict and waits for a "
+                "new run."]
+    if its.figures:
+        return [f"**Figures drawn by older code** ({_plain(its.figures)}): the numbers are of today's."]
+    return []
 
 
 def _changed(row: ClaimResult) -> str:

@@ -35,7 +35,7 @@ from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
 from layerlab.reporting.findings import run_answers
 from layerlab.reporting.freshness import check_age
-from layerlab.reporting.overview import keep_overview, overview
+from layerlab.reporting.overview import OVERVIEW, keep_overview, overview
 from layerlab.reporting.pages import MARK, kept_profiles, paper_page, run_part, run_rows, scoreboard_page, with_results
 from layerlab.runs import tracking
 from layerlab.runs.answer import ANSWERS_FILE
@@ -204,11 +204,11 @@ def _places(target: Path, papers: set[str]) -> Iterator[Path]:
 
 
 def _check_place(folder: Path, target: Path) -> None:
-    """Raises: LayerlabError: a page, or the rows beside it, that were not written here."""
+    """Raises: LayerlabError: a page, or the rows or the figure beside it, that were not written here."""
     _check_below(folder, target)
     page = folder / "README.md"
     ours = is_plain(page) and page.read_bytes().startswith(MARK.encode())
-    for name in ("README.md", RESULTS):
+    for name in ("README.md", RESULTS, f"{OVERVIEW}.png", f"{OVERVIEW}.csv"):
         place = folder / name
         if (place.exists() or place.is_symlink()) and not ours:
             raise LayerlabError(f"{place} would be replaced, and {page} does not begin with the line by which layerlab "
