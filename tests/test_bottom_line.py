@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
 
 from layerlab import LayerlabError
@@ -47,9 +46,9 @@ def row(claim: str, values: list[float], profile: str = "cpu", **more: object) -
     return of.judged(made)
 
 
-def pays(**more: str) -> pd.DataFrame:
-    return pd.DataFrame([{"run": "small, cifar10", "arm": "fake", "pays": "undecided", "equal cost, steps": "66 %",
-                          "above it [points]": "-0.10 ± 0.40", **more}])
+def pays(**more: str) -> list[dict[str, str]]:
+    return [{"run": "small, cifar10", "arm": "fake", "pays": "undecided", "equal cost, steps": "66 %",
+             "above it [points]": "-0.10 ± 0.40", **more}]
 
 
 LOST = [-5.0, -5.5, -4.5]

@@ -36,7 +36,8 @@ def points(rows: list[tuple[str, str, float, float]]) -> pd.DataFrame:
 def runs(tmp_path):
     """A paper's run in its folder, which `outcome` reads."""
     (tmp_path / "tables").mkdir()
-    pays(**{"above the placebo [points]": "+0.30 ± 0.60"}).to_csv(tmp_path / "tables" / "pays.csv", index=False)
+    table = pd.DataFrame(pays(**{"above the placebo [points]": "+0.30 ± 0.60"}))
+    table.to_csv(tmp_path / "tables" / "pays.csv", index=False)
     return {tmp_path: [row("gain", LOST), row("saving", SAVED)]}
 
 

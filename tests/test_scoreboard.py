@@ -35,12 +35,12 @@ def rows() -> list[ClaimResult]:
 
 def test_a_claim_is_one_line_with_its_runs_beside_each_other(rows):
     gain, saving, faster, share = claim_lines(rows)
-    assert gain.measured == ("cpu cifar10: 3.00 ± 0.25 points; cpu mnist: 0.40 ± 0.25 points; "
-                             "[quick, made by older code: 9.10 ± 0.25 points]")
+    assert gain.measured == ("cpu cifar10, 3 seeds: 3.00 ± 0.25 points; cpu mnist, 3 seeds: 0.40 ± 0.25 points; "
+                             "[quick, made by older code, 3 seeds: 9.10 ± 0.25 points]")
     assert gain.share == "1; 0.13"
     assert gain.verdict == "holds (cpu cifar10), weaker (cpu mnist)"
     assert [line.state for line in (gain, saving, faster, share)] == ["settled", "by a model", "open", "open"]
-    assert (faster.measured, faster.verdict, saving.measured) == ("—", "not run", "50 %")
+    assert (faster.measured, faster.verdict, saving.measured) == ("—", "not run", "cpu, 2 seeds: 50 %")
 
 
 def test_settled_open_and_modelled_claims_stand_apart(rows):

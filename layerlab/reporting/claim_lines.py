@@ -55,7 +55,8 @@ def _line(rows: Sequence[ClaimResult]) -> ClaimLine:
     measured = []
     for row, name in zip(rows, names, strict=True):
         if row.verdict != "not run":
-            text = f"{name}: {row.measured_text}" if name else row.measured_text
+            seeds = f", {len(row.seeds)} seed{'s' * (len(row.seeds) != 1)}" if row.seeds else ""
+            text = f"{name}{seeds}: {row.measured_text}"
             measured.append(f"[{text}]" if row.apart else text)
     shares = [row.share_text for row in counting if row.share_text]
     verdicts: dict[str, list[str]] = {}
@@ -77,10 +78,7 @@ def _state(rows: Sequence[ClaimResult]) -> State:
 
 
 def _names(rows: Sequence[ClaimResult]) -> list[str]:
-    """What tells the runs of a claim apart: profile, dataset, and what is not as the profile has it; one alone that
-    counts needs no name."""
-    if len(rows) == 1 and not rows[0].apart:
-        return [""]
+    """What tells the runs of a claim apart: profile, dataset, and what is not as the profile has it."""
     names = []
     for row in rows:
         same = [each for each in rows if each.profile == row.profile]

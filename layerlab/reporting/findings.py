@@ -3,13 +3,13 @@ figure of all papers."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
 
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import is_plain
@@ -33,12 +33,12 @@ class Outcome:
 
     Attributes:
         rows: its claims, as they are judged today.
-        pays: its table `pays`, as `explore.payoff` makes it; empty where it has none.
+        pays: the rows of its table `pays`, as `explore.payoff` makes it; none where it has no such table.
         arms: of its comparisons against their baselines.
     """
 
     rows: Sequence[ClaimResult]
-    pays: pd.DataFrame = field(default_factory=pd.DataFrame)
+    pays: Sequence[Mapping[str, str]] = ()
     arms: Sequence[Against] = ()
 
 
@@ -86,12 +86,11 @@ def outcome(folder: Path, rows: Sequence[ClaimResult]) -> Outcome:
         rows: its claims.
     """
     table = folder / "tables" / f"{PAYS}.csv"
-    pays = pd.DataFrame()
+    pays: list[dict[str, str]] = []
     if is_plain(table):
-        try:
-            pays = pd.read_csv(table, dtype=str, keep_default_na=False)
-        except ValueError:  # pandas' own are of this kind, and an encoding's
-            pays = pd.DataFrame()
+        text = table.read_text(encoding="utf-8", errors="replace")
+        pays = [{name: value for name, value in row.items() if isinstance(value, str)}
+                for row in csv.DictReader(io.StringIO(text))]
     return Outcome(rows, pays, [arm for answer in run_answers(folder) for arm in answer.arms])
 
 
@@ -200,24 +199,22 @@ def _named(title: str, row: ClaimResult) -> int:
 
 
 def _companions(
-    pays: pd.DataFrame, headline: Headline, anchor: ClaimResult
+    pays: Sequence[Mapping[str, str]], headline: Headline, anchor: ClaimResult
 ) -> tuple[Companion | None, Companion | None]:
     """Plain training of the same cost and the placebo, from a table that `explore.payoff` made."""
-    if not {"run", "arm"} <= set(pays.columns):
-        return None, None
-    found = [row for row in pays.to_dict("records") if not headline.arm or row["arm"] == headline.arm]
+    found = [row for row in pays if not headline.arm or row.get("arm") == headline.arm]
     if not found:
         return None, None
-    row = max(found, key=lambda row: _named(str(row["run"]), anchor))
+    row = max(found, key=lambda row: _named(row.get("run", ""), anchor))
     length = _parsed(row.get("equal cost, steps", ""))
     equal, placebo = _parsed(row.get("above it [points]", "")), _parsed(row.get("above the placebo [points]", ""))
     return (Companion(equal, length[0] / 100 if length else None) if equal else None,
             Companion(placebo) if placebo else None)
 
 
-def _parsed(text: object) -> Interval | None:
+def _parsed(text: str) -> Interval | None:
     """The interval that `layerlab.show.interval.spread` wrote; None for anything else."""
-    found = _NUMBER.match(str(text).replace("−", "-"))
+    found = _NUMBER.match(text.replace("−", "-"))
     if found is None:
         return None
     half = found[2]
