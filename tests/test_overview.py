@@ -13,7 +13,8 @@ from test_bottom_line import LOST, SAVED, paper, pays, row
 from layerlab.reporting.overview import COLUMNS, METHOD, keep_overview, overview
 from layerlab.reporting.wording import EQUAL, PLACEBO
 from layerlab.runs.answer import ANSWERS_FILE
-from layerlab.show.overview import COLOURS, HOW, NOTHING
+from layerlab.show.looks import TONES
+from layerlab.show.overview import HOW, NOTHING
 from layerlab.show.overview import overview as draw
 
 KINDS = (METHOD, EQUAL, PLACEBO)
@@ -87,7 +88,7 @@ def test_no_text_of_the_figure_covers_another_or_is_cut(rows):
 def test_names_have_the_colours_of_their_points():
     figure = draw(points(ALIKE), KINDS)
     names = {text.get_text().split("\n")[0]: text.get_color() for axis in figure.axes for text in axis.texts}
-    assert [names[name] for name in ("One", "Two", "Seven")] == [COLOURS[0], COLOURS[1], COLOURS[6]]
+    assert [names[name] for name in ("One", "Two", "Seven")] == [TONES[0], TONES[1], TONES[6]]
     plt.close(figure)
 
 

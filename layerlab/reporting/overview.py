@@ -79,10 +79,10 @@ def keep_overview(folder: Path, points: pd.DataFrame, note: str = "") -> Path:
     Returns:
         The picture's file.
     """
-    from layerlab.show import figures
+    from layerlab.show.canvas import png
     from layerlab.show.overview import overview as draw
 
-    picture = figures.png(draw(points, (METHOD, EQUAL, PLACEBO), note), 144)
+    picture = png(draw(points, (METHOD, EQUAL, PLACEBO), note), 144)
     numbers = points.to_csv(index=False, float_format="%.6g").encode()
     write_atomically(folder / f"{OVERVIEW}.csv", lambda stream: stream.write(numbers))
     write_atomically(folder / f"{OVERVIEW}.png", lambda stream: stream.write(picture))

@@ -12,15 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
-from layerlab.show.figures import canvas
+from layerlab.show.canvas import canvas
+from layerlab.show.looks import TONES
 
 # A panel each, in this order; what is neither has the third one.
 PANELS = {"time": "training time", "compute": "compute of the training"}
 OTHER = "memory, storage or time for inference"
 # What is said behind a method's name in the third panel.
 _SAYS = {"memory": "peak memory", "size": "storage", "inference": "time for inference"}
-# Told apart by people with any colour vision: Okabe and Ito, with three of Paul Tol's.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#56b4e9", "#882255", "#999933", "#332288")
 _SHAPES = "osv"
 # Points of the page by which a companion stands beside its method, which costs the same.
 _BESIDE = (0.0, 7.0, -7.0)
@@ -38,7 +37,7 @@ def overview(points: pd.DataFrame, kinds: Sequence[str], note: str = "") -> Figu
     """What methods gain in accuracy against what they cost, a panel for each kind of cost.
 
     Args:
-        points: a row a point, with columns `method`, `tone` (which colour of `COLOURS` the method has), `cost`, `kind`
+        points: a row a point, with columns `method`, `tone` (which colour of `TONES` the method has), `cost`, `kind`
             (of `kinds`), `x` (the cost as a share of what it is without the method), `y` (points of accuracy above
             that, NaN where it was not compared), and half-widths of intervals as `x ±` and `y ±`, NaN where there is
             none.
@@ -78,7 +77,7 @@ def _panel(axis: Any, title: str, points: pd.DataFrame, kinds: Sequence[str]) ->
     axis.plot([1], [0], "*", color="0.25", markersize=12, zorder=1)
     labels: list[tuple[float, float, str, str]] = []
     for (method, cost), part in points.groupby(["method", "cost"], sort=False):
-        colour = COLOURS[int(part["tone"].iloc[0]) % len(COLOURS)]
+        colour = TONES[int(part["tone"].iloc[0]) % len(TONES)]
         for _, point in part.iterrows():
             _point(axis, point, kinds.index(point["kind"]), colour)
         own = part.iloc[0]
