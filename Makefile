@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
+# Of the environment, as `du -sh .venv` says it on Linux.
+SIZE := about 7 GB
+# Says every second that what it runs is at work.
+WAIT = $(PYTHON) layerlab/cli/installing.py .
 WANTED := -c constraints.txt -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p))
 
 # Nothing is sent to anybody; MLFLOW_DISABLE_TELEMETRY=false lets MLflow report its use.
@@ -13,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 .PHONY: reproduce test test-all lint docs ui lab benchmarks clean
 .DELETE_ON_ERROR:
 
-reproduce: $(READY)  ## every installed paper at the quick profile, then the scoreboard
+reproduce: $(READY)  ## every installed paper at the quick profile, then a sentence for each
 	$(BIN)/layerlab reproduce
 
 # One thread a worker, and a worker more than cores: many tests wait for a kernel or a process of their own.
@@ -45,9 +49,11 @@ clean:  ## remove the environment; runs/ and mlflow.db stay
 
 $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	@test -n "$(PYTHON)" || { echo "layerlab needs Python 3.11 or later; install it or run make PYTHON=/path/to/python3"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	@echo "Making the environment in $(VENV): it takes $(SIZE), most of it torch with CUDA, and some minutes."
+	@df -h . | awk 'NR == 2 {print "Free here: " $$4}'
+	@$(WAIT) $(PYTHON) -m venv $(VENV)
+	@$(WAIT) $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
 	@# uv takes half of pip's time; where only pip knows the way to the packages (a mirror, say), pip takes over.
-	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(WANTED) || \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check $(WANTED)
+	@$(WAIT) $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(WANTED) || \
+	  $(WAIT) $(BIN)/python -m pip install -q --disable-pip-version-check $(WANTED)
 	@touch $@

@@ -85,7 +85,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     (info / "entry_points.txt").write_text("[layerlab.strategies]\nfake = fake_plugin:Fake\n")
     (package / "paper.toml").write_text(PAPER)
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    # Before what is on the path already: a checkout that is not the installed one, say.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])))
     layerlab.strategies.refresh()
     monkeypatch.delitem(sys.modules, "fake_plugin", raising=False)
 

@@ -166,6 +166,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'layerlab' has no attribute {name!r}")
+    # The first name takes torch and much else along; modules ask for these, too, which nobody waits for.
+    from layerlab.show import alive
+
+    alive.begin()
     module = importlib.import_module(_PUBLIC[name])
     value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value

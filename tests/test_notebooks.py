@@ -48,8 +48,8 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert read_results(out) == [result]
     assert read_manifest(out) == [
         Section(heading="## Accuracy", text="By epoch.", shows=[Shown(kind="table", name="rows")])]
-    assert _files(out) == {"fake.ipynb", "claims.json", "identity.json", "manifest.json", "parameters.json",
-                           "study.json"}
+    assert _files(out) == {"answers.json", "fake.ipynb", "claims.json", "identity.json", "manifest.json",
+                           "parameters.json", "study.json"}
     client = tracking.client()
     runs = client.search_runs([tracking.experiment_id("fake")])
     (notebook,) = [run for run in runs if run.data.tags.get("kind") == "notebook"]
@@ -57,7 +57,7 @@ def test_a_notebook_runs_and_leaves_claims_tables_and_runs(fake, tmp_path):
     assert sorted(run.data.tags["arm"] for run in children) == ["frozen", "plain"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {item.path for item in client.list_artifacts(notebook.info.run_id)} == {
-        "claims.json", "fake.ipynb", "identity.json", "manifest.json", "parameters.json", "tables"}
+        "answers.json", "claims.json", "fake.ipynb", "identity.json", "manifest.json", "parameters.json", "tables"}
     executed = nbformat.read(out / "fake.ipynb", 4)
     assert executed.cells[-1].outputs
 

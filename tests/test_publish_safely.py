@@ -109,8 +109,8 @@ def test_rows_of_another_run_or_of_no_profile_are_refused(sent, tmp_path):
 
 
 def test_what_publish_did_not_write_is_neither_replaced_nor_deleted(sent, tmp_path):
-    for number, mine in enumerate(["README.md", "fake/README.md", "fake/claims.json", "fake/cpu/thesis.txt", "fake/cpu",
-                                   "fake", "fake/cpu/tables/I.csv"]):
+    for number, mine in enumerate(["README.md", "overview.png", "fake/README.md", "fake/claims.json",
+                                   "fake/cpu/thesis.txt", "fake/cpu", "fake", "fake/cpu/tables/I.csv"]):
         results = tmp_path / str(number)
         (results / mine).parent.mkdir(parents=True, exist_ok=True)
         (results / mine).write_text("years of work")

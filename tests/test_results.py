@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote
 import nbformat
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from fake_paper import OPEN
 from IPython.core.formatters import DisplayFormatter
 from IPython.core.interactiveshell import InteractiveShell
@@ -20,7 +21,9 @@ from matplotlib.figure import Figure
 from traitlets.config import Config
 
 from layerlab import LayerlabError, Study, load_paper, strategies
-from layerlab.reporting.pages import LONG, SUMMARY, paper_page, scoreboard_page, with_papers
+from layerlab.cli.main import main
+from layerlab.reporting.overview import CAPTION, NOTHING_YET, OVERVIEW
+from layerlab.reporting.pages import LONG, PICTURE, SUMMARY, paper_page, scoreboard_page, with_results
 from layerlab.reporting.publish import DIGESTS, digests, publish
 from layerlab.runs.batch.plans import jobs_of, read_plan
 from layerlab.runs.execution import execute
@@ -43,7 +46,7 @@ def test_the_committed_pages_say_what_the_committed_claims_say():
         pytest.skip("other plugins are installed than this project's")
     readme = (ROOT / "README.md").read_text()
     assert (ROOT / "results" / "README.md").read_text() == scoreboard_page(ROOT / "results")
-    assert with_papers(readme, ROOT / "results") == readme
+    assert with_results(readme, ROOT / "results") == readme
     for name in {folder.parent.name for folder in PUBLISHED}:
         folder = ROOT / "results" / name
         assert (folder / "README.md").read_text() == paper_page(folder, load_paper(name))
@@ -81,7 +84,7 @@ def test_runs_are_published_from_mlflow_as_from_their_folder(study, tmp_path):
     assert "a gain | Table I | 3 points | 3 ± 13 points | 1 | cpu, digits, 2 seeds" in (there / "README.md").read_text()
     assert "## fake\n\nA paper (Author, 2020). [Tables and figures](fake/README.md).\n" in pages[1].read_text()
     readme = pages[2].read_text()
-    assert "| `fake` | Author, *A paper*, 2020 |  |  |  | 1 |  |  |  |  |  | [claims" in readme
+    assert "- **fake**: 1 undecided of 1 claims.  \n  <sub>`fake`: Author, *A paper*, 2020; [claims and fig" in readme
     assert readme.startswith("# Mine\n")
     assert readme.endswith("\nThe end.\n")
 
@@ -111,7 +114,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path
     text, again = nbformat.v4.new_markdown_cell, "keep(next(names))"
     file = fake(
         "profile = 'cpu'", OPEN.replace(", epochs=epochs, pause=pause", ""), "import pandas as pd",
-        "def keep(name, rows=1):\n    study.table(name, pd.DataFrame({'x': range(rows)}))", "names = iter('cd')",
+        "def keep(name, rows=1):\n    study.table(name, pd.DataFrame({'x': [name] * rows}))", "names = iter('cd')",
         text("## Curves\n\nThin lines are seeds."),
         "from matplotlib.figure import Figure\nstudy.figure(f'{profile}, 8', Figure());",
         text("And in numbers:"), "%who str\nfor name in ('b', 'a, ends'):\n    keep(name)", again,
@@ -124,7 +127,7 @@ def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path
     page = publish([ipython.user_ns["study"].folder], tmp_path / "results")[0].read_text()
 
     def table(name):
-        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| ---: |\n| 0 |\n\n"
+        return f"Table [{name}](cpu/tables/{quote(name)}.csv):\n\n| x |\n| --- |\n| {name} |\n\n"
 
     shown, _, costs = page.partition("### Curves")[2].partition("### Costs")
     assert shown == ("\n\nThin lines are seeds.\n\n![cpu, 8](cpu/figures/cpu%2C%208.png)\n\nAnd in numbers:\n\n"
@@ -263,3 +266,33 @@ def test_a_figure_that_was_exchanged_is_noticed(study, tmp_path):
     folder = tmp_path / "fake" / "cpu"
     (folder / "figures" / "fig-1.png").write_bytes(b"another")
     assert digests(folder) != json.loads((folder / DIGESTS).read_text())
+
+
+def test_the_sentence_of_a_paper_is_the_same_wherever_it_stands(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    fake()
+    with (load_paper("fake").folder / "paper.toml").open("a") as stream:
+        stream.write("\n[headline]\nmethod = 'Fake'\naccuracy = 'gain'\ncosts = { time = 'saving' }\n")
+        stream.write("\n[[claims]]\nid = 'saving'\nstatement = 'less time'\nvalue = 40.0\nunit = '%'\n"
+                     "where = 'Fig. 1'\nkind = 'effect'\nneutral = 0.0\ntolerance = 1.0\n"
+                     "conditions = { dataset = 'imagenet' }\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(["# Mine", *PICTURE, *SUMMARY, ""]))
+    publish([], tmp_path / "results")
+    assert NOTHING_YET in readme.read_text()
+    study = Study("fake", "cpu")
+    for claim, values in (("gain", [2.0, 2.02]), ("saving", [30.0, 32.0])):
+        study.claim(claim, values, seeds=[0, 1], conditions={"dataset": "digits"})
+    study.finish()
+    publish([study.folder], tmp_path / "results")
+    said = (" against plain training: 31 ± 13 % less training time and 2.01 ± 0.13 points more accuracy; not "
+            "compared with plain training of the same cost; not tested at the paper's scale (here digits, 2 seeds).")
+    assert readme.read_text().count(f"- **Fake**{said}") == 1
+    assert (tmp_path / "results" / "README.md").read_text().count(f"- **Fake**{said}") == 1
+    assert (tmp_path / "results" / "fake" / "README.md").read_text().count(f"**Fake{said}**") == 1
+    result = CliRunner().invoke(main, ["scoreboard", "fake"])
+    assert result.stdout.count(f"Fake{said}") == 1
+    # And its point stands in the figure.
+    assert f"(results/{OVERVIEW}.png)\n\n{CAPTION}" in readme.read_text()
+    (point,) = pd.read_csv(tmp_path / "results" / f"{OVERVIEW}.csv").to_dict("records")
+    assert (point["method"], point["cost"], point["x"], point["y"]) == ("Fake", "time", 0.69, pytest.approx(2.01))

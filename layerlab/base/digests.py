@@ -7,9 +7,13 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+# Field of a function's and a class's node, since Python 3.12.
+_TYPES = "type_params"
 
 
 def file_digest(file: Path) -> str:
@@ -33,8 +37,40 @@ def _file_digest(file: Path, *_stamp: int) -> str:
     if file.suffix == ".py":
         # What does not parse counts as it stands.
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            content = ast.dump(_without_docstrings(ast.parse(content))).encode()
+            content = _syntax(content, typed=True)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def same_code(digest: str, file: Path) -> bool:
+    """Whether a digest is of what a file of Python holds today.
+
+    Before digests were the same on every Python, 3.11 wrote its own: that one counts, too.
+    """
+    if digest == file_digest(file):
+        return True
+    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
+        return digest == hashlib.blake2b(_syntax(file.read_bytes(), typed=False), digest_size=8).hexdigest()
+    return False
+
+
+def _syntax(content: bytes, typed: bool) -> bytes:
+    """The syntax tree of Python as Python 3.12 writes it, whichever Python this is.
+
+    Args:
+        content: the source.
+        typed: with the parameters of types, which Python 3.11 does not know.
+    """
+    tree = _without_docstrings(ast.parse(content))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            fields = [name for name in node._fields if name != _TYPES]
+            if typed and not hasattr(node, _TYPES):
+                setattr(node, _TYPES, [])
+            # The node's own, which `ast.dump` goes by.
+            vars(node)["_fields"] = (*fields, _TYPES) if typed else tuple(fields)
+    # Python 3.13 would leave out what is empty.
+    empty: dict[str, bool] = {"show_empty": True} if sys.version_info >= (3, 13) else {}
+    return ast.dump(tree, **empty).encode()
 
 
 def database_digest(file: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,14 @@ import click
 
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically
-from layerlab.base.screen import printable, visible
+from layerlab.base.screen import visible
 from layerlab.cli import completion
 from layerlab.cli.showing import show, shows, wants_json
 from layerlab.cli.values import finite, pairs
 from layerlab.show.table import Table
 
 if TYPE_CHECKING:
+    from layerlab.contract.claims import ClaimResult
     from layerlab.runs.batch.one_job import Outcome
     from layerlab.runs.jobs import Job
 
@@ -57,7 +60,7 @@ def _batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @shows
 def reproduce(names: tuple[str, ...], profile: str, parameters: dict[str, Any], output: Path | None, cwd: str,
               kernel: str, **options: Any) -> None:
-    """Run the notebooks of papers (all installed ones by default) and print the scoreboard.
+    """Run the notebooks of papers (all installed ones by default) and say in a sentence what each found.
 
     NAME is an installed strategy, or the path of a notebook of your own.
     """
@@ -124,44 +127,78 @@ def _run(
 
 
 def _show_ended(ended: Sequence[Ended]) -> list[Ended]:
-    """Show the scoreboard of the papers, the answers of the notebooks and where they lie; gives those that have ended
+    """Show where the notebooks lie, their answers, the papers' sentences and how to go on; gives those that have ended
     and whose claims cannot be read."""
     # Not before: it imports pandas, for which the first kernel need not wait.
     from layerlab.reporting.answers import answers_data, answers_table
-    from layerlab.reporting.scoreboard import brief_table, sentences
+    from layerlab.reporting.scoreboard import scoreboard_table
     from layerlab.runs.batch.kept import batch_id
     from layerlab.runs.batch.one_job import Outcome
     from layerlab.runs.record import read_results
 
     done = [job for job, outcome in ended if outcome.status in ("finished", "done before")]
-    results, unreadable = [], []
+    results: list[tuple[Job, list[ClaimResult]]] = []
+    unreadable = []
     for job in done:
         try:
             rows = read_results(Path(job.folder)) if job.strategy else []
-            results += [row for row in rows if row.paper == job.strategy]
+            results.append((job, [row for row in rows if row.paper == job.strategy]))
         except LayerlabError as error:
             unreadable.append((job, Outcome("failed", str(error))))
-    tables = []
-    if results:
-        tables.append(brief_table(results))
     if wants_json():
-        show(*tables, answers_data([job for job, _ in ended]), _outcomes(ended))
+        rows = [row for _, those in results for row in those]
+        show(*([scoreboard_table(rows)] if rows else []), answers_data([job for job, _ in ended]), _outcomes(ended))
         return unreadable
-    if results:
+    if done:
         click.echo()
-        show(*tables)
-        click.echo()
-        for line in sentences(results):
-            click.echo(click.wrap_text(printable(line), 80, subsequent_indent="  "))
-    # Of papers as they are, scoreboard and sentences are the answer.
+        show(_files([each for each in ended if each[0] in done]))
+    # Of papers as they are, the sentences are the answer.
     if any(job.differs or not job.strategy for job in done):
         click.echo()
         batch = batch_id([job for job, _ in ended if not job.problem])
         show(replace(answers_table(done), caption=f"Batch {batch}"))
-    if done:
-        click.echo()
-        show(_files([each for each in ended if each[0] in done]))
+    _show_papers([(job, rows) for job, rows in results if rows and not job.differs])
     return unreadable
+
+
+def _show_papers(results: Sequence[tuple[Job, list[ClaimResult]]]) -> None:
+    """Say in a sentence what each paper's runs found, draw all of them in one figure, and name what to type next."""
+    from layerlab.contract.paper import load_paper, readable_papers
+    from layerlab.reporting.bottom_line import QUICK, bottom_line
+    from layerlab.reporting.findings import outcome
+    from layerlab.reporting.overview import QUICK_NOTE, keep_overview, overview
+    from layerlab.reporting.scoreboard import wrapped
+    from layerlab.runs.record import workbook_folder
+
+    if not results:
+        return
+    width = shutil.get_terminal_size((80, 24)).columns
+    runs: dict[str, dict[Path, list[ClaimResult]]] = {}
+    for job, rows in results:
+        runs.setdefault(job.strategy, {})[Path(job.folder)] = rows
+    papers = [(load_paper(name), folders) for name, folders in runs.items()]
+    click.echo()
+    for paper, folders in papers:
+        line = bottom_line(paper, [outcome(folder, rows) for folder, rows in folders.items()])
+        click.echo(wrapped(line, width))
+    if len(papers) > 1:
+        quick = all(job.profile == QUICK for job, _ in results)
+        folder = workbook_folder() / "runs"
+        # All that are installed, so that each has its own colour.
+        points = overview((paper, runs.get(paper.strategy, {})) for paper in readable_papers())
+        file = keep_overview(folder, points, QUICK_NOTE if quick else "")
+        click.echo(f"\nFigure of all papers: {os.path.relpath(file)}")
+    # As it was called, where the shell would not find it otherwise.
+    program = "layerlab" if shutil.which("layerlab") else os.path.relpath(sys.argv[0])
+    first = next(iter(runs))
+    commands = {
+        f"{program} scoreboard": "every claim, published beside measured",
+        f"{program} reproduce {first} --profile cpu": "real data, three seeds",
+        f"{program} pays resnet18 digits --budget 20min": "does any method pay for a network and data of yours?",
+    }
+    click.echo("\nWhat to type next:")
+    for command, about in commands.items():
+        click.echo(f"  {command}\n      {about}")
 
 
 def _files(done: Sequence[Ended]) -> Table:

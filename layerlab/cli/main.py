@@ -142,26 +142,25 @@ def describe(name: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
 @shows
 def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
-    """Show every claim of the installed papers with what MLflow holds of it.
+    """Show a sentence for each installed paper, and every claim with what MLflow holds of it.
 
-    The runs behind them follow in text, Markdown and HTML.
+    csv, latex and json have a row for each run of a claim; in the other forms a claim is one line, with its runs beside
+    each other.
     """
     from layerlab.base.files import write_atomically
-    from layerlab.reporting.scoreboard import collect, page, run_table, scoreboard_table
+    from layerlab.reporting.scoreboard import board, collected, page, scoreboard_table
 
     if wants_json():
         form = "json"
-    results = collect(names)
-    claims, runs = scoreboard_table(results), run_table(results)
+    found = collected(names)
+    results = [row for each in found for row in each.rows]
     if form == "html":
-        text = page(results)
-    elif form == "markdown":
-        text = f"{claims.markdown()}\n\n{runs.markdown()}\n"
-    elif form == "text":
+        text = page(results, [each.line for each in found])
+    elif form in ("markdown", "text"):
         # A file has no colours; click leaves them out of what goes there.
-        text = f"{claims.text(colour=not output)}\n\n{runs.text(colour=not output)}\n"
+        text = board(found, form == "markdown", colour=not output) + "\n"
     else:
-        text = getattr(claims, form)() + "\n"
+        text = getattr(scoreboard_table(results), form)() + "\n"
     if output:
         write_atomically(output, lambda stream: stream.write(text.encode()))
         click.echo(output)
@@ -345,16 +344,31 @@ def preflight(
 @click.argument("what", nargs=-1, metavar="[NAME|FOLDER]…")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("results"), show_default=True,
               help="The folder of results.")
+@click.option("--check", is_flag=True, help="Publish nothing; list what is kept that older code made.")
 @shows
-def publish(what: tuple[str, ...], target: Path) -> None:
+def publish(what: tuple[str, ...], target: Path, check: bool) -> None:
     """Keep finished runs among the results, one page a paper, and write the scoreboard of all of them.
 
     A NAME stands for a strategy's newest runs in MLflow, all profiles but quick; without any, all strategies are taken.
-    A FOLDER is one that `layerlab reproduce` wrote.
+    A FOLDER is one that `layerlab reproduce` wrote. With --check the exit status is 1 where older code made something.
     """
+    from layerlab.contract.paper import load_paper, readable_papers
+    from layerlab.reporting.freshness import TODAY, kept_ages
     from layerlab.reporting.publish import publish as keep
 
-    show(Table(("page written",), [[str(page)] for page in keep(what, target)]))
+    if not check:
+        show(Table(("page written",), [[str(page)] for page in keep(what, target)]))
+        return
+    ages = kept_ages(target, [load_paper(name) for name in what] or readable_papers())
+    older = [each for each in ages if each.state != TODAY]
+    rows: list[list[str | Cell]] = []
+    for each in ages:
+        tone: Tone = "good" if each.state == TODAY else "warning"
+        rows.append([each.paper, each.profile, Cell(each.state, tone), each.why])
+    show(Table(("paper", "profile", "made by", "why"), rows,
+               notes=[f"{len(older)} of {len(ages)} kept profiles wait for a new run."]))
+    if older:
+        raise SystemExit(1)
 
 
 @main.command()

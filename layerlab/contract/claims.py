@@ -10,11 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from layerlab.base.names import FileName, FileNameOrNone
+from layerlab.show.interval import spread
 
 Verdict = Literal[
     "reproduced", "holds", "weaker", "undecided", "differs", "opposite", "not tested", "by a model", "not run",
 ]
 Kind = Literal["effect", "at-most", "value", "trend"]
+# Said of a row whose plugin's code has changed since.
+OLDER = "made by older code"
 # Seeds below which nothing is decided under the paper's conditions.
 FEWEST = 3
 
@@ -141,6 +144,7 @@ class ClaimResult(BaseModel):
         published_share: measured ÷ published effect; None where there is none.
         by_model: whether a model computed the values.
         ours: a target of this project's, not a claim of the paper.
+        older: the plugin's code has changed since; it counts for no verdict.
         machine, versions, commit: where the number comes from.
         verdict, reason: see `judge`.
         mlflow_run: id of the notebook's run.
@@ -164,6 +168,7 @@ class ClaimResult(BaseModel):
     published_share: float | None = None
     by_model: bool = False
     ours: bool = False
+    older: bool = False
     machine: str = ""
     versions: dict[str, str] = {}
     commit: str = ""
@@ -182,10 +187,11 @@ class ClaimResult(BaseModel):
         """`mean ± half-width unit`, or why there is none."""
         if self.measured is None:
             return "—" if self.verdict == "not run" else "never"
+        half = math.nan if self.interval is None else self.interval
+        if half > 1e-9 * abs(self.measured):
+            return f"{spread(self.measured, half)} {self.unit}"
         # What seeds do not change differs by rounding alone.
-        half = self.interval if (self.interval or 0) > 1e-9 * abs(self.measured) else 0.0
-        spread = f" ± {half:.2g}" if self.interval is not None else ""
-        return f"{self.measured:.4g}{spread} {self.unit}"
+        return f"{self.measured:.4g} {self.unit}"
 
     @property
     def share_text(self) -> str:
@@ -201,6 +207,11 @@ class ClaimResult(BaseModel):
                 for name, value in self.changed.items()]
 
     @property
+    def apart(self) -> bool:
+        """Whether it counts for no verdict: other parameters than its profile's, or code that has changed since."""
+        return bool(self.changed) or self.older
+
+    @property
     def setting_text(self) -> str:
         """Where it was measured: profile and what was not as it has it, dataset, network, seeds or rounds, id."""
         if self.verdict == "not run":
@@ -209,5 +220,6 @@ class ClaimResult(BaseModel):
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}" if self.seeds else "no seeds"
         if not self.seeds and len(self.values) > 1:
             seeds = f"{len(self.values)} rounds"
-        text = ", ".join([self.profile, *self.changed_texts, *named, seeds])
+        older = [OLDER] if self.older else []
+        text = ", ".join([self.profile, *older, *self.changed_texts, *named, seeds])
         return f"{text} · {self.result}" if self.result else text

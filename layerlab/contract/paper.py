@@ -11,12 +11,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unknown
 from layerlab.base.names import NAME, FileName
 from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult, Data
+from layerlab.contract.headline import Headline
 from layerlab.contract.parameters import Parameters, differing, merged_parameters
 from layerlab.contract.registry import Plugin
 from layerlab.contract.verdicts import judge
@@ -90,6 +91,7 @@ class Paper(Data):
         notebook: file name, beside `paper.toml`.
         tables, claims, profiles: see their classes.
         targets: what this project asks of the method, judged as claims are and counted apart from them.
+        headline: what its one sentence tells; None where it tells how many claims hold.
     """
 
     title: str
@@ -104,6 +106,7 @@ class Paper(Data):
     claims: list[Claim]
     targets: list[Claim] = Field(default_factory=list)
     profiles: dict[FileName, Profile]
+    headline: Headline | None = None
     strategy: str = ""
     folder: Path = Path()
 
@@ -114,6 +117,12 @@ class Paper(Data):
         if not isinstance(value, dict):
             return value
         return {name: _filled(name, value, ()) for name in value}
+
+    @model_validator(mode="after")
+    def _headline_is_of_its_claims(self) -> Paper:
+        if self.headline:
+            self.headline.check(self.everything)
+        return self
 
     @property
     def short_authors(self) -> str:

@@ -44,17 +44,17 @@ def merged(results: Iterable[ClaimResult]) -> list[ClaimResult]:
     """The results of several runs of a paper in one list, in the claims' order.
 
     A claim that one run measured is not listed as `not run` for another, and one that follows from shapes alone is
-    listed once. What a run with other parameters than its profile's measured stands beside the profile's own result,
-    never in its place.
+    listed once. What a run with other parameters than its profile's measured, or with code that has changed since,
+    stands beside the profile's own result, never in its place.
     """
     results = list(results)
-    rows = sorted(results, key=lambda row: bool(row.changed))
-    measured = {row.claim for row in rows if row.verdict != "not run" and not row.changed}
+    rows = sorted(results, key=lambda row: row.apart)
+    measured = {row.claim for row in rows if row.verdict != "not run" and not row.apart}
     kept: dict[tuple[object, ...], ClaimResult] = {}
     for row in rows:
-        if row.verdict == "not run" and (row.claim in measured or row.changed):
+        if row.verdict == "not run" and (row.claim in measured or row.apart):
             continue
-        where: tuple[object, ...] = (json.dumps(row.changed, sort_keys=True, default=str),)
+        where: tuple[object, ...] = (row.older, json.dumps(row.changed, sort_keys=True, default=str))
         if row.seeds:
             where += (row.profile, row.conditions.get("dataset"), row.conditions.get("network"))
         kept.setdefault((row.claim, *where), row)
@@ -80,11 +80,11 @@ def completed(paper: Paper, results: Iterable[ClaimResult]) -> list[ClaimResult]
 def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
     """How many of the paper's claims have each verdict; an empty text for none.
 
-    This project's targets do not count. A run with other parameters than its profile's does not count either: what it
-    alone measured of the claims is not run.
+    This project's targets do not count. A run with other parameters than its profile's or with older code does not
+    count either: what it alone measured of the claims is not run.
     """
     claims = [row for row in rows if not row.ours]
-    own = [row for row in claims if not row.changed]
+    own = [row for row in claims if not row.apart]
     found = Counter(row.verdict for row in own)
     found["not run"] += len({row.claim for row in claims} - {row.claim for row in own})
     return {verdict: f"{found[verdict] or ''}" for verdict in get_args(Verdict)}
@@ -93,9 +93,9 @@ def counts(rows: Sequence[ClaimResult]) -> dict[Verdict, str]:
 def sentence(paper: str, rows: Sequence[ClaimResult]) -> str:
     """What rows say of a paper, what it cannot say and why, in one line."""
     claims = [row for row in rows if not row.ours]
-    own = {row.claim for row in claims if not row.changed}
+    own = {row.claim for row in claims if not row.apart}
     # Of a claim that no run of the profile measured, what was measured otherwise is all that there is to say.
-    claims = [row for row in claims if not row.changed or row.claim not in own]
+    claims = [row for row in claims if not row.apart or row.claim not in own]
     said = []
     for verdict in get_args(Verdict):
         count = sum(row.verdict == verdict for row in claims)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from layerlab.base.arguments import validated
+from layerlab.show import alive
 
 
 def synchronise(device: torch.device) -> None:
@@ -54,6 +55,7 @@ def time_by_turns(
         warmup: unmeasured calls of each beforehand.
         device: waited for before and after each call.
     """
+    alive.end()
     place = torch.device(device)
     for call in candidates.values():
         for _ in range(warmup):

@@ -14,12 +14,13 @@ from layerlab.base.screen import printable
 from layerlab.reporting.against import against_table
 from layerlab.reporting.answers import TONES
 from layerlab.reporting.paying import Verdict, headline
+from layerlab.reporting.wording import EQUAL, PLACEBO
 from layerlab.show import figures
 from layerlab.show.table import Cell, Table
 from layerlab.training.results import BASELINE, Comparison
 
 # Kind of a point of the figure → which arm's companion it is.
-STRATEGY, EQUAL, PLACEBO = "strategy", "plain training of the same cost", "its placebo"
+STRATEGY = "strategy"
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:0;color:#1c2733;background:#f5f7f9}"
     "main{max-width:66rem;margin:0 auto;padding:1.5rem 1.25rem 3rem;background:#fff}"

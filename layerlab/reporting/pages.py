@@ -1,4 +1,4 @@
-"""Pages of what is kept: a paper's own, the scoreboard of all, and the table of papers for a README. All Markdown."""
+"""Pages of what is kept: a paper's own, the scoreboard of all, and what a README shows of them. All Markdown."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from layerlab.base.errors import LayerlabError, first_line
 from layerlab.base.provenance import versions_text
 from layerlab.base.screen import printable, visible
 from layerlab.base.text import reproduce_command
-from layerlab.contract.claims import ClaimResult, Verdict
+from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import completed, counts, merged
-from layerlab.reporting.scoreboard import scoreboard_table
+from layerlab.reporting.bottom_line import kept_line
+from layerlab.reporting.freshness import Age, age
+from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
+from layerlab.reporting.readable import papers_alone, readable
+from layerlab.reporting.scoreboard import claims_table, scoreboard_table
 from layerlab.runs.manifest import read_manifest
 from layerlab.runs.record import PARAMETERS, RESULTS, read_parameters, read_results
+from layerlab.show.stamp import same_picture
 from layerlab.show.table import Cell, Table, markdown_text
 
 # First line of every page, by which `layerlab publish` knows what it may replace.
 MARK = "<!-- written by `layerlab publish`; changes are lost when it is run again -->"
 SUMMARY = ("<!-- papers -->", "<!-- /papers -->")
+PICTURE = ("<!-- overview -->", "<!-- /overview -->")
 # Of a plugin that lies beside the results.
 CARD = "plugins/{}/README.md"
 # A table with more rows is folded.
@@ -38,12 +44,14 @@ def kept_profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
 
 
 def run_rows(folder: Path, paper: Paper) -> list[ClaimResult]:
-    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters.
+    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters and the
+    plugin's code.
 
     Raises:
         LayerlabError: what the folder holds cannot be read.
     """
-    rows = read_results(folder)
+    older = bool(age(folder, paper).numbers)
+    rows = [row.model_copy(update={"older": older}) for row in read_results(folder)]
     if not (folder / PARAMETERS).exists():
         return [paper.judged(row) for row in rows]
     parameters = read_parameters(folder)
@@ -60,47 +68,67 @@ def kept(target: Path, paper: Paper) -> list[ClaimResult]:
     return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
 
 
+def lines(target: Path) -> list[tuple[Paper, str]]:
+    """Every installed paper with its sentence, from what is kept of it."""
+    return [(paper, kept_line(paper, kept_profiles(target / paper.strategy, paper))) for paper in readable_papers()]
+
+
 def scoreboard_page(target: Path) -> str:
-    """Every claim of every installed paper, in Markdown."""
+    """The sentence of every installed paper, their figure, and every claim, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
-    lines: list[list[str | Cell]] = [
+    counted: list[list[str | Cell]] = [
         [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
+    said = "\n".join(f"- {_bold(paper, line)}" for paper, line in lines(target))
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
-        "MLflow holds. [README.md](../README.md#reproduce-a-paper) says what the verdicts mean; a measured value is "
+        "MLflow holds. [docs/verdicts.md](../docs/verdicts.md) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = [MARK, "# Results", about, Table(("paper", *get_args(Verdict)), lines).markdown()]
+    text = [MARK, "# Results", said, _picture(target, ""), "## Claims by verdict", about,
+            Table(("paper", *get_args(Verdict)), counted).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
             text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
-        text.append(scoreboard_table(rows).markdown())
+        text.append(claims_table(rows).markdown())
     return "\n\n".join(text) + "\n"
+
+
+def _picture(target: Path, folder: str) -> str:
+    """The figure of all papers with the sentence below it, seen from a page beside `folder`."""
+    numbers = target / f"{OVERVIEW}.csv"
+    drawn = numbers.exists() and numbers.read_text(encoding="utf-8").count("\n") > 1
+    return f"![{ALTERNATIVE}]({folder}{OVERVIEW}.png)\n\n{CAPTION}" if drawn else NOTHING_YET
+
+
+def _bold(paper: Paper, line: str) -> str:
+    """A paper's sentence in Markdown, the method's name in bold letters."""
+    name = paper.headline.method if paper.headline else paper.strategy
+    return f"**{markdown_text(name)}**{markdown_text(line.removeprefix(name))}"
 
 
 def _card(target: Path, name: str) -> bool:
     return (target.resolve().parent / CARD.format(name)).exists()
 
 
-def with_papers(readme: str, target: Path) -> str | None:
-    """A README with the table of papers between its marks anew; None if it has none."""
-    before, mark, rest = readme.partition(SUMMARY[0])
-    _, end, after = rest.partition(SUMMARY[1])
-    if not (mark and end):
-        return None
-    lines: list[list[str | Cell]] = []
-    for paper in readable_papers():
-        name, rows = paper.strategy, kept(target, paper)
-        card = f"[`{name}`]({CARD.format(name)})" if _card(target, name) else f"`{name}`"
-        title = f"{paper.short_authors}, {paper.title}, {paper.year}"
-        source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
-        page = Cell("quick only", markdown="`quick` only")
+def with_results(readme: str, target: Path) -> str | None:
+    """A README with the figure of all papers and their sentences between its marks anew; None if it has neither."""
+    told = []
+    for paper, line in lines(target):
+        name = paper.strategy
+        links = [f"[what was tried]({CARD.format(name)})"] if _card(target, name) else []
         if (target / name / "README.md").exists():
-            page = Cell("claims and figures", link=f"{target.name}/{name}/README.md")
-        lines.append([Cell(name, markdown=card), Cell(title, markdown=source), *counts(rows).values(), page])
-    table = Table(("plugin", "paper", *get_args(Verdict), ""), lines).markdown()
-    return f"{before}{mark}\n{table}\n{end}{after}"
+            links.append(f"[claims and figures]({target.name}/{name}/README.md)")
+        source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
+        told.append(f"- {_bold(paper, line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
+    blocks = {SUMMARY: "\n".join(told), PICTURE: _picture(target, f"{target.name}/")}
+    found = None
+    for (begin, end), block in blocks.items():
+        before, mark, rest = readme.partition(begin)
+        _, closed, after = rest.partition(end)
+        if mark and closed:
+            found = readme = f"{before}{mark}\n{block}\n{closed}{after}"
+    return found
 
 
 def paper_page(folder: Path, paper: Paper) -> str:
@@ -111,19 +139,24 @@ def paper_page(folder: Path, paper: Paper) -> str:
     if _card(folder.parent, paper.strategy):
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
+    text.append(f"**{markdown_text(kept_line(paper, profiles))}**")
     text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
+    before: dict[Path, str] = {}
     for profile, rows in profiles.items():
-        text += run_part(profile, paper, profile.name, rows)
+        text += run_part(profile, paper, profile.name, rows, before)
     return "\n\n".join(text) + "\n"
 
 
-def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult]) -> list[str]:
+def run_part(
+    folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult], before: dict[Path, str] | None = None
+) -> list[str]:
     """The paragraphs of a paper's page about one of the runs that are kept.
 
     Args:
         folder: where the run's tables, figures and parameters lie.
         name: of the folder where they are kept, beside the page.
         rows: the run's.
+        before: what the page shows already: file → its address; what this part shows is added to it.
 
     Raises:
         LayerlabError: the paper has no such profile; a table that cannot be read.
@@ -134,14 +167,15 @@ def run_part(folder: Path, paper: Paper, name: str, rows: Sequence[ClaimResult])
     about = paper.profile(profile).description
     text = [f"## Profile `{profile}`", f"{about[:1].upper()}{about[1:]}."]
     if other := next((row for row in rows if row.changed), None):
-        text.append(f"Not as the profile has it today: {_code(', '.join(other.changed_texts))}.")
+        text.append(_changed(other))
+    text += _aged(age(folder, paper))
     if some:
         result = f"Result: {_code(some.result)}. " if some.result else ""
         text.append(f"{result}Command: {_code(_command(paper, profile, parameters))}. Machine: {_plain(some.machine)}. "
                     f"Commit: {_code(some.commit)}. Versions: {_plain(versions_text(some.versions))}.")
     shown = visible(json.dumps(parameters, indent=1, ensure_ascii=False))
     text.append(f"<details><summary>Parameters</summary>\n\n```json\n{shown}\n```\n</details>")
-    return text + list(_shown(folder, name))
+    return text + list(_shown(folder, name, paper, {} if before is None else before))
 
 
 def _plain(text: str) -> str:
@@ -161,18 +195,59 @@ def _command(paper: Paper, profile: str, parameters: Mapping[str, Any]) -> str:
     return reproduce_command(paper.strategy, profile, changed)
 
 
-def _shown(folder: Path, name: str) -> Iterator[str]:
-    """The tables and figures of a profile's folder, under the texts that its notebook had when it ran."""
+def _aged(its: Age) -> list[str]:
+    """What of a run older code made."""
+    if its.numbers:
+        return [f"**{OLDER[:1].upper()}{OLDER[1:]}** ({_plain(its.numbers)}): it counts for no verdict and waits for a "
+                "new run."]
+    if its.figures:
+        return [f"**Figures drawn by older code** ({_plain(its.figures)}): the numbers are of today's."]
+    return []
+
+
+def _changed(row: ClaimResult) -> str:
+    """Which parameters a run had that its profile has not, and the other way round, folded."""
+    lines = []
+    for name, value in row.changed.items():
+        had = f"the run had {_code(json.dumps(value, ensure_ascii=False))}"
+        lines.append(f"- {_code(name)}: {'the run did not know it' if value is None else had}")
+    count = f"{len(lines)} parameter{'s' * (len(lines) != 1)}"
+    return (f"<details><summary>The run differs from today's profile in {count}; it counts for no verdict</summary>\n\n"
+            + "\n".join(lines) + "\n</details>")
+
+
+def _shown(folder: Path, name: str, paper: Paper, before: dict[Path, str]) -> Iterator[str]:
+    """The tables and figures of a profile's folder, under the texts that its notebook had when it ran; what the page
+    shows already is named alone."""
     last = ""
     for section in read_manifest(folder):
         if section.heading not in ("", last):
             yield f"#{section.heading}"
         last = section.heading
-        entries = [_entry(folder / shown.file, quote(f"{name}/{shown.file}")) for shown in section.shows]
+        entries = []
+        for shown in section.shows:
+            file, address = folder / shown.file, quote(f"{name}/{shown.file}")
+            if same := next((there for other, there in before.items() if _same(file, other)), ""):
+                entries.append(f"{shown.kind.capitalize()} {_plain(shown.name)} is the same as [above]({same}).")
+            else:
+                before[file] = address
+                entries.append(_entry(file, address, paper))
         yield from filter(None, [section.text, *entries, section.after])
 
 
-def _entry(file: Path, address: str) -> str:
+def _same(file: Path, other: Path) -> bool:
+    """Whether two files show the same."""
+    if file.suffix != other.suffix:
+        return False
+    one, two = file.read_bytes(), other.read_bytes()
+    try:
+        return one == two or (file.suffix == ".png" and same_picture(one, two))
+    except OSError:  # what is no picture
+        return False
+
+
+def _entry(file: Path, address: str, paper: Paper) -> str:
+    """A figure, or a table with its rows; nothing for a table that holds the paper's own rows alone."""
     if file.suffix != ".csv":
         return f"![{_plain(file.stem)}]({address})"
     try:
@@ -181,7 +256,9 @@ def _entry(file: Path, address: str) -> str:
         raise LayerlabError(f"{file} is no table that can be read ({first_line(error)}); run `layerlab reproduce` "
                             "again, with --rerun.") from None
     frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
-    table = Table.from_frame(frame.loc[:, frame.notna().any()]).markdown()
+    if papers_alone(frame, file.stem, paper):
+        return ""
+    table = Table.from_frame(readable(frame.loc[:, frame.notna().any()])).markdown()
     if len(frame) > LONG:
         table = f"<details><summary>{len(frame)} rows</summary>\n\n{table}\n\n</details>"
     return f"Table [{_plain(file.stem)}]({address}):\n\n{table}"

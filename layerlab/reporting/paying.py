@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layerlab.reporting.evidence import Evidence, Interval, above, below, never_acted, unfit
+from layerlab.reporting.wording import EQUAL, over_placebo
 from layerlab.show.interval import signed, spread
 from layerlab.training.results import BASELINE, Comparison
 
@@ -96,7 +97,7 @@ def _gained(evidence: Evidence, arm: str, saved: Sequence[str]) -> str:
     if costs:
         text += f" for {' and '.join(costs)}"
     if arm in evidence.comparison.equal and saved:
-        text += f", and {signed(_over_equal(evidence, arm, TOLD))} points above plain training of the same cost"
+        text += f", and {signed(_over_equal(evidence, arm, TOLD))} points above {EQUAL}"
     return text + _placebo(evidence, arm)
 
 
@@ -104,11 +105,10 @@ def _placebo(evidence: Evidence, arm: str) -> str:
     if arm not in evidence.comparison.placebos:
         return ""
     placebo = evidence.comparison.placebos[arm]
-    told = f"({signed(evidence.comparison.paired(TOLD, arm, placebo).interval)} points)"
+    told = evidence.comparison.paired(TOLD, arm, placebo).interval
     mean, half = evidence.comparison.paired(evidence.metric, arm, placebo).interval
-    if above((mean, max(half, evidence.finest)), evidence.seeds) <= evidence.alpha:
-        return f"; it beats its placebo {told}"
-    return f"; it is not measurably above its placebo {told}, so its decisions may add nothing to what it saves"
+    proven = above((mean, max(half, evidence.finest)), evidence.seeds) <= evidence.alpha
+    return f"; {over_placebo(told, proven)}"
 
 
 def _over_equal(evidence: Evidence, arm: str, metric: str = "") -> Interval:
@@ -121,7 +121,7 @@ def _over_equal(evidence: Evidence, arm: str, metric: str = "") -> Interval:
 
 def _not_paying(evidence: Evidence, arm: str) -> Judged:
     gain, points = _over_equal(evidence, arm), evidence.points(arm)
-    against = "plain training of the same cost" if arm in evidence.comparison.equal else "the baseline"
+    against = EQUAL if arm in evidence.comparison.equal else "the baseline"
     lost = below(points, evidence.seeds, -evidence.tolerance) <= evidence.alpha
     if lost:
         told = signed(evidence.points(arm, TOLD))
@@ -130,7 +130,7 @@ def _not_paying(evidence: Evidence, arm: str) -> Judged:
     shown = signed(_over_equal(evidence, arm, TOLD))
     told = f"{shown} points above {against}"
     if saves and arm not in evidence.comparison.equal:
-        return Judged("undecided", f"was not compared with plain training of the same cost ({told})")
+        return Judged("undecided", f"was not compared with {EQUAL} ({told})")
     if below(gain, evidence.seeds) <= evidence.alpha:
         return Judged("no", f"is less accurate than {against} ({shown} points)")
     # What takes as much as the baseline is held against the baseline itself.
@@ -161,7 +161,7 @@ def headline(verdict: Verdict, title: str) -> str:
     if count == 1:
         (arm, judged), = verdict.arms.items()
         return f"No, {arm} does not pay for {title}: it {judged.why}."
-    return f"No, none of {count} strategies pays for {title}: plain training of the same cost does as well, or better."
+    return f"No, none of {count} strategies pays for {title}: {EQUAL} does as well, or better."
 
 
 def _points(count: float) -> str:

@@ -1,10 +1,12 @@
 """Results that are kept: claims, figures and tables of finished runs, a folder and a page for each paper, and over all
 of them the scoreboard.
 
-    results/README.md                      every claim of every paper
+    results/README.md                      a sentence for every paper, and every claim
+    results/overview.png                   the figure of all papers; overview.csv: its numbers
     results/<paper>/README.md              a page that reads by itself; claims.json: its rows
-    results/<paper>/<profile>/             claims.json, parameters.json, manifest.json, tables/, figures/,
-                                           and digests.json: what all of these were when they were published together
+    results/<paper>/<profile>/             claims.json, parameters.json, identity.json, manifest.json, tables/,
+                                           figures/, answers.json where arms were compared; digests.json: what all of
+                                           these were when they were published together
 
 A run's folder may come from anybody: no link in it is followed. Nothing is replaced or deleted that was not written
 here: a page is known by its first line, a profile's folder by the files that its digests.json lists.
@@ -31,8 +33,12 @@ from layerlab.base.folder_lock import folder_lock
 from layerlab.contract.claims import ClaimResult, placeholders
 from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
-from layerlab.reporting.pages import MARK, kept_profiles, paper_page, run_part, run_rows, scoreboard_page, with_papers
+from layerlab.reporting.findings import run_answers
+from layerlab.reporting.freshness import check_age
+from layerlab.reporting.overview import OVERVIEW, keep_overview, overview
+from layerlab.reporting.pages import MARK, kept_profiles, paper_page, run_part, run_rows, scoreboard_page, with_results
 from layerlab.runs import tracking
+from layerlab.runs.answer import ANSWERS_FILE
 from layerlab.runs.manifest import read_manifest
 from layerlab.runs.record import (
     IDENTITY,
@@ -54,7 +60,8 @@ UNFINISHED = ".new-"
 def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
     """Keep finished runs under `target/<paper>/<profile>/`, and write the pages of all that is kept anew.
 
-    A README.md beside `target` that holds the two marks of `SUMMARY` gets the table of papers between them.
+    A README.md beside `target` gets the papers' sentences between the marks of `SUMMARY`, and the figure of all papers
+    between those of `PICTURE`.
 
     Args:
         what: names of strategies, whose newest finished runs are taken from MLflow, all profiles but `quick`; none:
@@ -68,8 +75,8 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
 
     Raises:
         LayerlabError: a folder without a finished run, or with links in the place of files; an unknown strategy, one
-            without such runs in MLflow; something in `target` that would be replaced and was not written here. Nothing
-            is written then.
+            without such runs in MLflow; a run that other code made than its plugin has today; something in `target`
+            that would be replaced and was not written here. Nothing is written then.
     """
     from layerlab.contract.registry import strategies
 
@@ -79,7 +86,7 @@ def publish(what: Sequence[str | Path], target: Path) -> list[Path]:
         folders = [each if each.is_dir() else _asked_for(str(each), Path(temporary)) for each in folders]
         loaded = [(folder, _read(folder)) for folder in folders]
         for name in names or ([] if what else [paper.strategy for paper in readable_papers()]):
-            found = list(_from_mlflow(name, Path(temporary) / name))
+            found = list(_from_mlflow(name, Path(temporary) / name, bool(names)))
             if not found and names:
                 raise LayerlabError(
                     f"MLflow holds no finished run of {name!r} beyond `{UNPUBLISHED}`; run `layerlab reproduce {name} "
@@ -121,9 +128,10 @@ def _place(results: Sequence[ClaimResult], target: Path) -> Path:
     return target / first.paper / name
 
 
-def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResult]]]:
+def _from_mlflow(name: str, folder: Path, asked: bool) -> Iterator[tuple[Path, list[ClaimResult]]]:
     """The newest finished run of each profile of a paper with exactly the profile's parameters, in a folder like the
-    one that the run itself wrote, with its claims."""
+    one that the run itself wrote, with its claims. One that older code made is left out, unless the paper is `asked`
+    for, so that it is refused."""
     paper = load_paper(name)
     seen = {UNPUBLISHED}
     for run in tracking.notebook_runs(name):
@@ -136,6 +144,8 @@ def _from_mlflow(name: str, folder: Path) -> Iterator[tuple[Path, list[ClaimResu
             tracking.download(run.info.run_id, place)
             try:
                 results = _read(place)
+                if not asked:
+                    check_age(place, paper, profile)
             except LayerlabError as error:
                 warnings.warn(f"A run of {name} is left out: {error}", LayerlabWarning, stacklevel=3)
                 continue
@@ -178,6 +188,7 @@ def _check_run(folder: Path, results: Sequence[ClaimResult]) -> None:
     if not (folder / PARAMETERS).exists():
         raise LayerlabError(f"{folder} lacks its {PARAMETERS}; run `layerlab reproduce` again, with --rerun.")
     read_parameters(folder)
+    check_age(folder, paper, first.profile)
     for section in read_manifest(folder):
         for shown in section.shows:
             plain_file(folder, shown.file)
@@ -193,11 +204,11 @@ def _places(target: Path, papers: set[str]) -> Iterator[Path]:
 
 
 def _check_place(folder: Path, target: Path) -> None:
-    """Raises: LayerlabError: a page, or the rows beside it, that were not written here."""
+    """Raises: LayerlabError: a page, or the rows or the figure beside it, that were not written here."""
     _check_below(folder, target)
     page = folder / "README.md"
     ours = is_plain(page) and page.read_bytes().startswith(MARK.encode())
-    for name in ("README.md", RESULTS):
+    for name in ("README.md", RESULTS, f"{OVERVIEW}.png", f"{OVERVIEW}.csv"):
         place = folder / name
         if (place.exists() or place.is_symlink()) and not ours:
             raise LayerlabError(f"{place} would be replaced, and {page} does not begin with the line by which layerlab "
@@ -240,8 +251,9 @@ def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
             (new / shown.file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plain_file(run, shown.file), new / shown.file, follow_symlinks=False)
         write_json(new / PARAMETERS, read_parameters(run))
-        if is_plain(run / IDENTITY):
-            write_json(new / IDENTITY, read_object(run, IDENTITY))
+        write_json(new / IDENTITY, read_object(run, IDENTITY))
+        if found := run_answers(run):
+            write_json(new / ANSWERS_FILE, [each.model_dump(exclude={"page"}) for each in found])
         write_json(new / MANIFEST, [section.model_dump() for section in sections])
         write_json(new / RESULTS, [result.model_dump() for result in results])
         write_json(new / DIGESTS, digests(new))
@@ -289,8 +301,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def _write_pages(target: Path) -> list[Path]:
-    """Write each paper's page and rows, the page of all papers, and the table in the README beside `target`, from what
-    is kept; gives the pages."""
+    """Write each paper's page and rows, the figure and the page of all papers, and their sentences in the README beside
+    `target`, from what is kept; gives the pages."""
     written = []
 
     def write(page: Path, text: str) -> None:
@@ -303,8 +315,10 @@ def _write_pages(target: Path) -> list[Path]:
             # The page first: it says whose the rows beside it are.
             write(folder / "README.md", paper_page(folder, paper))
             write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
+    keep_overview(target, overview([(paper, kept_profiles(target / paper.strategy, paper))
+                                    for paper in readable_papers()]))
     write(target / "README.md", scoreboard_page(target))
     readme = target.resolve().parent / "README.md"
-    if readme.exists() and (new := with_papers(readme.read_text(encoding="utf-8"), target)) is not None:
+    if readme.exists() and (new := with_results(readme.read_text(encoding="utf-8"), target)) is not None:
         write(readme, new)
     return written

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
+import tempfile
+import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
 from layerlab.base.errors import LayerlabWarning, first_problem
+from layerlab.base.screen import printable
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
-from layerlab.contract.rows import SCOREBOARD, completed, scoreboard_texts, sentence
+from layerlab.contract.rows import SCOREBOARD, completed, scoreboard_texts
 from layerlab.contract.rows import tally as tally
+from layerlab.reporting.bottom_line import bottom_line, counting
+from layerlab.reporting.claim_lines import STATES, State, claim_lines
+from layerlab.reporting.findings import PAYS, Outcome, outcome
+from layerlab.reporting.freshness import age
 from layerlab.runs import tracking
-from layerlab.show.table import Cell, Table, Tone
+from layerlab.runs.answer import ANSWERS_FILE
+from layerlab.runs.record import IDENTITY
+from layerlab.show.table import Cell, Table, Tone, markdown_text
 
+WIDE = ("claim", "where", "published", "measured", "÷ published", "verdict")
+# Columns of a terminal that has room for them.
+_WIDE = 120
+BRIEF = ("claim", "published", "measured", "verdict")
 # First word of a verdict → how its cell looks.
 VERDICT_TONES: dict[str, Tone] = {
     "reproduced": "good", "holds": "good", "weaker": "fair", "undecided": "faint", "differs": "warning",
     "opposite": "warning", "not": "faint", "by": "faint",
 }
+
+
+_STYLE = (
+    "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:90em;padding:0 1em;color:#1c2733}"
+    "table{border-collapse:collapse}th,td{border-bottom:1px solid #ddd;padding:.35em .6em;vertical-align:top}"
+    ".wide{overflow-x:auto}ul{padding-left:1.2em}li{margin:.35em 0}"
+)
 
 
 def verdict_cell(verdict: str) -> Cell:
@@ -36,18 +60,25 @@ def scoreboard_table(results: Sequence[ClaimResult]) -> Table:
     return Table(SCOREBOARD, rows)
 
 
-def brief_table(results: Sequence[ClaimResult]) -> Table:
-    """The scoreboard in four columns, for a terminal: claim, published, measured, verdict without its reason."""
+def claims_table(results: Sequence[ClaimResult], wide: bool = True) -> Table:
+    """The claims of one paper, a line each with its runs beside each other: settled ones, open ones, and apart those
+    that a model computed.
+
+    Args:
+        results: of one paper.
+        wide: with the place in the paper and measured ÷ published, for which a terminal has no room.
+    """
     rows: list[list[str | Cell]] = []
-    for texts, result in zip(scoreboard_texts(results), results, strict=True):
-        rows.append([texts["claim"], texts["paper"], texts["measured"], verdict_cell(result.verdict)])
-    return Table(("claim", "paper", "measured", "verdict"), rows)
-
-
-def sentences(results: Sequence[ClaimResult]) -> list[str]:
-    """One line for each paper: what its rows say, what they cannot say and why."""
-    papers = dict.fromkeys(row.paper for row in results)
-    return [sentence(paper, [row for row in results if row.paper == paper]) for paper in papers]
+    found = claim_lines(results)
+    for state in get_args(State):
+        those = [line for line in found if line.state == state]
+        if those:
+            rows.append([Cell(STATES[state], "strong", markdown=f"**{STATES[state]}**")])
+        for line in those:
+            verdict = verdict_cell(line.verdict)
+            rows.append([line.claim, line.where, line.published, line.measured, line.share, verdict] if wide else
+                        [line.claim, line.published, line.measured, verdict])
+    return Table(WIDE if wide else BRIEF, rows)
 
 
 def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
@@ -64,9 +95,23 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
             for row in rows if row.paper == name]
 
 
-def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
-    """Every claim of papers with what MLflow holds of it: the newest finished run of each profile, and of each set of
-    parameters that is not the profile's.
+class Collected(NamedTuple):
+    """What MLflow holds of a paper.
+
+    Attributes:
+        paper: the paper.
+        rows: every claim with what was measured of it.
+        line: the paper's sentence.
+    """
+
+    paper: Paper
+    rows: list[ClaimResult]
+    line: str
+
+
+def collected(names: Sequence[str] = ()) -> list[Collected]:
+    """What MLflow holds of papers: the newest finished run of each profile, and of each set of parameters that is not
+    the profile's.
 
     Args:
         names: strategies; default: all that are installed, but for those without a readable paper, each with a warning.
@@ -76,9 +121,10 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     """
     # What could not be logged when it was finished belongs to it.
     tracking.send_unsent(tracking.unsent_files())
-    rows = []
+    found = []
     for paper in [load_paper(name) for name in names] or readable_papers():
         results: list[ClaimResult] = []
+        outcomes = []
         newest = set()
         for run in tracking.notebook_runs(paper.strategy):
             said = _rows(paper, run)
@@ -87,9 +133,26 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
             which = run.data.tags.get("profile", ""), json.dumps(changed, sort_keys=True)
             if which not in newest:
                 newest.add(which)
-                results += said
-        rows += completed(paper, results)
-    return rows
+                left = _outcome(paper, run, said)
+                results += left.rows
+                if counting(left.rows):
+                    outcomes.append(left)
+        found.append(Collected(paper, completed(paper, results), bottom_line(paper, outcomes)))
+    return found
+
+
+def _outcome(paper: Paper, run: Any, rows: Sequence[ClaimResult]) -> Outcome:
+    """What a run in MLflow left; its rows say whether the plugin's code has changed since, where the run noted it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tracking.download_some(run.info.run_id, (IDENTITY, ANSWERS_FILE, f"tables/{PAYS}.csv"), folder)
+        older = (folder / IDENTITY).exists() and bool(age(folder, paper).numbers)
+        return outcome(folder, [row.model_copy(update={"older": older}) for row in rows])
+
+
+def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
+    """The rows of `collected`, of all papers."""
+    return [row for each in collected(names) for row in each.rows]
 
 
 def run_table(results: Sequence[ClaimResult]) -> Table:
@@ -107,12 +170,59 @@ def run_table(results: Sequence[ClaimResult]) -> Table:
     return Table(("paper", "profile", "machine", "commit", "run"), list(rows.values()))
 
 
-def page(results: Sequence[ClaimResult]) -> str:
-    """The scoreboard and its runs as an HTML page that needs nothing else."""
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>layerlab: scoreboard</title><style>'
-        "body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em } "
-        "table { border-collapse: collapse } th, td { border-bottom: 1px solid #ddd; padding: .35em .6em }"
-        "</style></head><body><h1>Scoreboard</h1>"
+def board(found: Sequence[Collected], markdown: bool = False, colour: bool = False) -> str:
+    """The sentences of papers, then of each its claims, then the runs behind them, for a terminal or in Markdown.
+
+    Args:
+        found: of `collected`.
+        markdown: or text.
+        colour: of text, as `Table.text` has it.
+    """
+    rows = [row for each in found for row in each.rows]
+    if markdown:
+        parts = ["\n".join(f"- {markdown_text(each.line)}" for each in found)]
+        for each in found:
+            parts += [f"## {each.paper.strategy}", claims_table(each.rows).markdown()]
+        return "\n\n".join([*parts, "## Runs", run_table(rows).markdown()])
+    width = shutil.get_terminal_size((100, 24)).columns
+    parts = [wrapped(each.line, width) for each in found]
+    for each in found:
+        table = replace(claims_table(each.rows, wide=width >= _WIDE), caption=f"── {each.paper.strategy} ──")
+        parts.append(table.text(colour=colour))
+    return "\n\n".join([*parts, run_table(rows).text(colour=colour)])
+
+
+def wrapped(line: str, width: int) -> str:
+    """A sentence in lines, each but the first one indented."""
+    return textwrap.fill(printable(line), width, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def page(results: Sequence[ClaimResult], said: Sequence[str] = ()) -> str:
+    """The scoreboard and its runs as an HTML page that needs nothing else: a claim a line, to be filtered and sorted.
+
+    Args:
+        results: of any number of papers.
+        said: the papers' sentences.
+    """
+    import pandas as pd
+    from itables import options, to_html_datatable
+    from itables.javascript import generate_init_offline_itables_html
+
+    lines = [{"paper": line.paper, "state": line.state, "claim": line.claim, "where": line.where,
+              "published": line.published, "measured": line.measured, "÷ published": line.share,
+              "verdict": line.verdict, "why": line.why} for line in claim_lines(results)]
+    frame = pd.DataFrame(lines, columns=["paper", "state", "claim", "where", "published", "measured", "÷ published",
+                                         "verdict", "why"])
+    table = to_html_datatable(
+        frame.map(printable), connected=False, showIndex=False, paging=False, classes="display compact wrap",
+        columnControl=["order", ["searchList"]], ordering={"indicators": False, "handler": False},
+        layout={"topStart": "info", "topEnd": "search", "bottomStart": None, "bottomEnd": None}, maxBytes=0,
+        style="width:100%; max-width:100%", display_logo_when_loading=False)
+    sentences = "".join(f"<li>{html.escape(printable(each))}</li>" for each in said)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>layerlab: scoreboard</title><style>{_STYLE}</style>'
+        f"{generate_init_offline_itables_html(options.dt_bundle)}</head><body><h1>Scoreboard</h1><ul>{sentences}</ul>"
+        f'<div class="wide">{table}</div><h2>Runs</h2><div class="wide">{run_table(results).html()}</div></body>'
+        "</html>\n"
     )
-    return f"{head}{scoreboard_table(results).html()}<h2>Runs</h2>{run_table(results).html()}</body></html>\n"

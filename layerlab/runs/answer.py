@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MEASURED = {"points": "top-1", "time": "seconds", "compute": "TFLOP", "memory": "peak MB"}
 # Variable of a notebook's kernel: the file to which its sessions append their answers.
 ANSWERS = "LAYERLAB_ANSWERS"
+# What a session's comparisons measured, in its folder and in MLflow.
+ANSWERS_FILE = "answers.json"
 # The page of a session, in its folder.
 PAGE = "answer.html"
 

@@ -28,7 +28,16 @@ from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
 from layerlab.runs import tracking
-from layerlab.runs.answer import ANSWERS, PAGE, Against, Answer, against_baseline, answer_metrics, append_answer
+from layerlab.runs.answer import (
+    ANSWERS,
+    ANSWERS_FILE,
+    PAGE,
+    Against,
+    Answer,
+    against_baseline,
+    answer_metrics,
+    append_answer,
+)
 from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.own_folder import OwnFolder
@@ -300,6 +309,9 @@ class Session:
             self._keep(shown.file, stamped(content, f"layerlab · {self.experiment} · {identity.id}"))
         arms = [arm.model_copy(update={"pays": self._pays.get(arm.arm, arm.pays)}) for arm in self._arms]
         answer = self._answer.model_copy(update={"arms": arms, "run": self.run_id})
+        if arms:
+            self._own.take(ANSWERS_FILE)
+            self._keep_json(ANSWERS_FILE, [answer.model_dump(exclude={"page"})])
         now = time.time_ns() // 1_000_000
         self._outbox.add(metrics=[(name, value, now, 0) for name, value in answer_metrics(answer).items()])
         if answer.sentence:

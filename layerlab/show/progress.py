@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 
 from layerlab.base.errors import LayerlabWarning
 from layerlab.base.screen import printable
+from layerlab.show import alive
 from layerlab.show.countdown import Countdown
 
 VARIABLE = "LAYERLAB_PROGRESS"
@@ -414,6 +415,7 @@ class Progress:
     def __init__(self, total: int, show: bool = True) -> None:
         self.total = total
         self.done = 0
+        alive.end()
         self._begin = time.monotonic()
         self._countdown = Countdown(self._begin)
         self._reports = first_process()

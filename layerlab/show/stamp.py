@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Under which name of a PNG's metadata the text stands.
 NOTE = "Description"
@@ -17,14 +21,14 @@ def stamped(picture: bytes, text: str) -> bytes:
         picture: the PNG.
         text: one line.
     """
-    from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+    from PIL import Image as images
+    from PIL import ImageDraw, ImageFont, PngImagePlugin
 
-    image = Image.open(io.BytesIO(picture))
+    image = images.open(io.BytesIO(picture))
     resolution = float(image.info.get("dpi", (100, 100))[0])
-    strip = round(resolution / 9)
-    height = image.height - (strip if NOTE in image.info else 0)
-    shown = image.convert("RGBA").crop((0, 0, image.width, height))
-    whole = Image.new("RGB", (image.width, height + strip), "white")
+    shown, strip = _unstamped(image), _strip(image)
+    height = shown.height
+    whole = images.new("RGB", (image.width, height + strip), "white")
     whole.paste(shown, mask=shown)
     font = ImageFont.load_default(strip * 0.75)
     ImageDraw.Draw(whole).text((image.width - strip / 3, height + strip / 2), text, "#888888", font, anchor="rm")
@@ -32,3 +36,24 @@ def stamped(picture: bytes, text: str) -> bytes:
     notes.add_text(NOTE, text)
     whole.save(content, "png", pnginfo=notes, dpi=(resolution, resolution))
     return content.getvalue()
+
+
+def same_picture(one: bytes, other: bytes) -> bool:
+    """Whether two PNGs show the same, whichever stamps they have."""
+    from PIL import Image as images
+
+    if one == other:
+        return True
+    shown = [_unstamped(images.open(io.BytesIO(each))) for each in (one, other)]
+    return shown[0].size == shown[1].size and shown[0].tobytes() == shown[1].tobytes()
+
+
+def _strip(image: Image) -> int:
+    """Rows of pixels that a stamp takes."""
+    return round(float(image.info.get("dpi", (100, 100))[0]) / 9)
+
+
+def _unstamped(image: Image) -> Image:
+    """A picture without its stamp, with an alpha channel."""
+    height = image.height - (_strip(image) if NOTE in image.info else 0)
+    return image.convert("RGBA").crop((0, 0, image.width, height))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from layerlab.runs.tracking.artifacts import download as download
+from layerlab.runs.tracking.artifacts import download_some as download_some
 from layerlab.runs.tracking.database import PATIENCE as PATIENCE
 from layerlab.runs.tracking.outbox import Outbox as Outbox
 from layerlab.runs.tracking.outbox import ended as ended
@@ -17,7 +19,6 @@ from layerlab.runs.tracking.store import claim_rows as claim_rows
 from layerlab.runs.tracking.store import claim_tags as claim_tags
 from layerlab.runs.tracking.store import client as client
 from layerlab.runs.tracking.store import common_tags as common_tags
-from layerlab.runs.tracking.store import download as download
 from layerlab.runs.tracking.store import end_open_runs as end_open_runs
 from layerlab.runs.tracking.store import experiment_id as experiment_id
 from layerlab.runs.tracking.store import find_notebook_run as find_notebook_run

@@ -382,11 +382,6 @@ def find_notebook_run(name: str) -> Any | None:
     return None
 
 
-def download(run_id: str, folder: Path) -> None:
-    """Put a run's artifacts into a folder."""
-    reader().download_artifacts(run_id, "", str(folder))
-
-
 def run_url(experiment: str, run_id: str) -> str:
     """Where the UI shows a run: on the tracking server, or where `make ui` puts it."""
     # Without the user and the password that a server may ask for.

@@ -1,0 +1,124 @@
+"""The one sentence of a paper: what its method costs and gains, whether that pays, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from layerlab.base.screen import printable
+from layerlab.contract.claims import ClaimResult
+from layerlab.contract.headline import Cost
+from layerlab.contract.paper import Paper
+from layerlab.contract.rows import sentence
+from layerlab.reporting.findings import Finding, Interval, Outcome, finding, outcome
+from layerlab.reporting.wording import EQUAL, PLACEBO, over, points_text
+
+# Of a run at this profile no more is said than that the notebook runs.
+QUICK = "quick"
+NOUNS: dict[Cost, str] = {
+    "time": "training time", "compute": "compute", "memory": "peak memory", "size": "storage",
+    "inference": "time for inference",
+}
+
+
+def bottom_line(paper: Paper, runs: Iterable[Outcome]) -> str:
+    """The sentence of a paper.
+
+    Args:
+        paper: the paper; one without a headline gets the count of its verdicts.
+        runs: what its runs left, those alone that count: the profiles' own parameters, today's code. Where one goes
+            beyond the profile `quick`, `quick` is left out.
+    """
+    runs = [run for run in runs if run.rows]
+    beyond = [run for run in runs if run.rows[0].profile != QUICK]
+    if paper.headline is None:
+        return sentence(paper.strategy, [row for run in beyond or runs for row in run.rows])
+    return said(finding(paper, beyond or runs))
+
+
+def kept_line(paper: Paper, profiles: Mapping[Path, Sequence[ClaimResult]]) -> str:
+    """The sentence of a paper from what is kept of it: what has other parameters or older code stays out.
+
+    Args:
+        paper: the paper.
+        profiles: folder → its rows.
+    """
+    return bottom_line(paper, [outcome(folder, rows) for folder, rows in profiles.items() if counting(rows)])
+
+
+def counting(rows: Sequence[ClaimResult]) -> bool:
+    """Whether a run's rows count for verdicts."""
+    return bool(rows) and not any(row.apart for row in rows)
+
+
+def said(found: Finding) -> str:
+    """A finding in one sentence."""
+    headline = found.paper.headline
+    assert headline is not None
+    if found.anchor is None:
+        id = next(filter(None, headline.costs.values()), headline.accuracy)
+        claim = found.paper.claim(id)
+        return (f"{headline.method}: not measured with today's code; the paper claims {claim.value:g} {claim.unit} "
+                f"({claim.statement}).")
+    parts = [_saved(cost, share) for cost, share in found.costs.items()]
+    if found.points is not None:
+        parts.append(_accuracy(found.points))
+    text = f"{headline.method} against {headline.against}: {_listed(parts)}"
+    if found.beside:
+        text += f"; {_listed([_saved(cost, share) for cost, share in found.beside.items()])} than without it"
+    if found.equal:
+        text += f"; {over(found.equal.points, EQUAL)}"
+    elif found.points is not None and {"time", "compute"} & {*found.costs, *found.beside}:
+        # What else is saved, training less does not save.
+        text += f"; not compared with {EQUAL}"
+    if found.placebo:
+        text += f"; {over(found.placebo.points, PLACEBO)}"
+    return printable(f"{text}; {_how_sure(found)}.")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _saved(cost: Cost, share: Interval) -> str:
+    """`32 ± 2 % less training time`."""
+    mean, half = 100 * (1 - share[0]), 100 * share[1]
+    if half > 0 and abs(mean) <= half:
+        return f"no measurable saving of {NOUNS[cost]} ({_per_cent(mean, half)})"
+    return f"{_per_cent(abs(mean), half)} {'less' if mean >= 0 else 'more'} {NOUNS[cost]}"
+
+
+def _per_cent(mean: float, half: float) -> str:
+    """To one decimal, or to none where that is within the interval."""
+    decimals = 0 if half >= 1 else 1
+    if half >= 0.05:
+        return f"{mean:.{decimals}f} ± {half:.{decimals}f} %"
+    return f"{mean:.{decimals}f} %"
+
+
+def _accuracy(points: Interval) -> str:
+    mean, half = points
+    if mean == 0 and half == 0:
+        return "the same accuracy"
+    if abs(mean) <= half:
+        return f"no measurable difference in accuracy ({points_text(points)})"
+    return f"{points_text((abs(mean), half), sign=False)} {'more' if mean >= 0 else 'less'} accuracy"
+
+
+def _how_sure(found: Finding) -> str:
+    """Under which conditions that is so, and what was not tested."""
+    row = found.anchor
+    assert row is not None
+    named = [str(row.conditions[key]) for key in ("dataset", "network") if key in row.conditions]
+    seeds = f"{len(row.seeds) or len(row.values)} {'seed' if row.seeds else 'round'}"
+    seeds += "s" if (len(row.seeds) or len(row.values)) != 1 else ""
+    where = ", ".join([" with ".join(named), seeds] if named else [seeds])
+    if row.profile == QUICK:
+        return f"the quick profile on {where}, which settles nothing"
+    if row.verdict == "not tested":
+        return f"this settles nothing ({where}): {row.reason}"
+    if row.verdict in ("reproduced", "differs"):
+        return f"{row.verdict} under the paper's conditions ({where})"
+    if row.verdict == "undecided":
+        return f"undecided ({where}): {row.reason}"
+    return f"not tested at the paper's scale (here {where})"

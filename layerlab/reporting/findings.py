@@ -1,0 +1,221 @@
+"""What runs of a paper found of the numbers that its headline names: the source of its sentence and of its point in the
+figure of all papers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from layerlab.base.errors import LayerlabError
+from layerlab.base.files import is_plain
+from layerlab.contract.claims import Claim, ClaimResult
+from layerlab.contract.headline import Cost, Headline, ratio
+from layerlab.contract.paper import Paper
+from layerlab.runs.answer import ANSWERS_FILE, Against, Answer, answers_of, read_answers
+from layerlab.runs.record import RECORD, read_record
+from layerlab.show.interval import mean_interval
+
+# (mean, half-width of the 95 % interval, NaN for one seed).
+Interval = tuple[float, float]
+PAYS = "pays"
+_NUMBER = re.compile(r"([+-]?\d[\d,]*\.?\d*)(?: ± (\d[\d,]*\.?\d*))?")
+_NOWHERE = ("not run", "by a model")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a paper left.
+
+    Attributes:
+        rows: its claims, as they are judged today.
+        pays: the rows of its table `pays`, as `explore.payoff` makes it; none where it has no such table.
+        arms: of its comparisons against their baselines.
+    """
+
+    rows: Sequence[ClaimResult]
+    pays: Sequence[Mapping[str, str]] = ()
+    arms: Sequence[Against] = ()
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Something that an arm is held against: plain training of the same cost, or its placebo.
+
+    Attributes:
+        points: of top-1 that the arm is above it.
+        length: its steps as a share of the baseline's; None for a placebo, which costs what the arm costs.
+    """
+
+    points: Interval
+    length: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of a paper's headline.
+
+    Attributes:
+        paper: the paper.
+        anchor: the row whose run and data the numbers are of; None where nothing was measured.
+        points: of accuracy that the method is above what is used without it; None where it was not measured.
+        costs: cost → its share of what it is without the method.
+        beside: the same of costs without a claim, against training without the method.
+        equal: plain training of the same cost; None where it was not compared.
+        placebo: the method's placebo; None where it has none, or was not compared.
+    """
+
+    paper: Paper
+    anchor: ClaimResult | None = None
+    points: Interval | None = None
+    costs: dict[Cost, Interval] = field(default_factory=dict)
+    beside: dict[Cost, Interval] = field(default_factory=dict)
+    equal: Companion | None = None
+    placebo: Companion | None = None
+
+
+def outcome(folder: Path, rows: Sequence[ClaimResult]) -> Outcome:
+    """What a run's folder holds; what cannot be read there counts as absent.
+
+    Args:
+        folder: of a run, or of a profile that is kept.
+        rows: its claims.
+    """
+    table = folder / "tables" / f"{PAYS}.csv"
+    pays: list[dict[str, str]] = []
+    if is_plain(table):
+        text = table.read_text(encoding="utf-8", errors="replace")
+        pays = [{name: value for name, value in row.items() if isinstance(value, str)}
+                for row in csv.DictReader(io.StringIO(text))]
+    return Outcome(rows, pays, [arm for answer in run_answers(folder) for arm in answer.arms])
+
+
+def run_answers(folder: Path) -> list[Answer]:
+    """What a run's comparisons measured, from its folder or from where it is kept; nothing where it cannot be read."""
+    found: list[Answer] = []
+    if is_plain(folder / ANSWERS_FILE):
+        found = read_answers(folder / ANSWERS_FILE)
+    elif is_plain(folder / RECORD):
+        found = answers_of(read_record(folder))
+    return [answer for answer in found if answer.arms]
+
+
+def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
+    """What runs say of a paper's headline.
+
+    Of several runs, datasets and networks those count whose gates are open, then the ones nearest to the paper's
+    conditions, with the most seeds and the most images; never the ones with the best outcome.
+
+    Args:
+        paper: with a headline.
+        runs: with the profiles' own parameters and today's code.
+
+    Raises:
+        LayerlabError: the paper has no headline.
+    """
+    headline = paper.headline
+    if headline is None:
+        raise LayerlabError(f"{paper.strategy!r} has no headline; give its paper.toml one.")
+    runs = list(runs)
+    names = [name for name in (headline.accuracy, *headline.costs.values()) if name]
+    anchor, run = _nearest(paper, names, runs)
+    if anchor is None or run is None:
+        return Finding(paper)
+    points = None
+    if row := _row(paper, headline.accuracy, anchor, run, runs):
+        points = _interval(row.values)
+    costs: dict[Cost, Interval] = {}
+    for cost, id in headline.costs.items():
+        if id and (row := _row(paper, id, anchor, run, runs)):
+            costs[cost] = _shares(paper.claim(id), row)
+    arm = _arm(run.arms, headline, anchor)
+    beside: dict[Cost, Interval] = {}
+    for cost in [cost for cost, id in headline.costs.items() if arm and not id]:
+        mean, half = arm.measured.get(cost, (None, None)) if arm else (None, None)
+        if mean is not None:
+            beside[cost] = mean, math.nan if half is None else half
+    return Finding(paper, anchor, points, costs, beside, *_companions(run.pays, headline, anchor))
+
+
+def _nearest(
+    paper: Paper, names: Sequence[str], runs: Sequence[Outcome]
+) -> tuple[ClaimResult | None, Outcome | None]:
+    """The row of the first of these claims that was measured, nearest to the paper, with its run."""
+    for name in names:
+        found = [(row, run) for run in runs for row in run.rows if row.claim == name and _measured(row)]
+        if found:
+            return max(found, key=lambda pair: _nearness(paper, pair[0]))
+    return None, None
+
+
+def _measured(row: ClaimResult) -> bool:
+    return row.measured is not None and row.verdict not in _NOWHERE and not row.by_model
+
+
+def _nearness(paper: Paper, row: ClaimResult) -> tuple[bool, int, int, float]:
+    wanted = paper.claim(row.claim).conditions
+    met = sum(row.conditions.get(name) == value for name, value in wanted.items())
+    images = row.conditions.get("train_images", 0)
+    return row.verdict != "not tested", met, len(row.values), images if isinstance(images, (int, float)) else 0
+
+
+def _row(
+    paper: Paper, claim: str, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
+) -> ClaimResult | None:
+    """The row of a claim: beside the anchor, where there is one, else the nearest to the paper."""
+    found = [row for row in run.rows if row.claim == claim and _measured(row)]
+    for row in found:
+        if _place(row) == _place(anchor):
+            return row
+    return _nearest(paper, [claim], runs)[0] if claim else None
+
+
+def _place(row: ClaimResult) -> tuple[object, object]:
+    return row.conditions.get("dataset"), row.conditions.get("network")
+
+
+def _interval(values: Sequence[float | None]) -> Interval:
+    return mean_interval([math.nan if value is None else value for value in values])
+
+
+def _shares(claim: Claim, row: ClaimResult) -> Interval:
+    return _interval([None if value is None or (claim.unit == "×" and value == 0) else ratio(claim, value)
+                      for value in row.values])
+
+
+def _arm(arms: Sequence[Against], headline: Headline, anchor: ClaimResult) -> Against | None:
+    """The arm of the headline in the comparison that is of the anchor's data."""
+    found = [each for each in arms if not headline.arm or each.arm == headline.arm]
+    return max(found, key=lambda each: _named(each.comparison, anchor), default=None)
+
+
+def _named(title: str, row: ClaimResult) -> int:
+    """How many of a row's dataset and network stand in a title."""
+    return sum(str(value) in title for value in _place(row) if value)
+
+
+def _companions(
+    pays: Sequence[Mapping[str, str]], headline: Headline, anchor: ClaimResult
+) -> tuple[Companion | None, Companion | None]:
+    """Plain training of the same cost and the placebo, from a table that `explore.payoff` made."""
+    found = [row for row in pays if not headline.arm or row.get("arm") == headline.arm]
+    if not found:
+        return None, None
+    row = max(found, key=lambda row: _named(row.get("run", ""), anchor))
+    length = _parsed(row.get("equal cost, steps", ""))
+    equal, placebo = _parsed(row.get("above it [points]", "")), _parsed(row.get("above the placebo [points]", ""))
+    return (Companion(equal, length[0] / 100 if length else None) if equal else None,
+            Companion(placebo) if placebo else None)
+
+
+def _parsed(text: str) -> Interval | None:
+    """The interval that `layerlab.show.interval.spread` wrote; None for anything else."""
+    found = _NUMBER.match(text.replace("−", "-"))
+    if found is None:
+        return None
+    half = found[2]
+    return float(found[1].replace(",", "")), float(half.replace(",", "")) if half else math.nan

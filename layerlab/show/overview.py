@@ -1,0 +1,178 @@
+"""The figure of all methods: accuracy against cost, each beside plain training of the same cost and its placebo."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
+
+from layerlab.show.canvas import canvas
+from layerlab.show.looks import TONES
+
+# A panel each, in this order; what is neither has the third one.
+PANELS = {"time": "training time", "compute": "compute of the training"}
+OTHER = "memory, storage or time for inference"
+# What is said behind a method's name in the third panel.
+_SAYS = {"memory": "peak memory", "size": "storage", "inference": "time for inference"}
+_SHAPES = "osv"
+# Points of the page by which a companion stands beside its method, which costs the same.
+_BESIDE = (0.0, 7.0, -7.0)
+# Letters in a line of a method's name at the right of its panel; the height of such a line, and the room between two
+# names, as shares of the panel's height.
+_LETTERS, _LINE, _APART = 22, 0.066, 0.03
+HOW = (
+    "A method pays where its point lies above the\nsquare: plain training that costs as much.\n"
+    "Bars are 95 % intervals; those of squares and\ntriangles are of the difference to the method."
+)
+NOTHING = "No method was measured with today's code."
+
+
+def overview(points: pd.DataFrame, kinds: Sequence[str], note: str = "") -> Figure:
+    """What methods gain in accuracy against what they cost, a panel for each kind of cost.
+
+    Args:
+        points: a row a point, with columns `method`, `tone` (which colour of `TONES` the method has), `cost`, `kind`
+            (of `kinds`), `x` (the cost as a share of what it is without the method), `y` (points of accuracy above
+            that, NaN where it was not compared), and half-widths of intervals as `x ±` and `y ±`, NaN where there is
+            none.
+        kinds: the method itself, plain training of the same cost, the placebo.
+        note: a line above.
+    """
+    named = points["cost"].map(PANELS).fillna(OTHER)
+    titles = [title for title in (*PANELS.values(), OTHER) if (named == title).any()]
+    if not titles:
+        return _empty(note)
+    # What points and lines are stands in the cell that is left, or in a row below.
+    rows, odd = (len(titles) + 1) // 2, len(titles) % 2
+    heights = [1.0] * rows + ([] if odd else [0.45])
+    figure, axes = canvas(2, len(heights), width=4.7, height=3.5 * sum(heights) / len(heights), height_ratios=heights)
+    cells = list(axes.flat)
+    for title, axis in zip(titles, cells, strict=False):
+        _panel(axis, title, points[named == title], kinds)
+    for axis in cells[len(titles):]:
+        axis.set_axis_off()
+    _key(cells[len(titles)], kinds)
+    cells[-1].text(0, 0.38 if odd else 0.92, HOW, transform=cells[-1].transAxes, va="top", fontsize=9.5)
+    if note:
+        figure.suptitle(note, fontsize=11)
+    return figure
+
+
+def _empty(note: str) -> Figure:
+    figure, ((axis,),) = canvas(width=9.4, height=1.2)
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, note or NOTHING, ha="center", va="center", transform=axis.transAxes)
+    return figure
+
+
+def _panel(axis: Any, title: str, points: pd.DataFrame, kinds: Sequence[str]) -> None:
+    axis.axhline(0, color="0.55", linestyle="--", linewidth=0.9, zorder=0)
+    axis.axvline(1, color="0.55", linestyle="--", linewidth=0.9, zorder=0)
+    axis.plot([1], [0], "*", color="0.25", markersize=12, zorder=1)
+    labels: list[tuple[float, float, str, str]] = []
+    for (method, cost), part in points.groupby(["method", "cost"], sort=False):
+        colour = TONES[int(part["tone"].iloc[0]) % len(TONES)]
+        for _, point in part.iterrows():
+            _point(axis, point, kinds.index(point["kind"]), colour)
+        own = part.iloc[0]
+        label = f"{method}: {_SAYS[cost]}" if title == OTHER else str(method)
+        label += " (accuracy not compared)" if math.isnan(own["y"]) else ""
+        labels.append((own["x"], 0.0 if math.isnan(own["y"]) else own["y"], label, colour))
+    axis.set_title(title, fontsize=11)
+    axis.set(xlabel="share of what it is without the method", ylabel="points of accuracy gained")
+    axis.margins(x=0.22, y=0.28)
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(0.0, min(low, 0.8)), max(high, 1.12))
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(min(bottom, -0.6), max(top, 0.6))
+    for x, y, side, text in ((0.02, 0.98, "left", "better: costs less,\nmore accurate"),
+                             (0.98, 0.02, "right", "worse: costs more,\nless accurate")):
+        axis.text(x, y, text, transform=axis.transAxes, ha=side, va="top" if y > 0.5 else "bottom", fontsize=8,
+                  style="italic", color="0.45",
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    _name(axis, labels)
+
+
+def _name(axis: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write (x, y, text, colour) at the right of a panel, one below the other in the points' order, with a line from
+    each to its point: where nothing else stands, nothing overlaps."""
+    texts = [textwrap.fill(text, _LETTERS) for _, _, text, _ in labels]
+    heights = [_LINE * (text.count("\n") + 1) + _APART for text in texts]
+    low, high = axis.get_ylim()
+    places = _spaced([(y - low) / (high - low) for _, y, _, _ in labels], heights)
+    for (x, y, _, colour), text, place in zip(labels, texts, places, strict=True):
+        axis.annotate(text, (x, y), (1.04, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
+                      fontweight="bold", annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 5,
+                                  "relpos": (0, 0.5)})
+
+
+def _spaced(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Centres of boxes that keep the order of the wanted ones and do not meet, moved as little as that takes.
+
+    Args:
+        wanted: centres, as shares of the panel's height.
+        heights: of the boxes.
+
+    Example:
+        >>> _spaced([0.5, 0.5], [0.2, 0.2])
+        [0.4, 0.6]
+    """
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    # Blocks of boxes that touch: [the boxes, the block's middle]; two that meet become one around their mean.
+    blocks: list[tuple[list[int], float]] = []
+    for index in order:
+        block, middle = [index], wanted[index]
+        while blocks:
+            before, other = blocks[-1]
+            room = (sum(heights[each] for each in before) + sum(heights[each] for each in block)) / 2
+            if middle - other >= room:
+                break
+            blocks.pop()
+            middle = (other * len(before) + middle * len(block)) / (len(before) + len(block))
+            block = before + block
+        blocks.append((block, middle))
+    places = [0.0] * len(wanted)
+    for block, middle in blocks:
+        half = sum(heights[each] for each in block) / 2
+        # Within the panel, as far as there is room.
+        edge = max(0.0, min(middle, 1 - half) - half)
+        for each in block:
+            places[each] = round(edge + heights[each] / 2, 6)
+            edge += heights[each]
+    return places
+
+
+def _point(axis: Any, point: pd.Series, kind: int, colour: str) -> None:
+    """One point with its intervals; a companion beside its method, not above it."""
+    place = offset_copy(axis.transData, fig=axis.get_figure(), x=_BESIDE[kind], units="points")
+    compared = not math.isnan(point["y"])
+    shape = _SHAPES[kind] if compared else "D"
+    bars = {f"{name}err": None if math.isnan(point[f"{name} ±"]) else point[f"{name} ±"] for name in "xy"}
+    if not compared:
+        bars["yerr"] = None
+    axis.errorbar(point["x"], point["y"] if compared else 0.0, fmt=shape, color=colour, transform=place, markersize=8,
+                  elinewidth=1.0, capsize=2.5, alpha=0.75 if kind else 1.0, zorder=3 if kind else 4,
+                  markerfacecolor=colour if kind == 0 and compared else "white", **bars)
+    # What is drawn beside its place does not stretch the axes by itself.
+    axis.update_datalim([(point["x"], (point["y"] if compared else 0.0) + sign * (bars["yerr"] or 0.0))
+                         for sign in (-1, 1)])
+    axis.autoscale_view()
+
+
+def _key(axis: Any, kinds: Sequence[str]) -> None:
+    """What the points are, in a place of their own."""
+    dot: dict[str, Any] = {"color": "0.3", "linestyle": "", "markersize": 8}
+    method, *others = kinds
+    handles = [plt.Line2D([], [], marker="o", **dot)]
+    handles += [plt.Line2D([], [], marker=shape, markerfacecolor="white", **dot) for shape in _SHAPES[1:len(kinds)]]
+    handles += [plt.Line2D([], [], marker="*", **{**dot, "markersize": 12})]
+    names = [f"the {method}", *others, "training without the method"]
+    axis.legend(handles, names, loc="upper left", fontsize=10, title="Each colour is a method", alignment="left",
+                title_fontproperties={"weight": "bold"})
