@@ -28,8 +28,12 @@ lint: $(READY)  ## ruff, then mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## docs/contract.md from the docstrings
+docs: $(READY)  ## the contract and the list of names from the docstrings, then the site into site/
 	$(BIN)/python docs/contract.py
+	@$(BIN)/python -c 'import mkdocs, mkdocstrings_handlers.python, material' 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open $$PWD/site/index.html, or run $(BIN)/python -m mkdocs serve"
 
 ui: $(READY)  ## MLflow on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri "$$(LAYERLAB_HOME="$$PWD" MLFLOW_TRACKING_URI= $(BIN)/python -c 'from layerlab.runs.tracking import tracking_uri; print(tracking_uri())')" --host 127.0.0.1 --port 5000

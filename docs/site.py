@@ -1,0 +1,135 @@
+"""Hook of mkdocs: the site's pages outside docs/ are the repository's own files, read where they lie.
+
+What a page links to is on the site: a Markdown file as a page, any other file as it is. Links keep working, since each
+is rewritten from the place in the repository to the place on the site.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+# A fenced block (left alone), or a link or image with its target.
+LINK = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<before>\]\()(?P<target>[^)\s]+)(?=[)\s])", re.M | re.S)
+SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*:|^//|^#|^\?")
+# Badges and links that only GitHub can resolve.
+GITHUB_ONLY = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n*", re.S)
+# The repository in an address, where it is not known on whose account it lies.
+ADDRESS = re.compile(r"(?<=/)OWNER/NAME(?=/)|(?<=//)OWNER(\.github\.io/)NAME(?=/)")
+
+
+def site_place(file: str) -> str:
+    """Where a file of the repository stands on the site; both are POSIX paths from the root."""
+    if file == "README.md":
+        return "index.md"
+    return file.removeprefix("docs/")
+
+
+def repository_place(page: str) -> str:
+    """The opposite of `site_place`."""
+    if page == "index.md":
+        return "README.md"
+    return f"docs/{page}" if (ROOT / "docs" / page).is_file() else page
+
+
+def linked(file: str) -> Iterator[str]:
+    """The files of the repository that a Markdown file links to, its figures among them."""
+    for match in LINK.finditer((ROOT / file).read_text(encoding="utf-8")):
+        if target := target_of(file, match["target"] or ""):
+            yield target[0]
+
+
+def target_of(file: str, link: str) -> tuple[str, str] | None:
+    """(file of the repository, `#anchor` or nothing) that a link in a file names; None if it names none."""
+    if not link or SCHEME.match(link):
+        return None
+    path, mark, anchor = link.partition("#")
+    place = posixpath.normpath(posixpath.join(posixpath.dirname(file), unquote(path)))
+    if not place.startswith("..") and (ROOT / place).is_file():
+        return place, mark + anchor
+    return None
+
+
+def reachable(start: list[str]) -> set[str]:
+    """The files, and all that pages among them link to, however far."""
+    found: set[str] = set()
+    left = list(start)
+    while left:
+        file = left.pop()
+        if file not in found:
+            found.add(file)
+            left += linked(file) if file.endswith(".md") else []
+    return found
+
+
+def papers() -> list[dict[str, Any]]:
+    """The menu's entries of the papers: of each plugin in the repository its results and its card."""
+    entries: list[dict[str, Any]] = []
+    for card in sorted(ROOT.glob("plugins/*/README.md")):
+        name = card.parent.name
+        results = f"results/{name}/README.md"
+        pages = [{"Results": results}] if (ROOT / results).is_file() else []
+        entries.append({name: [*pages, {"Method card": f"plugins/{name}/README.md"}]})
+    return entries
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the papers into the menu, at the entry `Papers`."""
+    for entry in config.nav or ():
+        if isinstance(entry, dict) and "Papers" in entry:
+            entry["Papers"] += papers()
+    return config
+
+
+def menu(entries: Any) -> Iterator[str]:
+    """The pages that a menu names."""
+    match entries:
+        case str():
+            yield entries
+        case dict():
+            yield from menu(list(entries.values()))
+        case list():
+            for entry in entries:
+                yield from menu(entry)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files outside docs/ that the menu's pages link to, however far."""
+    start = [repository_place(page) for page in menu(config.nav)]
+    if missing := [page for page in start if not (ROOT / page).is_file()]:
+        raise PluginError(f"mkdocs.yml names pages that are not there: {', '.join(missing)}")
+    for file in sorted(reachable(start)):
+        place = site_place(file)
+        if files.get_file_from_path(place) is None:
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / file)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A page as the site shows it: links to places on the site, folded parts as Markdown, no badges."""
+    file = repository_place(page.file.src_uri)
+
+    def rewritten(match: re.Match[str]) -> str:
+        target = target_of(file, match["target"] or "")
+        if target is None:
+            return match[0]
+        place = posixpath.relpath(site_place(target[0]), posixpath.dirname(page.file.src_uri) or ".")
+        return f"{match['before']}{quote(place)}{target[1]}"
+
+    text = LINK.sub(rewritten, GITHUB_ONLY.sub("", markdown)).replace("<details>", '<details markdown="1">')
+    repository = os.environ.get("GITHUB_REPOSITORY")
+    if repository:
+        owner, _, name = repository.partition("/")
+        text = ADDRESS.sub(lambda found: f"{owner}{found[1]}{name}" if found[1] else repository, text)
+    return text
