@@ -120,17 +120,21 @@ def escaped(name: str) -> str:
 
 
 def definition(function: Callable[..., Any]) -> str:
-    """The `def` line of a function, broken after each argument where it is long."""
-    signature = str(inspect.signature(function)).replace("'", "")
-    line = f"def {function.__name__}{signature}: ..."
+    """The `def` line of a function, broken after each argument where it is long; it compiles as it stands."""
+    signature = inspect.signature(function)
+    arguments: list[str] = []
+    for each in signature.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and "*" not in arguments:
+            arguments.append("*")
+        # Annotations are texts here, so only defaults keep their quotes.
+        annotation = "" if each.annotation is each.empty else f": {each.annotation}"
+        default = "" if each.default is each.empty else f" = {each.default!r}"
+        arguments.append(f"{each.name}{annotation}{default}")
+    start, end = f"def {function.__name__}(", f") -> {signature.return_annotation}: ..."
+    line = f"{start}{', '.join(arguments)}{end}"
     if len(line) <= WIDTH:
         return line
-    arguments = [str(each).replace("'", "") for each in inspect.signature(function).parameters.values()]
-    kinds = [each.kind for each in inspect.signature(function).parameters.values()]
-    if inspect.Parameter.KEYWORD_ONLY in kinds:
-        arguments.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
-    returned = signature.rpartition(" -> ")[2]
-    return "\n".join([f"def {function.__name__}(", *(f"    {each}," for each in arguments), f") -> {returned}: ..."])
+    return "\n".join([start, *(f"    {each}," for each in arguments), end])
 
 
 def described(kind: type) -> str:

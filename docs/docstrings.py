@@ -23,6 +23,12 @@ class Docstrings(griffe.Extension):
             # Griffe's own section has the plural; the singular is a box of text to it.
             obj.docstring.value = EXAMPLE.sub(r"\1Examples:", obj.docstring.value)
 
+    def on_function_instance(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        # What pydantic is to leave unchecked does not matter to a reader.
+        for each in func.parameters:
+            if isinstance(each.annotation, griffe.ExprSubscript) and str(each.annotation.left) == "SkipValidation":
+                each.annotation = each.annotation.slice
+
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
         if attr.docstring is None and attr.lineno is not None and isinstance(attr.filepath, Path):
             if comment := comment_above(attr.filepath.read_text(encoding="utf-8"), attr.lineno):
