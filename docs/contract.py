@@ -23,6 +23,9 @@ from comments import comment_above
 PAGE = Path(__file__).parent / "contract.md"
 REFERENCE = Path(__file__).parent / "reference"
 NAMES = REFERENCE / "index.md"
+LINKS = Path(__file__).parent / "links.txt"
+ROOT = Path(__file__).parents[1]
+ADDRESS = re.compile(r"\]\((\w+://[^)\s]+)\)")
 # Characters of a signature that stands in one line.
 WIDTH = 88
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$")
@@ -35,8 +38,8 @@ INTRODUCTION = f"""\
 
 {inspect.getdoc(strategy)}
 
-A plugin needs nothing but the names on this page and the other [public names](reference/index.md). Start with
-[From paper to plugin in an hour](../plugins/README.md). `layerlab check NAME` says whether a strategy keeps the contract.
+Start with [From paper to plugin in an hour](../plugins/README.md). A plugin needs nothing but the names on this page and
+the other [public names](reference/index.md). `layerlab check NAME` says whether a strategy keeps the contract.
 """
 OVERVIEW = """\
 <!-- Made by `make docs` from the docstrings of layerlab; change those. -->
@@ -81,8 +84,16 @@ def place(name: str, contract: str) -> str:
     places += [f"{file.name}#layerlab.{name}" for file in sorted(REFERENCE.glob("*.md"))
                if re.search(rf"^::: layerlab\.{name}$", file.read_text(encoding="utf-8"), re.M)]
     if len(places) != 1:
-        raise ValueError(f"`{name}` must be described once, by `::: layerlab.{name}` in docs/reference; found: {places}")
+        raise ValueError(f"describe `{name}` once in docs/reference, by `::: layerlab.{name}`; found: {places}")
     return places[0]
+
+
+def links_list() -> str:
+    """Every address elsewhere that a page written by people links to, one a line."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/**/README.md"),
+             *ROOT.glob("tests/outside/*/README.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    return "\n".join(sorted({link for text in texts for link in ADDRESS.findall(text)})) + "\n"
 
 
 def methods(kind: type, prefix: str = "") -> list[str]:
@@ -166,9 +177,9 @@ def assigned(name: str) -> str:
                  if isinstance(node, ast.ImportFrom) and name in [each.name for each in node.names]]
     source = inspect.getsource(sys.modules[str(module)])
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
-            if comment := comment_above(source, node.lineno):
-                return comment
+        named = isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]
+        if named and (comment := comment_above(source, node.lineno)):
+            return comment
     raise ValueError(f"`{name}` has no comment above its assignment in {module}")
 
 
@@ -208,6 +219,6 @@ def listed(line: str, section: str) -> str:
 
 
 if __name__ == "__main__":
-    for file, written in ((PAGE, page()), (NAMES, names_page())):
+    for file, written in ((PAGE, page()), (NAMES, names_page()), (LINKS, links_list())):
         file.write_text(written, encoding="utf-8")
         print(file)

@@ -30,6 +30,7 @@ class Docstrings(griffe.Extension):
                 each.annotation = each.annotation.slice
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
-        if attr.docstring is None and attr.lineno is not None and isinstance(attr.filepath, Path):
-            if comment := comment_above(attr.filepath.read_text(encoding="utf-8"), attr.lineno):
-                attr.docstring = griffe.Docstring(comment, parent=attr)
+        if attr.docstring or attr.lineno is None or not isinstance(attr.filepath, Path):
+            return
+        if comment := comment_above(attr.filepath.read_text(encoding="utf-8"), attr.lineno):
+            attr.docstring = griffe.Docstring(comment, parent=attr)
