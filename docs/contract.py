@@ -38,8 +38,8 @@ INTRODUCTION = f"""\
 
 {inspect.getdoc(strategy)}
 
-Start with [From paper to plugin in an hour](../plugins/README.md). A plugin needs nothing but the names on this page and
-the other [public names](reference/index.md). `layerlab check NAME` says whether a strategy keeps the contract.
+Start with [From paper to plugin in an hour](../plugins/README.md). A plugin needs nothing but the names on this page
+and the other [public names](reference/index.md). `layerlab check NAME` says whether a strategy keeps the contract.
 """
 OVERVIEW = """\
 <!-- Made by `make docs` from the docstrings of layerlab; change those. -->

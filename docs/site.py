@@ -25,8 +25,9 @@ LINK = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<before>\]\()(?P<targ
 SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*:|^//|^#|^\?")
 # Badges and links that only GitHub can resolve.
 GITHUB_ONLY = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n*", re.S)
-# The repository in an address, where it is not known on whose account it lies.
-ADDRESS = re.compile(r"(?<=/)OWNER/NAME(?=/)|(?<=//)OWNER(\.github\.io/)NAME(?=/)")
+# An address that names the repository, and what tells readers to put its name there: where it is known, a link.
+ADDRESS = re.compile(r"`?https://[^\s`]*\bOWNER\b[^\s`]*`?")
+UNKNOWN = re.compile(r"<!-- repository -->.*?<!-- /repository -->\n*", re.S)
 
 
 def site_place(file: str) -> str:
@@ -129,7 +130,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     text = LINK.sub(rewritten, GITHUB_ONLY.sub("", markdown)).replace("<details>", '<details markdown="1">')
     repository = os.environ.get("GITHUB_REPOSITORY")
-    if repository:
-        owner, _, name = repository.partition("/")
-        text = ADDRESS.sub(lambda found: f"{owner}{found[1]}{name}" if found[1] else repository, text)
-    return text
+    return named(text, repository) if repository else text
+
+
+def named(text: str, repository: str) -> str:
+    """A page with the repository's own account and name in its addresses."""
+    owner, _, name = repository.partition("/")
+
+    def address(match: re.Match[str]) -> str:
+        known = match[0].replace("OWNER", owner).replace("NAME", name)
+        return f"<{known.strip('`')}>" if known.startswith("`") else known
+
+    return ADDRESS.sub(address, UNKNOWN.sub("", text))

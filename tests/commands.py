@@ -34,7 +34,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def wrong(command: list[str]) -> str:
     """What is wrong with a command, in a sentence; empty if nothing is, or if the command is none of ours."""
-    name, *rest = command
+    name, *rest = command[0].removeprefix("%"), *command[1:]
     match name:
         case "layerlab":
             return wrong_layerlab(rest)
