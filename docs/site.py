@@ -86,10 +86,13 @@ def papers() -> list[dict[str, Any]]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the papers into the menu, at the entry `Papers`."""
+    """Put the papers into the menu, at the entry `Papers`, and where it is known the repository below each page."""
     for entry in config.nav or ():
         if isinstance(entry, dict) and "Papers" in entry:
             entry["Papers"] += papers()
+    if repository := os.environ.get("GITHUB_REPOSITORY"):
+        server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
+        config.extra["social"] = [{"icon": "fontawesome/brands/github", "link": f"{server}/{repository}"}]
     return config
 
 

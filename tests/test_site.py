@@ -139,6 +139,6 @@ def test_the_site_reads_a_page_as_github_does(page, pages):
 def test_addresses_of_the_repository_are_known_where_it_is(site):
     text = (site / "start.html").read_text()
     assert "https://mybinder.org/v2/gh/someone/workbook/HEAD" in text
-    assert "https://someone.github.io/workbook/wheels/" in text
+    assert "https://someone.github.io/workbook/wheels.txt" in text
     assert "OWNER" not in text
     assert 'href="https://colab.research.google.com/github/someone/workbook/blob/HEAD/notebooks/explore.ipynb"' in text
