@@ -152,11 +152,11 @@ def readers(tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     for folder in ("layerlab/cli/scaffold/my-method", "tests/outside/freezeout"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
-    data = load_dataset("digits", channels=3, limit=128, test_limit=64, device="cpu")
+    data = load_dataset("digits", channels=3, limit=256, test_limit=64, device="cpu")
     model = build_model("resnet-cifar", num_classes=10, depth=8, channels=3)
     batches = list(data.train.batches(32, None, torch.float32, torch.contiguous_format))
     loader = DataLoader(TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])), 32)
-    words = torch.randint(0, 20, (128, 9), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(0, 20, (256, 9), generator=torch.Generator().manual_seed(0))
     return {
         "layerlab": layerlab, "fit": layerlab.fit, "F": functional, "network": model, "data": data,
         "train_loader": loader, "test_loader": loader, "train_words": words, "test_words": words,
