@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -44,6 +46,20 @@ def repository_place(page: str) -> str:
     return f"docs/{page}" if (ROOT / "docs" / page).is_file() else page
 
 
+@cache
+def committable() -> frozenset[str]:
+    """The files that git holds or would add. A page may come from anybody, and its links publish nothing else.
+
+    Raises:
+        PluginError: this is no checkout of git.
+    """
+    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PluginError(f"git does not list this folder's files ({done.stderr.strip()}); build the site in a clone.")
+    return frozenset(done.stdout.split("\0"))
+
+
 def linked(file: str) -> Iterator[str]:
     """The files of the repository that a Markdown file links to, its figures among them."""
     for match in LINK.finditer((ROOT / file).read_text(encoding="utf-8")):
@@ -57,9 +73,7 @@ def target_of(file: str, link: str) -> tuple[str, str] | None:
         return None
     path, mark, anchor = link.partition("#")
     place = posixpath.normpath(posixpath.join(posixpath.dirname(file), unquote(path)))
-    if not place.startswith("..") and (ROOT / place).is_file():
-        return place, mark + anchor
-    return None
+    return (place, mark + anchor) if place in committable() and (ROOT / place).is_file() else None
 
 
 def reachable(start: list[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -133,6 +134,17 @@ def test_the_site_reads_a_page_as_github_does(page, pages):
         wanted["img"] -= text.partition("<!-- badges -->")[2].partition("<!-- /badges -->")[0].count("![")
     counts = pages[place(page)].counts
     assert {kind: counts[kind] for kind in wanted} == dict(wanted)
+
+
+@slow
+def test_links_publish_no_file_that_git_does_not_hold(site):
+    """Such as git's own settings, or what lies beside the checkout."""
+    spec = importlib.util.spec_from_file_location("site_hook", ROOT / "docs" / "site.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    assert hook.target_of("results/README.md", "lars-skip/README.md#claims") == ("results/lars-skip/README.md", "#claims")
+    for link in ("../.git", "../.git/config", "../../main/README.md", "/etc/passwd", "../docs/__pycache__/x.pyc"):
+        assert hook.target_of("results/README.md", link) is None, link
 
 
 @slow
