@@ -17,6 +17,7 @@ from helpers import slow
 from pages import PUBLISHED, ROOT, WRITTEN, tokens
 
 import layerlab
+import layerlab.testing
 
 # Elements as Markdown's parser calls them → as HTML does.
 KINDS = {"table_open": "table", "fence": "pre", "code_block": "pre", "list_item_open": "li", "image": "img",
@@ -119,6 +120,9 @@ def test_every_public_name_is_described_once(pages):
         described = [page for page, elements in pages.items() if f"layerlab.{name}" in elements.anchors]
         in_contract = listed.count(f"../contract.html#{name.lower()}")
         assert len(described) + in_contract == 1, (name, described)
+    for page, module in (("measure", layerlab.measure), ("testing", layerlab.testing)):
+        for name in module.__all__:
+            assert f"layerlab.{page}.{name}" in pages[f"reference/{page}.html"].anchors
 
 
 @slow
@@ -142,7 +146,8 @@ def test_links_publish_no_file_that_git_does_not_hold(site):
     spec = importlib.util.spec_from_file_location("site_hook", ROOT / "docs" / "site.py")
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    assert hook.target_of("results/README.md", "lars-skip/README.md#claims") == ("results/lars-skip/README.md", "#claims")
+    page = "results/lars-skip/README.md"
+    assert hook.target_of("results/README.md", "lars-skip/README.md#claims") == (page, "#claims")
     for link in ("../.git", "../.git/config", "../../main/README.md", "/etc/passwd", "../docs/__pycache__/x.pyc"):
         assert hook.target_of("results/README.md", link) is None, link
 
