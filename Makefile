@@ -14,7 +14,7 @@ WANTED := -c constraints.txt -e '.[dev]' $(foreach p,$(dir $(PLUGINS)),-e ./$(p)
 # Nothing is sent to anybody; MLFLOW_DISABLE_TELEMETRY=false lets MLflow report its use.
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: reproduce test test-all lint docs ui lab benchmarks clean
+.PHONY: reproduce test test-all lint docs wheels ui lab benchmarks clean
 .DELETE_ON_ERROR:
 
 reproduce: $(READY)  ## every installed paper at the quick profile, then a sentence for each
@@ -25,15 +25,26 @@ test: $(READY)  ## the test suite but for what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 test-all: $(READY)  ## the slow tests, too: kills at random moments, many writers, clusters, other trainers
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[datasets,huggingface,lightning,metrics]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[datasets,docs,huggingface,lightning,metrics]'
 	LAYERLAB_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 lint: $(READY)  ## ruff, then mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## docs/contract.md from the docstrings
+docs: $(READY)  ## the contract and the list of names from the docstrings, then the site into site/
 	$(BIN)/python docs/contract.py
+	@$(BIN)/python -c 'import mkdocs, mkdocstrings_handlers.python, material' 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open $$PWD/site/index.html, or run $(BIN)/python -m mkdocs serve"
+
+# What the site's page on Colab installs; SITE_URL is where the site is published.
+wheels: $(READY)  ## wheels of layerlab and its plugins into site/wheels, and their addresses into site/wheels.txt
+	rm -rf site/wheels
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir site/wheels . \
+	  $(foreach p,$(dir $(PLUGINS)),./$(p))
+	cd site/wheels && for wheel in *.whl; do echo "$(SITE_URL:/=)/wheels/$$wheel"; done > ../wheels.txt
 
 ui: $(READY)  ## MLflow on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri "$$(LAYERLAB_HOME="$$PWD" MLFLOW_TRACKING_URI= $(BIN)/python -c 'from layerlab.runs.tracking import tracking_uri; print(tracking_uri())')" --host 127.0.0.1 --port 5000

@@ -1,12 +1,14 @@
-"""Write docs/contract.md, the contract of a strategy, from the docstrings: `make docs`."""
+"""Write the contract of a strategy and the list of public names from the docstrings: `make docs`."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import layerlab
@@ -16,18 +18,36 @@ from layerlab.contract.headline import Headline
 from layerlab.contract.strategy import check_composition
 from layerlab.testing import CHECKS
 
+sys.path.insert(0, str(Path(__file__).parent))
+from comments import comment_above
+
 PAGE = Path(__file__).parent / "contract.md"
-SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$")
+REFERENCE = Path(__file__).parent / "reference"
+NAMES = REFERENCE / "index.md"
+LINKS = Path(__file__).parent / "links.txt"
+ROOT = Path(__file__).parents[1]
+ADDRESS = re.compile(r"\]\((\w+://[^)\s]+)\)")
+# Characters of a signature that stands in one line.
+WIDTH = 88
+SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$")
 ENTRY = re.compile(r"^(\*{0,2}\w+(?:, \w+)*)(?: \(.*?\))?: (.*)$")
+# An example of a docstring, up to the next blank line.
+EXAMPLE = re.compile(r"^>>> .*\n(?:.+\n?)*", re.M)
 INTRODUCTION = f"""\
 <!-- Made by `make docs` from the docstrings of layerlab; change those. -->
 # The contract of a strategy
 
 {inspect.getdoc(strategy)}
 
-A plugin needs nothing but the names on this page, the [public names](#public-names) among them. From a paper to a
-plugin in an hour: [plugins/README.md](../plugins/README.md). `layerlab check NAME` says whether a strategy keeps the
-contract.
+Start with [From paper to plugin in an hour](../plugins/README.md). A plugin needs nothing but the names on this page
+and the other [public names](reference/index.md). `layerlab check NAME` says whether a strategy keeps the contract.
+"""
+OVERVIEW = """\
+<!-- Made by `make docs` from the docstrings of layerlab; change those. -->
+# Reference
+
+Import each of these names from `layerlab`. Two modules are public besides: [layerlab.measure](measure.md) and
+[layerlab.testing](testing.md).
 """
 
 
@@ -46,10 +66,36 @@ def page() -> str:
     parts += ["## The checks of the contract", "Run by `layerlab.testing.check_strategy` and `layerlab check NAME`."]
     parts.append("\n".join(["| check | what it holds a strategy to |", "| --- | --- |",
                             *(f"| `{name}` | {cell(summary(check))} |" for name, check in CHECKS.items())]))
-    parts += ["## Public names", "Imported from `layerlab`; `help(layerlab.fit)` and so on says the rest."]
-    parts.append("\n".join(["| name | what it is |", "| --- | --- |",
-                            *(f"| `{name}` | {cell(public(name))} |" for name in layerlab.__all__)]))
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def names_page() -> str:
+    """The list of public names, each with a link to where it is described."""
+    contract = page()
+    rows = [f"| [`{name}`]({place(name, contract)}) | {cell(public(name))} |" for name in layerlab.__all__]
+    return "\n".join([OVERVIEW, "| name | what it is |", "| --- | --- |", *rows]) + "\n"
+
+
+def place(name: str, contract: str) -> str:
+    """The link from the list to the one page that describes a public name.
+
+    Raises:
+        ValueError: no page of the reference describes it, or several do.
+    """
+    places = ["../contract.md#" + name.lower()] if f"\n## {name}\n" in contract else []
+    places += [f"{file.name}#layerlab.{name}" for file in sorted(REFERENCE.glob("*.md"))
+               if re.search(rf"^::: layerlab\.{name}$", file.read_text(encoding="utf-8"), re.M)]
+    if len(places) != 1:
+        raise ValueError(f"describe `{name}` once in docs/reference, by `::: layerlab.{name}`; found: {places}")
+    return places[0]
+
+
+def links_list() -> str:
+    """Every address elsewhere that a page written by people links to, one a line."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/**/README.md"),
+             *ROOT.glob("tests/outside/*/README.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    return "\n".join(sorted({link for text in texts for link in ADDRESS.findall(text)})) + "\n"
 
 
 def methods(kind: type, prefix: str = "") -> list[str]:
@@ -73,14 +119,35 @@ def hook(name: str) -> str:
 
 
 def member(kind: type, name: str, heading: str = "###") -> str:
-    """A method or a property: signature and text."""
+    """A method or a property: its name, its signature and its text."""
     value = inspect.getattr_static(kind, name)
     if isinstance(value, property):
-        return f"{heading} `{name}`\n\n{text(value)}"
+        return f"{heading} {name}\n\n{text(value)}"
     function: Callable[..., Any] = value.__func__ if isinstance(value, classmethod) else value
-    signature = str(inspect.signature(function)).replace("'", "")
-    signature = re.sub(r"^\((self|cls)(, )?", "(", signature)
-    return f"{heading} `{name}{signature}`\n\n{text(function)}"
+    return f"{heading} {escaped(name)}\n\n```python\n{definition(function)}\n```\n\n{text(function)}"
+
+
+def escaped(name: str) -> str:
+    """A name as Markdown."""
+    return name.replace("__", r"\_\_")
+
+
+def definition(function: Callable[..., Any]) -> str:
+    """The `def` line of a function, broken after each argument where it is long; it compiles as it stands."""
+    signature = inspect.signature(function)
+    arguments: list[str] = []
+    for each in signature.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and "*" not in arguments:
+            arguments.append("*")
+        # Annotations are texts here, so only defaults keep their quotes.
+        annotation = "" if each.annotation is each.empty else f": {each.annotation}"
+        default = "" if each.default is each.empty else f" = {each.default!r}"
+        arguments.append(f"{each.name}{annotation}{default}")
+    start, end = f"def {function.__name__}(", f") -> {signature.return_annotation}: ..."
+    line = f"{start}{', '.join(arguments)}{end}"
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([start, *(f"    {each}," for each in arguments), end])
 
 
 def described(kind: type) -> str:
@@ -96,9 +163,26 @@ def summary(what: Any) -> str:
 def public(name: str) -> str:
     """What a public name is, in a line."""
     value = getattr(layerlab, name)
-    if isinstance(value, ModuleType) or inspect.isclass(value) or inspect.isfunction(value):
+    if isinstance(value, (ModuleType, FunctionType, type)):
         return summary(value)
-    return f"{summary(type(value))} `{name}(\"lars-skip\", alpha=2)` makes a strategy."
+    return assigned(name)
+
+
+def assigned(name: str) -> str:
+    """What the comment above a public name's assignment says of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tree = ast.parse(Path(layerlab.__file__).read_text(encoding="utf-8"))
+    (module,) = [node.module for node in ast.walk(tree)
+                 if isinstance(node, ast.ImportFrom) and name in [each.name for each in node.names]]
+    source = inspect.getsource(sys.modules[str(module)])
+    for node in ast.parse(source).body:
+        named = isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]
+        if named and (comment := comment_above(source, node.lineno)):
+            return comment
+    raise ValueError(f"`{name}` has no comment above its assignment in {module}")
 
 
 def cell(sentence: str) -> str:
@@ -107,7 +191,7 @@ def cell(sentence: str) -> str:
 
 
 def text(what: Any) -> str:
-    """A docstring as Markdown: its sections become lists."""
+    """A docstring as Markdown: its sections become lists, its example a block of code."""
     lines = (inspect.getdoc(what) or "").splitlines()
     out: list[str] = []
     section = ""
@@ -116,20 +200,27 @@ def text(what: Any) -> str:
         if head:
             section = head[1]
             out += [f"**{section}**", ""]
+        elif section == "Example":
+            out.append(line.removeprefix("    "))
         elif section and line.startswith("    "):
-            entry = ENTRY.match(line.strip()) if not line.startswith("     ") and section != "Returns" else None
-            if entry:
-                out.append("- " + ", ".join(f"`{part}`" for part in entry[1].split(", ")) + f": {entry[2]}")
-            elif section == "Returns":
-                out.append(line.strip())
-            else:
-                out.append("  " + line.strip())
+            out.append(listed(line, section))
         else:
             section = section if not line.strip() else ""
             out.append(line)
-    return "\n".join(out)
+    return EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", "\n".join(out))
+
+
+def listed(line: str, section: str) -> str:
+    """A line of a docstring's section as one of a list."""
+    if section == "Returns":
+        return line.strip()
+    entry = ENTRY.match(line.strip()) if not line.startswith("     ") else None
+    if entry:
+        return "- " + ", ".join(f"`{part}`" for part in entry[1].split(", ")) + f": {entry[2]}"
+    return "  " + line.strip()
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    for file, written in ((PAGE, page()), (NAMES, names_page()), (LINKS, links_list())):
+        file.write_text(written, encoding="utf-8")
+        print(file)

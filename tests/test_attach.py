@@ -370,8 +370,8 @@ def test_a_network_whose_output_is_no_tensor_of_logits_is_attached_without_a_pre
             attached.run.optimizer.step()
 
 
-def test_the_loop_of_the_front_page_runs_with_five_lines_of_layerlab_s(digits, residual):
-    page = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_loop_of_its_page_runs_with_five_lines_of_layerlab_s(digits, residual):
+    page = (Path(__file__).parents[1] / "docs" / "own-loop.md").read_text()
     (block,) = re.findall(r"^```python\n(import layerlab\n.*?)^```", page, re.M | re.S)
     assert block.count("attached") == 5
     model = residual()
@@ -379,7 +379,7 @@ def test_the_loop_of_the_front_page_runs_with_five_lines_of_layerlab_s(digits, r
         "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "epochs": 3,
         "criterion": nn.CrossEntropyLoss(), "loader": list(digits.train.batches(BATCH)),
         "images": next(digits.test.batches(2))[0]}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "own-loop.md", "exec"), names)
     assert len(names["attached"].history) == 3
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
+from urllib.parse import unquote
 
 from layerlab.base.text import from_yaml
 
@@ -38,12 +40,34 @@ def test_environment_yml_lists_what_the_core_needs():
     assert f"python{core['requires-python']}" in environment["dependencies"]
 
 
+def test_binder_installs_layerlab_and_every_plugin():
+    lines = (ROOT / ".binder" / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        "-c ../constraints.txt", "-e .",
+        *(f"-e {file.parent.relative_to(ROOT)}" for file in sorted(ROOT.glob("plugins/*/pyproject.toml")))]
+
+
+def test_citation_and_badges_say_what_the_project_says():
+    core = _projects()[0]
+    citation = from_yaml((ROOT / "CITATION.cff").read_text())
+    assert (citation["title"], str(citation["version"]), citation["license"]) == (
+        core["name"], core["version"], core["license"])
+    assert citation["abstract"] == f"{core['description']}."
+    assert re.search(r"^Copyright \(c\) \d+ (.*)$", (ROOT / "LICENSE").read_text(), re.M)[1] in [
+        author["name"] for author in citation["authors"]]
+    badges = re.findall(r"img\.shields\.io/badge/(\w+)-(\S+)-\w+\)", (ROOT / "README.md").read_text())
+    assert {name: unquote(value) for name, value in badges} == {
+        "licence": core["license"], "python": core["requires-python"].replace(">=", "≥")}
+
+
 def test_everything_needed_is_pinned_within_its_range():
     from packaging.requirements import Requirement
 
     pins = _pins()
     for project in _projects():
-        for text in [*project.get("dependencies", []), *project.get("optional-dependencies", {}).get("dev", [])]:
+        extras = project.get("optional-dependencies", {})
+        wanted = extras if project["name"] == "layerlab" else {"dev": extras.get("dev", [])}
+        for text in chain(project.get("dependencies", []), *wanted.values()):
             requirement = Requirement(text)
             if requirement.name.startswith("layerlab"):
                 continue
@@ -58,5 +82,5 @@ def test_the_tests_run_with_the_pinned_versions():
 
 
 def test_no_file_records_a_registry():
-    for name in ("constraints.txt", "environment.yml", "pyproject.toml"):
+    for name in ("constraints.txt", "environment.yml", "pyproject.toml", ".binder/requirements.txt"):
         assert "://" not in (ROOT / name).read_text()

@@ -304,7 +304,7 @@ def _parsed(text: str, file: Path, strategy: str) -> Paper:
 def load_paper(strategy: str | Plugin) -> Paper:
     """The paper of an installed strategy: `paper.toml` in the package that its entry point names.
 
-    The package is not imported: whoever only starts its notebook does without torch.
+    The package is not imported, so a program that only starts its notebook needs no torch.
 
     Raises:
         LayerlabError: no such strategy, or no readable paper.

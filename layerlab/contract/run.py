@@ -85,7 +85,7 @@ class Run:
         data: where the training batches come from. A strategy may replace it between epochs.
         test_data: what `model` is evaluated on after each epoch.
         loss: maps (logits, labels), or (model, batch), to a scalar.
-        objective: maps (a network, x, y) of a batch to the loss, forward included, whatever form batches and loss have.
+        objective: maps (a network, x, y) of a batch to the loss, forward included, for every form of batches and loss.
         example: what a batch gives to the network: images, (batch, channels, height, width), or any other tensor, or a
             tuple or dict of tensors.
         epochs: the number of epochs of the whole run.
@@ -178,9 +178,8 @@ class Run:
     def remeasure(self) -> None:
         """Measure what the next step costs, and let it stand for those after it.
 
-        For a strategy that changes the cost of a step in the middle of an epoch; between epochs steps are measured
-        anew without it. Each call makes one step slow, so that a strategy that calls it at every step has all of them
-        measured.
+        Call it when a strategy changes the cost of a step in the middle of an epoch; between epochs layerlab measures
+        anew by itself. Each call makes one step slow. A strategy that calls it at every step has all of them measured.
 
         Example:
             >>> from layerlab import Strategy, build_model, fit, load_dataset
@@ -199,7 +198,7 @@ class Run:
         self.measures_anew = True
 
     def spend(self, flops: float) -> None:
-        """Count what a strategy computes outside the steps of the current epoch: features that it stores, say.
+        """Count what a strategy computes outside the steps of the current epoch, such as features that it stores.
 
         It counts to the epoch's `cost/forward_flops`, and so to the budget of plain training of the same cost.
 
@@ -211,8 +210,8 @@ class Run:
     def generator_for(self, name: str) -> torch.Generator:
         """Random numbers of a strategy's own, which disturb neither shuffling nor dropout nor other strategies.
 
-        They follow from the run's seed and the name alone, whatever else is drawn and wherever it trains. A run that
-        goes on after an interruption draws on where it was.
+        They follow from the run's seed and the name alone; other random numbers and the device do not matter. A resumed
+        run continues where it was interrupted.
 
         Args:
             name: the strategy's, by convention; the same name gives the same generator, which is on the CPU.
@@ -240,8 +239,8 @@ class Run:
         """Make `modules` all that `owner` keeps frozen from now on; an empty set thaws what it had frozen.
 
         A frozen module's parameters get no gradient, so the optimizer leaves them, their momentum and their decay
-        alone, and backward ends where nothing further towards the input learns. Its batch-norm statistics stand still
-        too. Several owners' sets add up. Parameters that the user froze beforehand are never touched.
+        alone, and backward ends where no layer nearer the input learns. Its batch-norm statistics do not change
+        either. Several owners' sets add up. layerlab never touches parameters that the user froze before.
         """
         self._frozen[owner] = {inner for module in modules for inner in module.modules()}
         self.apply_freezing()
@@ -268,7 +267,7 @@ class Run:
         return found
 
     def apply_freezing(self) -> None:
-        """Put `requires_grad` and the batch norms' modes where `frozen` wants them, as `fit` does after train().
+        """Set `requires_grad` and the batch norms' modes as `frozen` demands; `fit` does so after train().
 
         A parameter that several modules share learns until all of them are frozen. Batch norms that the user put into
         evaluation mode stay in it.
@@ -300,17 +299,17 @@ class Run:
     ) -> None:
         """Let `model` be the network from now on: the one that there was with a changed structure, or another.
 
-        Everything that refers to parameters follows. The optimizer stays the same object, and with it the schedule:
-        its groups hold what they held, in their order, each parameter in the place of the one that it replaces, with
-        its state; parameters without a predecessor stand at the end. Those that the user's optimizer left out stay
-        out, as do those that replace them. What was frozen stays frozen and is thawed by the strategy that froze it.
+        Everything that refers to parameters follows. Optimizer and schedule stay the same objects. Each parameter takes
+        the place of the one that it replaces in the optimizer's groups, with its state; parameters without a
+        predecessor stand at the end. Parameters that the user's optimizer leaves out stay out, and so do those that
+        replace them. Frozen parameters stay frozen until the strategy that froze them thaws them.
 
         Args:
             model: the changed network.
             replaced: (old, new, carry) of every parameter that took another's place, in the order in which that
-                happened; a parameter replaced twice stands there twice. `carry` makes the new one's state of a tensor
-                of the old one's shape (momentum, say); None starts it anew. Parameters that are in both networks need
-                no entry.
+                happened; a parameter replaced twice stands there twice. `carry` maps a tensor shaped like the old one
+                (its momentum, for example) to one shaped like the new one; None starts the state anew. Parameters
+                that are in both networks need no entry.
             group: the optimizer's group that parameters without a predecessor join.
             exact: the change is meant to change no output; it is checked with `same_outputs`. `model` is then another
                 object than the network that there was.
@@ -456,7 +455,7 @@ class Run:
     def backward(self, loss: Tensor) -> bool:
         """Backward from `loss`, then every strategy's `on_after_backward`: for a strategy that replaces the step.
 
-        At last the gradients are clipped, where the user wants that.
+        At the end it clips the gradients if the user asked for that.
 
         Returns:
             Whether there is a gradient to learn from. If all that `loss` depends on is frozen there is none: neither

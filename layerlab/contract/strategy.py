@@ -47,21 +47,25 @@ NEEDS: Mapping[str, tuple[str, str]] = {
 class Strategy(BaseModel):
     """A method that changes how a network is trained. Subclass it; the fields are the settings.
 
-    `name` is the name it is installed, logged and called by: `[a-z0-9-]+`, the same as its entry point's. `needs` says
-    what its data have to be: `one tensor` or `images` for the network, `targets` or `classes` beside them, a
-    `fixed order` that can be read again, `resident` in the device's memory.
-    `replaces_network` says that it puts another `run.training_model` and other `run.data` in place between epochs,
-    which a strategy that replaces the step does not expect. `changes_structure` says that it removes or reshapes layers
-    (`run.restructure`), `follows_layers` that it keeps numbers or tensors about each layer from epoch to epoch, so that
-    the layers have to stay what they are; `acts_in_backward` that it uses up or sends gradients while backward runs, so
-    that they are not there to be accumulated or clipped. With none of these but `follows_layers`, and without a
-    `training_step`, it works in a training loop of the user's own as well (`layerlab.attach`).
-    `expected_failed_checks` maps the checks of `layerlab.testing` that it is known to fail to the reason.
+    Class attributes tell layerlab what the method does:
 
-    State that changes during training lives in pydantic private attributes and is set anew in `on_fit_start`, so that
-    one object serves several fits. Whatever of it is needed to go on after an interruption is in `state_dict`, as
-    tensors, numbers, strings, lists and dicts: what else would not come back (checkpoints are read with
-    `weights_only=True`), such as NumPy numbers, is refused when it is saved.
+    - `name`: the strategy is installed, logged and called by it; `[a-z0-9-]+`, the same as its entry point's.
+    - `needs`: its demands on the data: `one tensor` or `images` for the network, `targets` or `classes` beside them, a
+      `fixed order` that can be read again, `resident` in the device's memory.
+    - `replaces_network`: it puts another `run.training_model` and other `run.data` in place between epochs. A strategy
+      that replaces the step does not expect that.
+    - `changes_structure`: it removes or reshapes layers (`run.restructure`).
+    - `follows_layers`: it keeps numbers or tensors about each layer from epoch to epoch, so the layers must not change.
+    - `acts_in_backward`: it uses up or sends gradients while backward runs, so nobody can accumulate or clip them.
+    - `expected_failed_checks`: maps each check of `layerlab.testing` that it is known to fail to the reason.
+
+    A strategy that sets none of these but `follows_layers`, and has no `training_step`, also works in a training loop
+    of the user's own (`layerlab.attach`).
+
+    Keep state that changes during training in pydantic private attributes and set it anew in `on_fit_start`, so that
+    one object serves several fits. Return from `state_dict` what an interrupted run needs to resume: tensors, numbers,
+    strings, lists and dicts. Anything else, such as NumPy numbers, is refused when it is saved, because checkpoints are
+    read with `weights_only=True`.
 
     Raises:
         Refused: a setting that does not exist or does not validate, in one sentence.
@@ -96,10 +100,10 @@ class Strategy(BaseModel):
     def preflight(self, network: nn.Module, example: Tensor) -> Preflight:
         """Say what this strategy can do with a network, before any training; `fit` asks each of its strategies.
 
-        As it stands it goes through one epoch of one step on copies of the network and of this object, and takes every
-        layer that learns for covered. A strategy that acts on some layers alone says so with `Preflight.of`, and does
-        here, on a copy, whatever it does once in a training and may not be able to do. `compare` asks once for each arm
-        and structure of a network, not for each seed: what training needs belongs into the hooks.
+        The default goes through one epoch of one step on copies of the network and of this object, and counts every
+        layer that learns as covered. A strategy that acts on some layers alone says so with `Preflight.of`. Where it
+        does something once in a training that may fail, it tries that here on a copy. `compare` asks once for each arm
+        and structure of a network, not for each seed, so put what training needs into the hooks.
 
         Args:
             network: in any mode; it is not changed.
@@ -169,7 +173,7 @@ class Strategy(BaseModel):
     def on_load_checkpoint(self, run: Run) -> None:
         """After an interruption, with `load_state_dict` done and before the weights are loaded.
 
-        A strategy that had changed the network's structure, the data or the optimizer makes the same change again.
+        A strategy that had changed the network's structure, the data or the optimizer repeats the change here.
         """
 
     def on_epoch_start(self, run: Run) -> None:
@@ -215,8 +219,8 @@ class Strategy(BaseModel):
     def rebuild(self, network: nn.Module) -> nn.Module:
         """Give a new network the structure in which this strategy left the one that it trained.
 
-        Called after `load_state_dict` on an object that has seen no fit; the weights are loaded afterwards. A strategy
-        that leaves the structure as it was has no need of it.
+        Called after `load_state_dict` on an object that has seen no fit; the weights are loaded afterwards. Only a
+        strategy that changes the structure needs it.
 
         Args:
             network: as its builder made it; may be taken over.
@@ -235,8 +239,8 @@ class Strategy(BaseModel):
     def placebo(self, result: Any) -> Strategy | None:
         """A strategy that saves the same without this method's decision; None where it names none.
 
-        Called on the object that the run was trained with: the same layers frozen at the epochs at which this one froze
-        them, for example, or as many random channels in the place of the chosen ones.
+        Called on the object that the run was trained with. Return, for example, a strategy that freezes as many layers
+        at fixed epochs, or one that removes as many channels at random.
 
         Args:
             result: the run's `FitResult`, with everything that was logged in `result.history`.
@@ -245,9 +249,9 @@ class Strategy(BaseModel):
 
     @classmethod
     def example_network(cls, shape: tuple[int, int, int], classes: int) -> nn.Module | None:
-        """A new small network that this strategy can train, for whatever runs over all strategies, tests say.
+        """A new small network that this strategy can train; used by tools that run every strategy, such as tests.
 
-        A strategy that takes any network leaves this as it is; one that needs a network of a certain form gives one.
+        Override it if the strategy needs a network of a certain form; the default says that it takes any.
 
         Args:
             shape: (channels, height, width) of the images.
@@ -271,8 +275,8 @@ def check_composition(strategies: Iterable[Strategy]) -> None:
     """Refuse strategies that cannot run together.
 
     Raises:
-        Refused: two of them replace the training step, or the network that trains, or one does the one and
-            another the other; one changes the structure while another follows its layers; or one is given twice.
+        Refused: two of them replace the training step or the network that trains, or one replaces the step and
+            another the network; one changes the structure while another follows its layers; or one is given twice.
     """
     strategies = list(strategies)
     for strategy in strategies:

@@ -1,4 +1,4 @@
-"""Strategies on one's own network and images: which arms there are, what they gain and cost, which one to use."""
+"""Strategies on your own network and images: which arms there are, what they gain and cost, which one to use."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def make_arms(
     """An arm for each strategy, and for each combination of several.
 
     Args:
-        names: installed strategies, or `all`: whoever wrote them, and those that cannot be used are listed as such.
+        names: installed strategies, or `all`, those of other authors included; what cannot be used is listed as such.
         combinations: as `one-method + another`; or with settings of their own, name → strategy → settings.
         settings: strategy → settings, wherever it is used without others.
 
@@ -157,7 +157,7 @@ def _combined(
 def open_session(
     experiment: str, data: Dataset, network: str, output: str | Path | None = None, **parameters: Any
 ) -> Session:
-    """A notebook's session: the same parameters, data and network of one's own go on where they were interrupted.
+    """A notebook's session: the same parameters, data and network resume where they were interrupted.
 
     Args:
         experiment: MLflow's, and the folder below `runs`.
@@ -174,7 +174,7 @@ class Place(NamedTuple):
     Attributes:
         title: of its run.
         folder: of its own.
-        values: its parameters, with digests of the images and of a network of one's own.
+        values: its parameters, with digests of the images and of a network of your own.
     """
 
     title: str

@@ -223,7 +223,7 @@ class Session:
 
         Args:
             title: names the checkpoints; unique in the notebook.
-            table: what this is for, as a tag: the table or figure of a paper, say.
+            table: what this is for, as a tag, such as the table or figure of a paper.
             trial: it only chooses something, so its ratios are no part of the session's answer.
         """
         from layerlab.training.fit import compare
@@ -419,7 +419,7 @@ class Study(Session):
             values: one for each seed, in the claim's unit; not finite where it did not happen.
             seeds: the seeds.
             conditions: what it was measured under, `dataset` and `network` among them.
-            observed: the run's own numbers, which the claim's gates read: `baseline top-1`, say.
+            observed: the run's own numbers, which the claim's gates read, such as `baseline top-1`.
             by_model: whether a model computed the values.
         """
         claim = self.paper.claim(id)

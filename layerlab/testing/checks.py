@@ -48,6 +48,7 @@ from layerlab.testing.training_checks import (
 )
 
 Check = Callable[[Strategy], None]
+# The checks of the contract, by name; each takes a strategy and raises what is wrong with it.
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (

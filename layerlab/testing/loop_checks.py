@@ -21,7 +21,7 @@ _STOP = 2
 
 
 def attaches(strategy: Strategy) -> None:
-    """In a loop of the user's own it ends with the weights of `fit`, interrupted or not, or says that it needs that."""
+    """In a loop of the user's own it ends with the weights of `fit`, interrupted or not, or asks for `fit`."""
     try:
         with kept_random_states(torch.device("cpu")):
             whole = _loop(strategy, (EPOCHS,))

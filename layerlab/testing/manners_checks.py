@@ -21,7 +21,7 @@ from layerlab.training.untouched import changed_data, torch_switches
 
 
 def leaves_users_model(strategy: Strategy) -> None:
-    """The user's network object is as it was: `fit` trains a copy."""
+    """The user's network object stays unchanged: `fit` trains a copy."""
     model = own_network(strategy)()
     model.eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -98,7 +98,7 @@ def _switches() -> dict[str, Any]:
 
 
 def data_untouched(strategy: Strategy) -> None:
-    """The user's images and labels are as they were: what a strategy reads instead, it puts into `run.data`."""
+    """The user's images and labels stay unchanged: a strategy puts other data into `run.data`."""
     data = digits()
     job, _ = train([copy.deepcopy(strategy)], own_network(strategy), data=data)
     # The fit lends its strategies the data: what they write into is a copy of theirs.

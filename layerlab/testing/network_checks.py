@@ -19,7 +19,7 @@ from layerlab.training.results import FitResult
 
 
 def refused_at_the_start(strategy: Strategy) -> None:
-    """What it cannot do with a network it says before the first step: what is accepted then trains to the end."""
+    """It refuses a network before the first step or trains it to the end."""
     for name, build in _every(strategy, UNUSUAL).items():
         try:
             job, _ = train([copy.deepcopy(strategy)], build, until=0)

@@ -14,7 +14,7 @@ from layerlab.contract.strategy import Strategy
 
 
 def settings_round_trip(strategy: Strategy) -> None:
-    """Settings are documented, validate, and come back through YAML; what is no setting is refused."""
+    """Settings are documented, validate, and come back through YAML; unknown settings are rejected."""
     kind = type(strategy)
     assert NAME.fullmatch(kind.name), (
         f"the name is {kind.name!r}; give the class `name: ClassVar[str]` of the form {NAME.pattern}, as its entry "

@@ -66,7 +66,7 @@ def trains_example(strategy: Strategy) -> None:
 
 
 def deterministic(strategy: Strategy) -> None:
-    """The same seed gives the same weights, another one others, whatever other random states are."""
+    """The same seed gives the same weights, a different seed others; other random states do not matter."""
     first, second = (trained(strategy, globals_seed=number) for number in (1, 2))
     where = difference(first.model, second.model)
     assert not where, (

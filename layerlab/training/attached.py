@@ -280,7 +280,7 @@ class Attached:
         self.detach()
 
     def detach(self) -> None:
-        """Leave the loop to itself, after an error, say: everything thaws, and no strategy has its last hook."""
+        """Leave the loop to itself, for example after an error: everything thaws, no strategy has its last hook."""
         for handle in self._handles:
             handle.remove()
         self.run.thaw()
@@ -343,7 +343,7 @@ class Attached:
         """One hook of every strategy that defines it.
 
         Raises:
-            LayerlabError: as the strategy; or it has put something else in the place of the network, say.
+            LayerlabError: as the strategy; or the strategy has replaced the network, for example.
         """
         run = self.run
         for strategy in self.strategies:

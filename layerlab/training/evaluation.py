@@ -59,7 +59,7 @@ def evaluate(
 
     Args:
         model: maps images, or the inputs of other batches, to logits or another output.
-        data: a `Split`, or whatever gives batches in its manner, on the network's device.
+        data: a `Split`, or an object that gives batches as it does, on the network's device.
         loss: maps (logits, labels), or (model, batch), to a scalar, the batch's mean. Default: cross-entropy.
         batch_size: examples at a time.
         autocast: gives the context of forward and loss.

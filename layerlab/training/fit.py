@@ -205,14 +205,14 @@ def compare(
 ) -> Comparison:
     """Train a network with different strategies under the same seeds, epoch by epoch by turns.
 
-    By turns, so that whatever slows the machine for a while slows all arms alike and ratios of seconds stay honest.
+    By turns, so that a load on the machine slows all arms alike and ratios of seconds stay honest.
 
     Args:
         model: as `fit`, the same for all arms; or name of an arm → its own.
         arms: name → strategy or strategies; the baseline is an arm with none: `{"conventional": (), "mine": Mine()}`.
         seeds: each arm is trained with each.
         checkpoint: a folder; every run gets a folder of its own in it.
-        keep_going: arms that may fail, in whatever way; the reason stands in the result's `failures`.
+        keep_going: arms that may fail in any way; the reason stands in the result's `failures`.
         equal: `flops` or `seconds`: beside each arm with strategies, train the first arm without any once more, for as
             many steps as the arm's cost buys, with its whole schedule, as `ARM · equal flops`; see `Comparison.pays`.
         placebo: train beside each arm, as `ARM · placebo`, what its strategy names as its placebo.

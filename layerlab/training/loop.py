@@ -42,7 +42,7 @@ from layerlab.workload.own import Given, OwnData, offers, own_data
 
 @runtime_checkable
 class Observer(Protocol):
-    """What follows a fit: tracking, say.
+    """An object that follows a fit, such as the one that logs to MLflow.
 
     Example:
         >>> from layerlab import build_model, fit, load_dataset

@@ -202,7 +202,7 @@ def load_model(
     Args:
         file: from `save_model`.
         network: what builds it, where that is no name of `build_model`: `module:function`, a function, or a new network
-            of the same kind. Code of one's own is run only if it is named here, never because a file says so.
+            of the same kind. Your own code runs only if you name it here, never because a file names it.
         device: where to put it.
 
     Raises:

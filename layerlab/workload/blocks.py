@@ -35,7 +35,7 @@ class ResidualBlock(NamedTuple):
 
 
 def residual_blocks(model: nn.Module) -> list[ResidualBlock]:
-    """The residual blocks of a network, in the order of the forward pass, found in its graph whatever it is made of.
+    """The residual blocks of a network, in the order of the forward pass, found in its graph for any kind of layer.
 
     A block is a sum of two tensors that come from one, with the modules that run on both ways. Blocks within the branch
     of another one stand before it. Sums with a parameter, or of paths without a module, are none.

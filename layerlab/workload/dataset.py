@@ -32,6 +32,7 @@ def dataset_table(data: Dataset) -> Table:
     return Table(("dataset", data.name), list(what.items()))
 
 
+# What is done to training images before each step: shifted (`crop`, `translate`), and half of them mirrored.
 Augment = Literal[
     "none", "crop", "crop-flip", "crop-alternate", "translate", "translate-flip", "translate-alternate"
 ]

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from layerlab.base.arguments import validated
 from layerlab.base.trees import on_tensors, predict
 
+# The kinds of layers that normalise; each belongs to the layer that runs before it.
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 

@@ -125,7 +125,7 @@ def own_data(
 ) -> Data:
     """Make data of your own into what `fit` and `compare` train with; call it to give a name or transforms.
 
-    Both take `halves` as they are, too, and call this function.
+    Both also take `halves` themselves, and call this function.
 
     Args:
         halves: (train, test), or a dict of train, test and validation, such as a Hugging Face `DatasetDict`. A half is
