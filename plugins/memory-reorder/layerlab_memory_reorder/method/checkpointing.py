@@ -62,14 +62,14 @@ def _checkpointed(call: Callable[..., Any], block: nn.Module, x: Any, reentrant:
     def again(x: Tensor, _: Tensor) -> Any:
         if not torch.is_grad_enabled():
             return call(x)
-        with _still_statistics(block):
+        with still_statistics(block):
             return call(x)
 
     return checkpoint(again, x, wanted, use_reentrant=True, preserve_rng_state=keep_random)
 
 
 @contextmanager
-def _still_statistics(block: nn.Module) -> Iterator[None]:
+def still_statistics(block: nn.Module) -> Iterator[None]:
     """Batch norms normalise by the batch but leave their running statistics alone: they have seen this batch."""
     norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
     for norm in norms:
