@@ -14,9 +14,8 @@ costs more.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,6 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Forward and loss of a batch: (network, x, y) → scalar."""
 # Backward takes about twice a forward pass.
 STEP_OF_FORWARD = 3.0
-# Schedules that are tried for real, from the one that should do on, before the least one.
-TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,13 @@ class Trial:
             takeover.finish()
             marking[0] = _unmarked
 
+        # What the first step of all makes stays.
+        prepare: Callable[[], object] = _nothing if self.optimizer.state else lambda: step(_unmarked)
         state = [value for each in self.optimizer.state.values() for value in each.values()]
         before = [each for each in (self.x, self.y, *self.model.parameters(), *self.model.buffers(), *state)
                   if isinstance(each, Tensor) and each.device == self.x.device]
         with takeover:
-            found = recorder(self.x.device, before)(lambda: step(_unmarked), step)
+            found = recorder(self.x.device, before)(prepare, step)
         merged: dict[str, Interval] = {}
         for each in found:
             # A stretch with several results is told of each one's gradient.
@@ -102,6 +101,10 @@ class Trial:
 
 
 def _unmarked(_: str) -> None:
+    pass
+
+
+def _nothing() -> None:
     pass
 
 
@@ -214,10 +217,10 @@ class Composition:
         groups: list[Group] = []
         place = len(self.borders)
         while place:
-            _, option, kept = reached[place][kept]
-            assert option is not None
-            groups.append(option.group)
-            place = option.group.first
+            _, last, kept = reached[place][kept]
+            assert last is not None
+            groups.append(last.group)
+            place = last.group.first
         return tuple(reversed(groups))
 
     def _needs(self, option: _Option) -> int:
@@ -252,6 +255,8 @@ class Composition:
                 held = {key: size for key, size in (kept | self._crossing[index + 1]).items()
                         if key not in self._crossing[first]}
                 group = Group(first, index, True, dropped)
+                if not self.program.sound(self.borders[first][0], self.borders[index][1]):
+                    continue
                 found.append(_Option(group, sum(held.values()), tuple(forward), backward, cost))
         return list({each.group: each for each in found}.values())
 
@@ -312,3 +317,129 @@ def _best(states: Mapping[int, tuple[float, _Option | None, int]]) -> list[tuple
         if not found or states[kept][0] < found[-1][1]:
             found.append((kept, states[kept][0]))
     return found
+
+
+class Planner:
+    """Finds schedules for budgets of a training.
+
+    Args:
+        model: the network in the modes in which it trains; copied, also where it is.
+        optimizer: of it; copied.
+        x, y: a batch, (batch, channels, height, width) and targets.
+        loss: forward and loss of a batch.
+        settings: of `Takeover`, but for its schedule.
+
+    Raises:
+        Refused: a network that `torch.fx` cannot follow or that does not run on shapes alone.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.nn import functional as F
+        >>> from layerlab_memory_reorder.method.budget import Planner
+        >>> layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+        >>> network = nn.Sequential(*layers, *layers, nn.Flatten())
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> x, y = torch.randn(64, 8, 16, 16), torch.zeros(64, dtype=torch.int64)
+        >>> planner = Planner(network, optimizer, x, y, lambda network, x, y: F.cross_entropy(network(x), y))
+        >>> choice = planner.choose(3_000_000)
+        >>> choice.measured <= 3_000_000
+        True
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, loss: Loss, **settings: Any
+    ) -> None:
+        shapes, its_optimizer = meta_copy(model, optimizer)
+        dry_x, dry_y = x.to("meta"), y.to("meta")
+        program = Program(shapes)
+        sizes = examine(program, dry_x)
+        self._dry = Trial(shapes, its_optimizer, dry_x, dry_y, loss, settings)
+        try:
+            self.composition = Composition(program, sizes, self._dry.intervals)
+        except (RuntimeError, NotImplementedError, TypeError, LayerlabError) as error:
+            raise Refused(f"{type(model).__name__} cannot run a step on shapes alone, as a memory budget needs "
+                          f"({first_line(error)}); use MemoryReorder without a budget.") from error
+        own, own_optimizer = copy.deepcopy((model, optimizer))
+        self._real = Trial(own, own_optimizer, x, y, loss, settings)
+        self._calibrate()
+
+    def choose(self, budget: int) -> Choice:
+        """The schedule of the least time whose step takes at most `budget` bytes, tried for real.
+
+        Raises:
+            Refused: no schedule does; it names the least peak.
+        """
+        tried: dict[tuple[Group, ...], None] = {}
+        for groups in (*self._rungs(budget), self._least):
+            if groups is None or groups in tried:
+                continue
+            tried[groups] = None
+            forecast = self.forecast(groups)
+            if forecast > budget:
+                continue
+            measured = self.measured(groups)
+            if measured <= budget:
+                time = 1 + self.composition.cost(groups) / STEP_OF_FORWARD
+                return Choice(self.composition.schedule(groups), forecast, measured, time)
+        least = self.measured(self._least)
+        raise Refused(f"A training step of {type(self._real.model).__name__} with {len(self._real.x)} examples needs "
+                      f"at least {_megabytes(least)}, and the budget is {budget / 1e6:.4g} MB; give a larger budget or "
+                      "a smaller batch_size.")
+
+    def forecast(self, groups: Sequence[Group]) -> int:
+        """Bytes of a step's peak, from a dry run and what kernels take for themselves."""
+        extra = self.composition.extra
+        found = self._dry.intervals(self.composition.schedule(groups))
+        return max(each.peak + extra.get(name, 0) for name, each in found.items())
+
+    def measured(self, groups: Sequence[Group]) -> int:
+        """Bytes of a real step's peak, on a copy."""
+        return _peak(self._real.intervals(self.composition.schedule(groups)))
+
+    def _rungs(self, budget: int) -> Iterator[tuple[Group, ...] | None]:
+        """Schedules for the rungs of the ladder within a budget, the highest first."""
+        if self._top <= budget:
+            yield self.composition.alone(False)
+        limit = float(self._top)
+        while limit >= self._bottom:
+            if limit <= budget:
+                yield self.composition.solve(int(limit))
+            limit *= RUNG
+
+    def _calibrate(self) -> None:
+        """Learn from a step of the least schedule what kernels take, then find the least schedule with that."""
+        composition = self.composition
+        groups = self._lowest()
+        schedule = composition.schedule(groups)
+        real, dry = self._real.intervals(schedule), self._dry.intervals(schedule)
+        composition.extra = {name: max(0, real[name].peak - dry[name].peak) for name in dry}
+        for group in groups:
+            for index in range(group.first, group.last):
+                composition.extra[f"backward {index}"] = composition.extra.get(f"backward {group.last}", 0)
+        self._least = self._lowest()
+
+    def _lowest(self) -> tuple[Group, ...]:
+        """The schedule of the least peak, to a thousandth."""
+        composition = self.composition
+        self._top = max(composition.parts(composition.alone(False)))
+        low, high = composition.base, self._top
+        while high - low > high // 1000:
+            middle = (low + high) // 2
+            if composition.solve(middle) is None:
+                low = middle
+            else:
+                high = middle
+        self._bottom = high
+        found = composition.solve(high)
+        assert found is not None
+        return found
+
+
+def _peak(intervals: Mapping[str, Interval]) -> int:
+    return max(each.peak for each in intervals.values())
+
+
+def _megabytes(size: int) -> str:
+    """Rounded up to a tenth, so that it is enough as a budget."""
+    return f"{-(-size // 100_000) / 10:.1f} MB"

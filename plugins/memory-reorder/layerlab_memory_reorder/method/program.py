@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from layerlab import Refused, first_line
 from layerlab_memory_reorder.method.checkpointing import still_statistics
 from layerlab_memory_reorder.method.operations import Layer, gone, kept_through_replays
-from layerlab_memory_reorder.method.trace import symbolic
 
 Marks = Callable[[str, int], None]
 """Told (`forward` or `backward`, number of the stretch) where that begins."""
@@ -59,18 +59,35 @@ class Program:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        graph = symbolic(model).graph
+        graph = _followed(model)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
         if len(inputs) != 1:
             raise Refused(f"{type(model).__name__} takes {len(inputs)} inputs; a memory budget needs a network that "
                           "takes one tensor.")
         self.input = inputs[0]
+        self._check_hooks(model, graph)
         self.nodes = [node for node in graph.nodes if node.op in ("call_module", "call_function", "call_method")]
         self.result = next(node for node in graph.nodes if node.op == "output").args[0]
         position = {node: index for index, node in enumerate(self.nodes)}
         self.last_use = {node: max((position.get(user, len(self.nodes)) for user in node.users), default=-1)
                          for node in (self.input, *self.nodes)}
+        # Each operand of an operation, so that an operation which takes a tensor twice counts twice.
+        self._readers: dict[fx.Node, list[int]] = {node: [] for node in (self.input, *self.nodes)}
+        for index, node in enumerate(self.nodes):
+            fx.node.map_arg((node.args, node.kwargs), partial(self._note_reader, index))
+        self._shared = [uses for uses in self._uses().values() if len(uses) > 1]
+
+    def _check_hooks(self, model: nn.Module, graph: fx.Graph) -> None:
+        """Raises Refused for hooks on modules whose inside stands in the graph, in the place of a call of them."""
+        called = [str(node.target).split(".") for node in graph.nodes if node.op == "call_module"]
+        above = {".".join(parts[:length]) for parts in called for length in range(1, len(parts))}
+        for name in sorted(above):
+            module = self.modules[name]
+            changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            if module is not model and changed:
+                raise Refused(f"Something else changes the forward pass of {name!r} ({type(module).__name__}), which a "
+                              "memory budget passes by; use them in separate fits.")
 
     def run(self, start: int, stop: int, values: dict[fx.Node, Any]) -> None:
         """Compute some operations; results enter `values`, and leave it after the last operation that reads them."""
@@ -102,6 +119,35 @@ class Program:
         """Operations before a position (and the input) whose results are read at or behind it."""
         return [node for node in (self.input, *self.nodes[:cut]) if self.last_use[node] >= cut]
 
+    def sound(self, start: int, stop: int) -> bool:
+        """Whether computing operations again as one leaves the order in which gradients are added up.
+
+        Sums of three in another order differ in the last bit. So of a tensor that is read behind the operations as
+        well, they may hold one reader, and of a parameter that is used more than once all of its uses or none.
+        """
+        inside = range(start, stop)
+        for node in self.crossing(start):
+            readers = [index for index in self._readers[node] if index in inside]
+            if len(readers) > 1 and self.last_use[node] >= stop:
+                return False
+        return not any(start <= use < stop and not (start <= uses[0] and uses[-1] < stop)
+                       for uses in self._shared for use in uses)
+
+    def _note_reader(self, index: int, node: fx.Node) -> None:
+        self._readers.setdefault(node, []).append(index)
+
+    def _uses(self) -> dict[int, list[int]]:
+        """Parameter → positions of the operations that use it."""
+        uses: dict[int, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            used = [self._value(each, {}) for each in node.all_input_nodes if each.op == "get_attr"]
+            if node.op == "call_module":
+                used += self.modules[str(node.target)].parameters()
+            for each in used:
+                if isinstance(each, nn.Parameter):
+                    uses.setdefault(id(each), []).append(index)
+        return uses
+
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.op != "get_attr":
             return values[node]
@@ -110,6 +156,29 @@ class Program:
         for part in str(node.target).split("."):
             found = getattr(found, part)
         return found
+
+
+class _Tracer(fx.Tracer):
+    """Records what is done with buffers as well, which would otherwise happen once, while it is traced."""
+
+    proxy_buffer_attributes = True
+
+
+def _followed(model: nn.Module) -> fx.Graph:
+    """The graph of a network.
+
+    Raises:
+        Refused: `torch.fx` cannot follow it, or a tensor is made in its forward pass, which would be one for all steps.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # the network's own, or torch.fx's
+        raise Refused(f"{type(model).__name__} cannot be traced ({first_line(error)}); a memory budget needs a network "
+                      "whose forward pass does not depend on the data.") from None
+    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes if node.op == "get_attr"):
+        raise Refused(f"{type(model).__name__} makes a tensor in its forward pass, which would be the same one in all "
+                      "steps of a traced network; make it a buffer, or use MemoryReorder without a budget.")
+    return graph
 
 
 @dataclass
@@ -203,7 +272,7 @@ def stretches(program: Program, sizes: Sizes) -> list[tuple[int, int]]:
     cuts = []
     # A cut is taken where bytes rise again behind it after they have fallen before it.
     falling = False
-    for cut, following in zip(allowed, allowed[1:], strict=False):
+    for cut, following in pairwise(allowed):
         if alive[following] > alive[cut]:
             if falling:
                 cuts.append(cut)
@@ -211,7 +280,7 @@ def stretches(program: Program, sizes: Sizes) -> list[tuple[int, int]]:
         elif alive[following] < alive[cut]:
             falling = True
     borders = [0, *cuts, len(program.nodes)]
-    return list(zip(borders, borders[1:], strict=False))
+    return list(pairwise(borders))
 
 
 def _bytes(sizes: Sizes, nodes: Sequence[fx.Node]) -> int:
@@ -395,7 +464,7 @@ class _Again(Function):
                 given.append(gradient)
         del again, gradients
         if edges:
-            torch.autograd.backward(edges, given)  # type: ignore[arg-type]
+            torch.autograd.backward(edges, given)
         return None, None, None, *found
 
 
