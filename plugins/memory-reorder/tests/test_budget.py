@@ -75,7 +75,22 @@ class Tail(nn.Sequential):
             nn.Flatten(), nn.Linear(192, 32), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(32, 10))
 
 
-NETWORKS = (Residual, Dense, Tail)
+class Overwriting(nn.Module):
+    """Writes over the result of a pooling after something has read it, where the least is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 10, 1)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.first(x))
+        wide = torch.cat((x, x, x), 1)
+        x.sigmoid_()
+        return self.third(self.pool(self.second(wide) + x)).mean((2, 3))
+
+
+NETWORKS = (Residual, Dense, Tail, Overwriting)
 
 
 def random_groups(choose: random.Random, program: Program, borders: list[tuple[int, int]]) -> tuple[Group, ...]:
