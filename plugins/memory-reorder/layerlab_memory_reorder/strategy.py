@@ -18,7 +18,8 @@ from layerlab_memory_reorder.method.budget import Choice, Planner
 from layerlab_memory_reorder.method.coverage import coverage
 from layerlab_memory_reorder.method.executor import FUSIBLE, Takeover
 from layerlab_memory_reorder.method.plan import Order
-from layerlab_memory_reorder.method.program import Program, Schedule
+from layerlab_memory_reorder.method.program import Program
+from layerlab_memory_reorder.method.replay import Schedule
 
 
 def _fused(value: Any) -> Any:

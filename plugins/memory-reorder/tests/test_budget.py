@@ -16,7 +16,8 @@ from layerlab.training.loop import Fit
 from layerlab_memory_reorder import MemoryReorder
 from layerlab_memory_reorder.method.budget import Planner
 from layerlab_memory_reorder.method.executor import Takeover
-from layerlab_memory_reorder.method.program import Group, Program, Schedule, examine, meta_copy, stretches
+from layerlab_memory_reorder.method.program import Program, examine, meta_copy, stretches
+from layerlab_memory_reorder.method.replay import Group, Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

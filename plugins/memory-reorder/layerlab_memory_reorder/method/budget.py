@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from layerlab import LayerlabError, Refused, first_line
 from layerlab_memory_reorder.method.executor import Takeover, reorders
-from layerlab_memory_reorder.method.program import Group, Program, Schedule, Sizes, examine, meta_copy, stretches
+from layerlab_memory_reorder.method.program import Program, Sizes, examine, meta_copy, stretches
 from layerlab_memory_reorder.method.recording import Interval, Mark, recorder
+from layerlab_memory_reorder.method.replay import Group, Schedule
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Forward and loss of a batch: (network, x, y) → scalar."""

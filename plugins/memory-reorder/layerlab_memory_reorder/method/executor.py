@@ -22,7 +22,8 @@ from layerlab_memory_reorder.method.operations import (
     relu_forward,
 )
 from layerlab_memory_reorder.method.plan import Order, weight_first
-from layerlab_memory_reorder.method.program import Marks, Program, Replayed, Schedule
+from layerlab_memory_reorder.method.program import Program
+from layerlab_memory_reorder.method.replay import Marks, Replayed, Schedule
 from layerlab_memory_reorder.method.trace import symbolic
 from layerlab_memory_reorder.method.updater import Updater
 
