@@ -249,6 +249,21 @@ def test_peaks_put_together_from_parts_are_those_of_dry_steps(planner):
         assert meter.cost.peak_memory_bytes == pytest.approx(together, rel=0.02)
 
 
+def test_a_lower_limit_is_kept_and_never_costs_less(planner):
+    composition = planner.composition
+    top = max(composition.parts(composition.alone(False)))
+    costs = []
+    for share in range(100, 20, -1):
+        groups = composition.solve(top * share // 100)
+        if groups is None:
+            break
+        assert max(composition.parts(groups)) <= top * share // 100
+        costs.append(composition.cost(groups))
+    assert len(costs) > 40
+    assert costs == sorted(costs)
+    assert costs[-1] > costs[0]
+
+
 # ------------------------------------------------------------------------------------ as a strategy
 
 

@@ -383,10 +383,14 @@ class Planner:
             if measured <= budget:
                 time = 1 + self.composition.cost(groups) / STEP_OF_FORWARD
                 return Choice(self.composition.schedule(groups), forecast, measured, time)
-        least = self.measured(self._least)
+        least = self.least()
         raise Refused(f"A training step of {type(self._real.model).__name__} with {len(self._real.x)} examples needs "
                       f"at least {_megabytes(least)}, and the budget is {budget / 1e6:.4g} MB; give a larger budget or "
                       "a smaller batch_size.")
+
+    def least(self) -> int:
+        """Bytes that are enough as a budget for the schedule of the least peak."""
+        return max(self.measured(self._least), self.forecast(self._least))
 
     def forecast(self, groups: Sequence[Group]) -> int:
         """Bytes of a step's peak, from a dry run and what kernels take for themselves."""
