@@ -57,6 +57,8 @@ class Strategy(BaseModel):
     - `changes_structure`: it removes or reshapes layers (`run.restructure`).
     - `follows_layers`: it keeps numbers or tensors about each layer from epoch to epoch, so the layers must not change.
     - `acts_in_backward`: it uses up or sends gradients while backward runs, so nobody can accumulate or clip them.
+    - `memory_setting`: names the setting, if any, that limits the bytes a training step may allocate, as a number or a
+      text such as 2GB; `fit(memory=…)` sets it.
     - `expected_failed_checks`: maps each check of `layerlab.testing` that it is known to fail to the reason.
 
     A strategy that sets none of these but `follows_layers`, and has no `training_step`, also works in a training loop
@@ -89,6 +91,7 @@ class Strategy(BaseModel):
     changes_structure: ClassVar[bool] = False
     follows_layers: ClassVar[bool] = False
     acts_in_backward: ClassVar[bool] = False
+    memory_setting: ClassVar[str] = ""
     expected_failed_checks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, **settings: Any) -> None:

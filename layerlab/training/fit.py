@@ -15,6 +15,7 @@ from layerlab.base.errors import Refused, brief
 from layerlab.contract.strategy import Strategy
 from layerlab.show.progress import Progress, say
 from layerlab.training.ahead import Ahead
+from layerlab.training.budget import with_memory
 from layerlab.training.checkpoint import checkpoint_folder
 from layerlab.training.companions import Companions, Equal
 from layerlab.training.evaluation import Metrics
@@ -41,6 +42,7 @@ def fit(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    memory: int | str | None = None,
     **settings: Unpack[FitSettings],
 ) -> FitResult: ...
 
@@ -58,6 +60,7 @@ def fit(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    memory: int | str | None = None,
     **settings: Unpack[FitSettings],
 ) -> list[FitResult]: ...
 
@@ -75,6 +78,7 @@ def fit(
     checkpoint: str | Path | None = None,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    memory: int | str | None = None,
     **settings: Unpack[FitSettings],
 ) -> FitResult | list[FitResult]:
     # Long because every setting stands in its docstring.
@@ -100,6 +104,8 @@ def fit(
         observers: told of each epoch; `layerlab.track(…)` gives one that logs to MLflow. In a torchrun job those of the
             first process alone are told.
         progress: show bars.
+        memory: bytes that a training step may allocate at most, weights and the optimizer's state included and the data
+            set not: a number, or a text such as "2GB". An installed strategy holds it; the weights stay the same.
         settings: any of these:
             epochs (10): Passes over the training data.
             max_steps (None): Stop after these many steps, within an epoch if need be; a schedule that is named shortens
@@ -176,6 +182,8 @@ def fit(
     """
     checked_settings(settings, data.batch_size if isinstance(data, OwnData) else None)
     seeds = [seed] if isinstance(seed, int) else list(seed)
+    if memory is not None:
+        strategies = with_memory(chosen(strategies), memory)
     comparison = compare(
         model, data, {name: strategies}, seeds=seeds, loss=loss, metrics=metrics, checkpoint=checkpoint,
         observers=observers, progress=progress, **settings,

@@ -28,7 +28,7 @@ Schedules = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSchedul
 
 
 # What `fit` takes besides its settings, for the nearest name of one that it does not have: a test compares the two.
-ARGUMENTS = ("strategies", "seed", "name", "loss", "metrics", "checkpoint", "observers", "progress")
+ARGUMENTS = ("strategies", "seed", "name", "loss", "metrics", "checkpoint", "observers", "progress", "memory")
 ARGUMENTS_OF_COMPARE = ("seeds", "loss", "metrics", "checkpoint", "observers", "progress", "keep_going", "equal",
                         "placebo", "judged", "at_once")
 

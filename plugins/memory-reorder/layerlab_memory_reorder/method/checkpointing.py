@@ -26,7 +26,7 @@ def checkpoint_blocks(
         patch: gives a module another forward, which gets the original one as its first argument.
         reentrant: as in `torch.utils.checkpoint`; a forward without graph, as this package's functions need it.
     """
-    for block in _blocks(model):
+    for block in blocks(model):
         plain = isinstance(block, nn.Sequential) and not any(list(child.children()) for child in block)
         patch(block, _stretch_forward(_stretches(block), reentrant) if plain else _block_forward(block, reentrant))
 
@@ -62,14 +62,14 @@ def _checkpointed(call: Callable[..., Any], block: nn.Module, x: Any, reentrant:
     def again(x: Tensor, _: Tensor) -> Any:
         if not torch.is_grad_enabled():
             return call(x)
-        with _still_statistics(block):
+        with still_statistics(block):
             return call(x)
 
     return checkpoint(again, x, wanted, use_reentrant=True, preserve_rng_state=keep_random)
 
 
 @contextmanager
-def _still_statistics(block: nn.Module) -> Iterator[None]:
+def still_statistics(block: nn.Module) -> Iterator[None]:
     """Batch norms normalise by the batch but leave their running statistics alone: they have seen this batch."""
     norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
     for norm in norms:
@@ -81,14 +81,15 @@ def _still_statistics(block: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules inside lists of blocks, and plain lists of layers with convolutions; see `checkpoint_blocks`."""
     found = []
     for child in module.children():
         inner = list(child.children())
         if not inner:
             continue
         if isinstance(child, nn.Sequential) and any(list(each.children()) for each in inner):
-            found += _blocks(child)
+            found += blocks(child)
         elif any(isinstance(each, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for each in child.modules()):
             found.append(child)
     return found

@@ -22,6 +22,8 @@ from layerlab_memory_reorder.method.operations import (
     relu_forward,
 )
 from layerlab_memory_reorder.method.plan import Order, weight_first
+from layerlab_memory_reorder.method.program import Program
+from layerlab_memory_reorder.method.replay import Marks, Replayed, Schedule
 from layerlab_memory_reorder.method.trace import symbolic
 from layerlab_memory_reorder.method.updater import Updater
 
@@ -51,6 +53,8 @@ class Takeover:
         fuse: which of `FUSIBLE` keep less than PyTorch's, where nothing else needs what they drop; True: all of them;
             False: none.
         checkpointing: blocks keep their input only and are computed again in backward.
+        schedule: which stretches are computed again, in the place of `checkpointing`; see `method.budget`.
+        marks: told of each stretch's beginning, for measuring.
     """
 
     model: nn.Module
@@ -61,6 +65,8 @@ class Takeover:
     at_once: int = 2**18
     fuse: bool | Sequence[str] = True
     checkpointing: bool = False
+    schedule: Schedule | None = None
+    marks: Marks | None = None
     updater: Updater = field(init=False)
     _undo: list[Callable[[], None]] = field(init=False, default_factory=list)
     _several: set[nn.Parameter] = field(init=False, default_factory=set)
@@ -79,6 +85,8 @@ class Takeover:
     def attach(self) -> None:
         """Put the functions and hooks in place for the parameters that learn at present."""
         self.detach()
+        # Before anything is patched.
+        program = None if self.schedule is None else Program(self.model)
         uses = weight_uses(self.model, self.example)
         self._several = {p for p, count in uses.items() if count != 1}
         for parameter in self.model.parameters():
@@ -88,17 +96,23 @@ class Takeover:
         fused = self._fused()
         masked = _masked_by_reader(self.model, "pool" in fused) if "relu" in fused else {}
         readers = set(masked.values())
+        layers: dict[nn.Module, Layer] = {}
         for module in self.model.modules():
             if module in masked:
                 self._patch(module, relu_forward(module, masked[module]))
             elif reorders(module):
-                self._patch(module, parametric_forward(Layer(module, self, module in readers)))
+                layers[module] = Layer(module, self, module in readers)
+                self._patch(module, parametric_forward(layers[module]))
             elif type(module) is nn.MaxPool2d and "pool" in fused and pool_settings(module) is not None:
                 self._patch(module, pool_forward(module, module in readers))
             elif type(module) is nn.LocalResponseNorm and "norm" in fused:
                 self._patch(module, norm_forward(module))
         if self.checkpointing:
             checkpoint_blocks(self.model, self._patch)
+        if program is not None and self.schedule is not None:
+            named = {name: layers[module] for name, module in program.modules.items() if module in layers}
+            replayed = Replayed(program, self.schedule, named, self.marks)
+            self._patch(self.model, lambda original, x: replayed(x))
 
     def detach(self) -> None:
         """Leave the network as it was before `attach`."""

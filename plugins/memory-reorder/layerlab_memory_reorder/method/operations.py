@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,73 @@ class Layer:
         module: the layer.
         takeover: its owner.
         masks: whether this layer's input comes from a ReLU that leaves its own backward to this one.
+        results: of this layer's calls in a stretch that is computed again, see `kept_through_replays`.
     """
 
     module: Any
     takeover: Takeover
     masks: bool = False
+    results: Results | None = None
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's result, (batch, …), from a kept one where this is a computing again."""
+        given = self.results.taken() if self.results is not None and self.results.replaying else None
+        if given is not None:
+            return given
+        linear = isinstance(self.module, nn.Linear)
+        result = F.linear(x, weight, bias) if linear else self.module._conv_forward(x, weight, bias)
+        if self.results is not None and not self.results.replaying:
+            self.results.put(result)
+        return result
 
 
-def _gone() -> LayerlabError:
+class Results:
+    """A layer's results of one forward pass, in the order of its calls, for when these are computed again."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor | None] = []
+        self._versions: list[int] = []
+        self.replaying = False
+
+    def put(self, result: Tensor) -> None:
+        """Keep the result of the next call."""
+        self._kept.append(result.detach())
+        self._versions.append(result._version)
+
+    def settle(self) -> None:
+        """Let go what was written over since, by a ReLU in place, say: it is computed again."""
+        self._kept = [each if each is not None and each._version == version else None
+                      for each, version in zip(self._kept, self._versions, strict=True)]
+        self.replaying = True
+
+    def taken(self) -> Tensor | None:
+        """The next call's result, which is kept no longer; None where it is to be computed."""
+        return self._kept.pop(0) if self._kept else None
+
+
+@contextmanager
+def kept_through_replays(layers: Sequence[Layer], results: list[Results] | None = None) -> Iterator[list[Results]]:
+    """Keep the results of some layers of a stretch, or give them what was kept, while the stretch is computed.
+
+    Args:
+        layers: of the stretch.
+        results: what an earlier block yielded, one for each layer, when the stretch is computed again.
+    """
+    replayed = results is not None
+    results = [Results() for _ in layers] if results is None else results
+    for layer, each in zip(layers, results, strict=True):
+        layer.results = each
+    try:
+        yield results
+    finally:
+        for layer, each in zip(layers, results, strict=True):
+            layer.results = None
+            if not replayed:
+                each.settle()
+
+
+def gone() -> LayerlabError:
+    """The error for a second backward of one graph, for the caller to raise."""
     return LayerlabError("memory-reorder frees activations during backward, so that one graph serves one backward; "
                          "run the forward pass again.")
 
@@ -49,7 +109,7 @@ def _taken(ctx: Any) -> Any:
     x, ctx.x = ctx.x, None
     if x is None:
         if ctx.kept:
-            raise _gone()
+            raise gone()
         return None
     if x._version != ctx.version:
         raise RuntimeError("an activation needed for the gradient was modified in place after the forward pass; "
@@ -71,10 +131,7 @@ class _Parametric(Function):
         ctx.version = x._version
         ctx.kept = ctx.x is not None
         ctx.save_for_backward(weight)
-        module = layer.module
-        if isinstance(module, nn.Linear):
-            return F.linear(x, weight, bias)
-        return module._conv_forward(x, weight, bias)
+        return layer.compute(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -189,7 +246,7 @@ class _MaxPool(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.codes is None:
-            raise _gone()
+            raise gone()
         codes, ctx.codes = ctx.codes, None
         dx = torch.empty_strided(ctx.shape, ctx.strides, dtype=dy.dtype, device=dy.device)
         at = 0
