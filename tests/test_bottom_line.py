@@ -59,13 +59,13 @@ def test_it_says_what_is_saved_what_is_lost_whether_that_pays_and_how_sure_that_
     run = Outcome([row("gain", LOST), row("saving", SAVED)], pays())
     assert bottom_line(paper(), [run]) == (
         "Fake against plain training: 32 ± 2 % less training time and 5.0 ± 1.2 points less accuracy; not measurably "
-        "better than plain training of the same cost (-0.10 ± 0.40 points); not tested at the paper's scale (here "
+        "better than plain training of the same cost (−0.10 ± 0.40 points); not tested at the paper's scale (here "
         "cifar10 with small, 3 seeds).")
 
 
 @pytest.mark.parametrize(("above", "words"), [
     ("+0.50 ± 0.40", "; better than plain training of the same cost (+0.50 ± 0.40 points)"),
-    ("-0.50 ± 0.40", "; worse than plain training of the same cost (-0.50 ± 0.40 points)"),
+    ("-0.50 ± 0.40", "; worse than plain training of the same cost (−0.50 ± 0.40 points)"),
     ("+0.50", "; +0.50 points against plain training of the same cost, with one seed"),
     ("—", "; not compared with plain training of the same cost"),
 ])
@@ -79,6 +79,11 @@ def test_the_placebo_is_named_where_there_is_one():
     assert "; not measurably better than its placebo (+0.30 ± 0.60 points)" in bottom_line(paper(), [run])
     run = Outcome([row("gain", LOST)], pays(**{"above the placebo [points]": ""}))
     assert "placebo" not in bottom_line(paper(), [run])
+
+
+def test_a_placebo_that_decides_the_same_is_no_single_seed():
+    run = Outcome([row("gain", LOST)], pays(**{"above the placebo [points]": "+0.000", "seeds": "3"}))
+    assert "; the same as its placebo with every seed" in bottom_line(paper(), [run])
 
 
 @pytest.mark.parametrize(("costs", "claim", "values", "words"), [

@@ -207,15 +207,20 @@ def _companions(
         return None, None
     row = max(found, key=lambda row: _named(row.get("run", ""), anchor))
     length = _parsed(row.get("equal cost, steps", ""))
-    equal, placebo = _parsed(row.get("above it [points]", "")), _parsed(row.get("above the placebo [points]", ""))
+    one = row.get("seeds", "1") == "1"
+    equal, placebo = (_parsed(row.get(f"above {what} [points]", ""), one) for what in ("it", "the placebo"))
     return (Companion(equal, length[0] / 100 if length else None) if equal else None,
             Companion(placebo) if placebo else None)
 
 
-def _parsed(text: str) -> Interval | None:
-    """The interval that `layerlab.show.interval.spread` wrote; None for anything else."""
+def _parsed(text: str, one: bool = True) -> Interval | None:
+    """The interval that `layerlab.show.interval.spread` wrote; None for anything else.
+
+    Args:
+        text: `+0.80 ± 0.30`; without a half-width where there is `one` seed, or where all seeds are equal.
+    """
     found = _NUMBER.match(text.replace("−", "-"))
     if found is None:
         return None
     half = found[2]
-    return float(found[1].replace(",", "")), float(half.replace(",", "")) if half else math.nan
+    return float(found[1].replace(",", "")), float(half.replace(",", "")) if half else math.nan if one else 0.0

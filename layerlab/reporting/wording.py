@@ -20,8 +20,10 @@ def points_text(points: Interval, sign: bool = True) -> str:
     """
     mean, half = points
     if math.isfinite(half) and half > 0:
-        return f"{signed(points) if sign else spread(*points)} points"
-    return f"{mean:{'+' if sign else ''}.2f} points"
+        text = signed(points) if sign else spread(*points)
+    else:
+        text = f"{mean:{'+' if sign else ''}.2f}"
+    return f"{text.replace('-', '−')} points"
 
 
 def over(points: Interval, what: str) -> str:
@@ -29,9 +31,11 @@ def over(points: Interval, what: str) -> str:
 
     Example:
         >>> over((-0.1, 0.4), EQUAL)
-        'not measurably better than plain training of the same cost (-0.10 ± 0.40 points)'
+        'not measurably better than plain training of the same cost (−0.10 ± 0.40 points)'
     """
     mean, half = points
+    if mean == 0 and half == 0:
+        return f"the same as {what} with every seed"
     if not math.isfinite(half):
         return f"{points_text(points)} against {what}, with one seed"
     if mean - half > 0:
