@@ -210,7 +210,8 @@ def _study(gains: list[float], seeds: list[int], **changed: object) -> Study:
     study = Study("fake", "cpu", output=Path("out") / f"{len(list(Path('out').glob('*')))}", **changed)
     study.claim("gain", gains, seeds=seeds, conditions={"dataset": "digits"})
     figure = Figure(figsize=(3, 2))
-    figure.add_subplot().plot([1, 2])
+    # Another picture for other parameters: a page shows equal ones once.
+    figure.add_subplot().plot([1, 2 + len(changed)])
     study.figure("curve", figure)
     study.finish()
     return study
@@ -251,7 +252,8 @@ def test_a_run_with_other_parameters_is_published_when_asked_for_and_takes_no_on
     kept = f"cpu-{number}"
     assert sorted(folder.name for folder in (target / "fake").iterdir() if folder.is_dir()) == ["cpu", kept]
     page = (target / "fake" / "README.md").read_text()
-    assert "Not as the profile has it today: `pause = 1.0`." in page
+    assert "The run differs from today's profile in 1 parameter; it counts for no verdict" in page
+    assert "pause" in page.partition("in 1 parameter")[2].partition("</details>")[0]
     assert f"Result: `{number}`" in page
     assert f"{kept}/figures/curve.png" in page
     before = (target / "fake" / "README.md").read_text()
