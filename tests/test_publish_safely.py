@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import slow
 from matplotlib.figure import Figure
 
 from layerlab import LayerlabError, Study
@@ -174,7 +175,7 @@ def _cannot(new: Path, old: Path) -> None:
     raise OSError
 
 
-@pytest.mark.parametrize("exchange", ["yes", "no"])
+@pytest.mark.parametrize("exchange", ["yes", pytest.param("no", marks=slow)])
 def test_a_kill_at_any_moment_leaves_the_old_results_or_the_new(fake, tmp_path, exchange, monkeypatch):
     if exchange == "no":
         monkeypatch.setattr(module, "swap", _cannot)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import slow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -192,11 +193,12 @@ class Deep(Residual):
         super().__init__(32, 32, 8)
 
 
-@pytest.fixture(scope="module", params=[Wide, Deep])
+@pytest.fixture(scope="module", params=[Wide, pytest.param(Deep, marks=slow)])
 def planner(request: pytest.FixtureRequest) -> Planner:
     return Planner(*problem(request.param), loss_of)
 
 
+@slow
 def test_a_budget_is_kept_in_the_real_heap_forecast_within_2_per_cent_and_more_bytes_never_cost_more_time(planner):
     most = planner.choose(10**12)
     least = None
@@ -275,6 +277,7 @@ def data():
 OPTIONS: dict[str, Any] = dict(epochs=2, batch_size=64, lr=0.01, progress=False)
 
 
+@slow
 def test_a_fit_within_a_budget_ends_as_without_it_and_logs_what_it_takes(data):
     plain, ours = fit(Wide, data, **OPTIONS), fit(Wide, data, memory="60MB", **OPTIONS)
     for name, value in plain.model.state_dict().items():
@@ -284,6 +287,7 @@ def test_a_fit_within_a_budget_ends_as_without_it_and_logs_what_it_takes(data):
     assert ours.final["memory-reorder/forecast_time"] > 1
 
 
+@slow
 def test_an_interrupted_fit_goes_on_with_the_same_choice(data, tmp_path):
     options = {"epochs": 2, "batch_size": 64, "lr": 0.01, "max_steps": 4}
     whole = fit(Residual, data, MemoryReorder(budget="20MB"), progress=False, **options)
@@ -343,7 +347,8 @@ def hooked() -> nn.Module:
 
 
 @pytest.mark.parametrize(("network", "options", "message"), [
-    (Wide, {"memory": "1MB"}, r"of Wide with 64 examples needs at least \d+\.\d MB, and the budget is 1 MB; give a la"),
+    pytest.param(Wide, {"memory": "1MB"}, r"of Wide with 64 examples needs at least \d+\.\d MB, and the budget is 1 MB; "
+                 "give a la", marks=slow),
     (Wide, {"memory": "1GB", "precision": "bfloat16"}, "leave precision='float32' with a budget"),
     (Branching, {"memory": "1GB"}, "cannot be traced"),
     (Counting, {"memory": "1GB"}, "changes its buffer 'seen' in the forward pass"),
