@@ -347,8 +347,8 @@ def hooked() -> nn.Module:
 
 
 @pytest.mark.parametrize(("network", "options", "message"), [
-    pytest.param(Wide, {"memory": "1MB"}, r"of Wide with 64 examples needs at least \d+\.\d MB, and the budget is 1 MB; "
-                 "give a la", marks=slow),
+    pytest.param(Wide, {"memory": "1MB"},
+                 r"of Wide with 64 examples needs at least \d+\.\d MB, and the budget is 1 MB; give a la", marks=slow),
     (Wide, {"memory": "1GB", "precision": "bfloat16"}, "leave precision='float32' with a budget"),
     (Branching, {"memory": "1GB"}, "cannot be traced"),
     (Counting, {"memory": "1GB"}, "changes its buffer 'seen' in the forward pass"),
