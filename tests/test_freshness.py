@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def test_what_is_kept_of_older_code_is_marked_and_counts_for_nothing(run, tmp_pa
     assert pages[0].read_text() == page
     assert ".py changed since): it counts for no verdict" in page
     assert "| cpu, made by older code, digits, 2 seeds" in page
+
+
+def test_a_page_goes_with_the_last_profile_that_somebody_removes(run, tmp_path):
+    target = tmp_path / "results"
+    publish([run.folder], target)
+    # So that MLflow has no run that would take its place.
+    (load_paper("fake").folder / "pictures.py").write_text("COLOUR = 'blue'\n")
+    shutil.rmtree(target / "fake" / "cpu")
+    (target / "fake" / "notes.md").write_text("Mine.")
+    publish([], target)
+    assert [file.name for file in (target / "fake").iterdir()] == ["notes.md"]
+    assert "fake/README.md" not in (target / "README.md").read_text()
 
 
 def test_older_pictures_are_marked_and_the_numbers_count(run, tmp_path):

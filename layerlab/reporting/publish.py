@@ -315,6 +315,10 @@ def _write_pages(target: Path) -> list[Path]:
             # The page first: it says whose the rows beside it are.
             write(folder / "README.md", paper_page(folder, paper))
             write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
+        elif is_plain(folder / "README.md") and (folder / "README.md").read_bytes().startswith(MARK.encode()):
+            # Of the last profile that was kept, which somebody has removed.
+            for name in ("README.md", RESULTS):
+                (folder / name).unlink(missing_ok=True)
     keep_overview(target, overview([(paper, kept_profiles(target / paper.strategy, paper))
                                     for paper in readable_papers()]))
     write(target / "README.md", scoreboard_page(target))
