@@ -57,7 +57,7 @@ def overview(points: pd.DataFrame, kinds: Sequence[str], note: str = "") -> Figu
         _panel(axis, title, points[named == title], kinds)
     for axis in cells[len(titles):]:
         axis.set_axis_off()
-    _key(cells[len(titles)], kinds)
+    _key(cells[len(titles)], kinds, bool(points.loc[points["kind"] == kinds[0], "y"].isna().any()))
     cells[-1].text(0, 0.38 if odd else 0.92, HOW, transform=cells[-1].transAxes, va="top", fontsize=9.5)
     if note:
         figure.suptitle(note, fontsize=11)
@@ -78,11 +78,11 @@ def _panel(axis: Any, title: str, points: pd.DataFrame, kinds: Sequence[str]) ->
     labels: list[tuple[float, float, str, str]] = []
     for (method, cost), part in points.groupby(["method", "cost"], sort=False):
         colour = TONES[int(part["tone"].iloc[0]) % len(TONES)]
-        for _, point in part.iterrows():
-            _point(axis, point, kinds.index(point["kind"]), colour)
         own = part.iloc[0]
+        # Where accuracy was not compared, there is nothing that a companion could stand above or below.
+        for _, point in part.iloc[:1 if math.isnan(own["y"]) else None].iterrows():
+            _point(axis, point, kinds.index(point["kind"]), colour)
         label = f"{method}: {_SAYS[cost]}" if title == OTHER else str(method)
-        label += " (accuracy not compared)" if math.isnan(own["y"]) else ""
         labels.append((own["x"], 0.0 if math.isnan(own["y"]) else own["y"], label, colour))
     axis.set_title(title, fontsize=11)
     axis.set(xlabel="share of what it is without the method", ylabel="points of accuracy gained")
@@ -166,13 +166,16 @@ def _point(axis: Any, point: pd.Series, kind: int, colour: str) -> None:
     axis.autoscale_view()
 
 
-def _key(axis: Any, kinds: Sequence[str]) -> None:
-    """What the points are, in a place of their own."""
+def _key(axis: Any, kinds: Sequence[str], uncompared: bool) -> None:
+    """What the points are, in a place of their own; `uncompared`: a method's accuracy was not compared."""
     dot: dict[str, Any] = {"color": "0.3", "linestyle": "", "markersize": 8}
     method, *others = kinds
     handles = [plt.Line2D([], [], marker="o", **dot)]
     handles += [plt.Line2D([], [], marker=shape, markerfacecolor="white", **dot) for shape in _SHAPES[1:len(kinds)]]
     handles += [plt.Line2D([], [], marker="*", **{**dot, "markersize": 12})]
     names = [f"the {method}", *others, "training without the method"]
+    if uncompared:
+        handles.insert(1, plt.Line2D([], [], marker="D", markerfacecolor="white", **dot))
+        names.insert(1, f"the {method}, accuracy not compared")
     axis.legend(handles, names, loc="upper left", fontsize=10, title="Each colour is a method", alignment="left",
                 title_fontproperties={"weight": "bold"})
