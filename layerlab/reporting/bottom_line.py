@@ -98,7 +98,7 @@ def _per_cent(mean: float, half: float) -> str:
 
 def _accuracy(points: Interval) -> str:
     mean, half = points
-    if mean == 0 and half == 0:
+    if mean == 0 and not half > 0:
         return "the same accuracy"
     if abs(mean) <= half:
         return f"no measurable difference in accuracy ({points_text(points)})"
