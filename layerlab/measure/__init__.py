@@ -11,6 +11,7 @@ _PUBLIC = {
     "Turns": "measure.clock",
     "synchronise": "measure.clock",
     "time_by_turns": "measure.clock",
+    "LiveBytes": "measure.cost",
     "Meter": "measure.cost",
     "StepCost": "measure.cost",
     "mean_interval": "show.interval",
@@ -25,13 +26,14 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from layerlab.base.provenance import commit, machine_name, versions, versions_text
     from layerlab.measure.clock import Energy, Turns, synchronise, time_by_turns
-    from layerlab.measure.cost import Meter, StepCost
+    from layerlab.measure.cost import LiveBytes, Meter, StepCost
     from layerlab.measure.layers import layer_costs
     from layerlab.measure.peak import peak_allocated
     from layerlab.show.interval import mean_interval
 
 __all__ = [
     "Energy",
+    "LiveBytes",
     "Meter",
     "StepCost",
     "Turns",

@@ -77,16 +77,30 @@ class _Traffic(TorchDispatchMode):
         return result
 
 
-class _Memory(TorchDispatchMode):
-    """The most bytes of tensor storage alive at once.
+class LiveBytes(TorchDispatchMode):
+    """Bytes of tensor storage alive, now and at most, while it is entered; dry runs on the meta device count as well.
 
     torch.distributed's MemTracker does the same but hooks every parameter's gradient, which fails on frozen ones.
+
+    Args:
+        tracked: tensors that are there already, and modules and optimizers whose tensors are, in any nesting.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most that were alive at once; set it to `now` to begin anew.
+
+    Example:
+        >>> import torch
+        >>> with LiveBytes([]) as live:
+        ...     _ = torch.zeros(100, device="meta") + 1
+        >>> live.peak
+        800
     """
 
     def __init__(self, tracked: Any) -> None:
         super().__init__()
         self._alive: dict[int, weakref.ref[Any]] = {}
-        self._now = 0
+        self.now = 0
         self.peak = 0
         for tensor in _tensors(tracked):
             self._add(tensor)
@@ -99,11 +113,11 @@ class _Memory(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             self._alive.pop(key, None)
-            self._now -= size
+            self.now -= size
 
         self._alive[key] = weakref.ref(storage, gone)
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -196,7 +210,7 @@ class Meter:
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
         elif self.tracked:
-            self._memory = self._stack.enter_context(_Memory(self.tracked))
+            self._memory = self._stack.enter_context(LiveBytes(self.tracked))
         self._flops = self._stack.enter_context(_Flops())
         self._traffic = self._stack.enter_context(_Traffic(self._flops.mod_tracker))
         return self

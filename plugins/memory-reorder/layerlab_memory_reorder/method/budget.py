@@ -358,7 +358,7 @@ class Planner:
         self._dry = Trial(shapes, its_optimizer, dry_x, dry_y, loss, settings)
         try:
             self.composition = Composition(program, sizes, self._dry.intervals)
-        except (RuntimeError, NotImplementedError, TypeError, LayerlabError) as error:
+        except (RuntimeError, TypeError, LayerlabError) as error:
             raise Refused(f"{type(model).__name__} cannot run a step on shapes alone, as a memory budget needs "
                           f"({first_line(error)}); use MemoryReorder without a budget.") from error
         own, own_optimizer = copy.deepcopy((model, optimizer))

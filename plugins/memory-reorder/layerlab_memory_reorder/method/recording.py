@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from layerlab.measure import LiveBytes
 
 _PREFIX = "layerlab mark: "
 
@@ -60,42 +59,19 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of the storages alive, by their makers and finalisers."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._alive: dict[int, weakref.ref[Any]] = {}
-        self.now = self.peak = 0
-        for tensor in tensors:
-            self._add(tensor)
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def gone(_: Any) -> None:
-            self._alive.pop(key, None)
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return result
+def _run(prepare: Callable[[], object], step: Callable[[Mark], object], mark: Mark) -> None:
+    """The step between its first and its last mark, once what came before it is gone."""
+    prepare()
+    gc.collect()
+    mark("begin")
+    step(mark)
+    mark("end")
 
 
 def _dry(tensors: list[Tensor], prepare: Callable[[], object], step: Callable[[Mark], object]) -> list[Interval]:
     found: list[Interval] = []
     opened: list[tuple[str, int]] = []
-    with _Live(tensors) as live:
+    with LiveBytes(tensors) as live:
 
         def mark(label: str) -> None:
             if opened:
@@ -103,11 +79,7 @@ def _dry(tensors: list[Tensor], prepare: Callable[[], object], step: Callable[[M
             opened.append((label, live.now))
             live.peak = live.now
 
-        prepare()
-        gc.collect()
-        mark("begin")
-        step(mark)
-        mark("end")
+        _run(prepare, step, mark)
     return found
 
 
@@ -123,11 +95,7 @@ def _profiled(
             pass
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        prepare()
-        gc.collect()
-        mark("begin")
-        step(mark)
-        mark("end")
+        _run(prepare, step, mark)
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = [(each.start_ns(), each.name(), each.nbytes()) for each in profiler.profiler.kineto_results.events()]
@@ -160,9 +128,5 @@ def _allocator(
         torch.cuda.reset_peak_memory_stats(device)
         opened.append((label, torch.cuda.memory_allocated(device) - others))
 
-    prepare()
-    gc.collect()
-    mark("begin")
-    step(mark)
-    mark("end")
+    _run(prepare, step, mark)
     return found
