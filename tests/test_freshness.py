@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_a_page_goes_with_the_last_profile_that_somebody_removes(run, tmp_path):
     publish([], target)
     assert [file.name for file in (target / "fake").iterdir()] == ["notes.md"]
     assert "fake/README.md" not in (target / "README.md").read_text()
+
+
+def test_what_is_published_names_data_and_no_folder_of_the_machine(run, tmp_path):
+    identity = json.loads((run.folder / "identity.json").read_text())
+    identity["data"] = {"/home/me/cifar10": "one", "/other/cifar10": "two"}
+    (run.folder / "identity.json").write_text(json.dumps(identity))
+    publish([run.folder], tmp_path / "results")
+    kept = json.loads((tmp_path / "results" / "fake" / "cpu" / "identity.json").read_text())
+    assert kept == identity | {"data": {"cifar10": "one", "cifar10 (another)": "two"}}
 
 
 def test_older_pictures_are_marked_and_the_numbers_count(run, tmp_path):

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -242,6 +243,19 @@ def _check_below(folder: Path, target: Path) -> None:
                             "another folder with --to.")
 
 
+def _without_folders(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity whose data are called by their names alone, without the folders of the machine that it ran on; its id
+    is the same."""
+    data: dict[str, Any] = {}
+    noted = identity.get("data")
+    for source, fingerprint in noted.items() if isinstance(noted, dict) else ():
+        name = Path(source).name
+        while name in data:
+            name += " (another)"
+        data[name] = fingerprint
+    return identity | {"data": data}
+
+
 def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
     """Put what is kept of a run into its place: a process killed at any moment leaves the old content or the new."""
     with _workplace(folder) as place:
@@ -251,7 +265,7 @@ def _keep(run: Path, results: Sequence[ClaimResult], folder: Path) -> None:
             (new / shown.file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plain_file(run, shown.file), new / shown.file, follow_symlinks=False)
         write_json(new / PARAMETERS, read_parameters(run))
-        write_json(new / IDENTITY, read_object(run, IDENTITY))
+        write_json(new / IDENTITY, _without_folders(read_object(run, IDENTITY)))
         if found := run_answers(run):
             write_json(new / ANSWERS_FILE, [each.model_dump(exclude={"page"}) for each in found])
         write_json(new / MANIFEST, [section.model_dump() for section in sections])
@@ -309,9 +323,10 @@ def _write_pages(target: Path) -> list[Path]:
         write_atomically(page, lambda stream: stream.write(text.encode()))
         written.append(page)
 
-    for paper in readable_papers():
+    kept = [(paper, kept_profiles(target / paper.strategy, paper)) for paper in readable_papers()]
+    for paper, profiles in kept:
         folder = target / paper.strategy
-        if profiles := kept_profiles(folder, paper):
+        if profiles:
             # The page first: it says whose the rows beside it are.
             write(folder / "README.md", paper_page(folder, paper))
             write_json(folder / RESULTS, [row.model_dump() for row in merged(chain.from_iterable(profiles.values()))])
@@ -319,8 +334,7 @@ def _write_pages(target: Path) -> list[Path]:
             # Of the last profile that was kept, which somebody has removed.
             for name in ("README.md", RESULTS):
                 (folder / name).unlink(missing_ok=True)
-    keep_overview(target, overview([(paper, kept_profiles(target / paper.strategy, paper))
-                                    for paper in readable_papers()]))
+    keep_overview(target, overview(kept))
     write(target / "README.md", scoreboard_page(target))
     readme = target.resolve().parent / "README.md"
     if readme.exists() and (new := with_results(readme.read_text(encoding="utf-8"), target)) is not None:
