@@ -104,6 +104,10 @@ def test_an_undecided_verdict_says_how_many_seeds_would_decide():
     assert count > 4
 
 
+def test_an_undecided_measurement_without_seeds_asks_for_rounds():
+    assert re.search(r"\d+ rounds would decide", judge(GAIN, [0.1, 3.0, -2.0, 2.0], REDUCED, seeded=False).reason)
+
+
 def test_too_few_test_images_are_named():
     values, conditions = [0.01, 0.02, -0.02], REDUCED | {"test_images": 1000}
     assert "test images" in judge(GAIN, values, conditions).reason

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from layerlab.contract.claims import FEWEST, Claim, Gate, Verdict, placeholders
 from layerlab.show.interval import Estimate
 
-# More seeds than this are not asked for.
+# More seeds or rounds than this are not asked for.
 MOST_SEEDS = 1000
 
 
@@ -65,13 +66,14 @@ def judge(
     if seeded and len(values) == 1:
         return Judgement("undecided", f"one seed; {FEWEST} are the least")
     low, high = _interval(values, seeded)
+    more = partial(_more, values, claim, conditions, "seeds" if seeded else "rounds")
     if not missing:
         if seeded and len(values) < FEWEST:
             return Judgement("undecided", f"{len(values)} seeds; {FEWEST} are the least")
-        return _under_conditions(claim, values, low, high, conditions)
+        return _under_conditions(claim, low, high, more)
     if claim.kind == "value":
         return Judgement("not tested", f"needs the paper's conditions: {missing}")
-    return _at_reduced_scale(claim, values, low, high, conditions)
+    return _at_reduced_scale(claim, low, high, more)
 
 
 def _interval(values: Sequence[float], seeded: bool) -> tuple[float, float]:
@@ -121,9 +123,7 @@ def _did_not_happen(claim: Claim, missing: int, runs: int, reduced: bool) -> Jud
     return Judgement("opposite" if reduced else "differs", f"did not happen in any of {runs} runs")
 
 
-def _under_conditions(
-    claim: Claim, values: Sequence[float], low: float, high: float, conditions: Mapping[str, Any]
-) -> Judgement:
+def _under_conditions(claim: Claim, low: float, high: float, more: Callable[[Sequence[float]], str]) -> Judgement:
     """Equivalence: reproduced within the tolerance, differs outside it, each with the whole interval."""
     least = claim.value - claim.tolerance
     most = math.inf if claim.kind == "at-most" else claim.value + claim.tolerance
@@ -133,12 +133,10 @@ def _under_conditions(
     if high < least or low > most:
         return Judgement("differs", f"the whole interval is beyond {allowed}")
     limits = [limit for limit in (least, most) if low < limit < high or limit in (low, high)]
-    return Judgement("undecided", f"the interval straddles {allowed}{_more(values, limits, claim, conditions)}")
+    return Judgement("undecided", f"the interval straddles {allowed}{more(limits)}")
 
 
-def _at_reduced_scale(
-    claim: Claim, values: Sequence[float], low: float, high: float, conditions: Mapping[str, Any]
-) -> Judgement:
+def _at_reduced_scale(claim: Claim, low: float, high: float, more: Callable[[Sequence[float]], str]) -> Judgement:
     """A direction: it never refutes a paper, and it confirms one only beyond half of the published effect."""
     if claim.kind == "at-most":
         limit = claim.value - claim.tolerance
@@ -146,8 +144,7 @@ def _at_reduced_scale(
             return Judgement("holds", f"less than {limit:g} {claim.unit} is ruled out")
         if high < limit:
             return Judgement("opposite", f"wholly below {limit:g} {claim.unit}")
-        return Judgement("undecided", f"the interval straddles {limit:g} {claim.unit}"
-                                      f"{_more(values, [limit], claim, conditions)}")
+        return Judgement("undecided", f"the interval straddles {limit:g} {claim.unit}{more([limit])}")
     assert claim.neutral is not None
     sign = math.copysign(1.0, claim.value - claim.neutral)
     toward, away = sorted((sign * (low - claim.neutral), sign * (high - claim.neutral)), reverse=True)
@@ -158,30 +155,31 @@ def _at_reduced_scale(
         return Judgement("weaker", "the paper's direction, not beyond half of its effect")
     if toward < 0 or toward == away:
         return Judgement("opposite", "no effect" if toward == 0 else "the other direction")
-    more = _more(values, [claim.neutral], claim, conditions)
-    return Judgement("undecided", f"the interval includes no effect{more}")
+    return Judgement("undecided", f"the interval includes no effect{more([claim.neutral])}")
 
 
-def _more(values: Sequence[float], limits: Sequence[float], claim: Claim, conditions: Mapping[str, Any]) -> str:
-    """How many seeds would decide it at the present spread, and how many test images where these are too few."""
+def _more(
+    values: Sequence[float], claim: Claim, conditions: Mapping[str, Any], repetitions: str, limits: Sequence[float]
+) -> str:
+    """How many repetitions would decide it at the present spread, and how many test images where these are too few."""
     if len(values) < 2 or not limits:
         return ""
     mean = math.fsum(values) / len(values)
     distance = min(abs(mean - limit) for limit in limits)
-    text = _seeds_text(values, mean, distance)
+    text = _enough(values, mean, distance, repetitions)
     images = conditions.get("test_images")
     if isinstance(images, int) and claim.unit in ("points", "%") and 0 < distance < 100 / images:
         text += f" and {math.ceil(100 / distance):,} test images"
     return text
 
 
-def _seeds_text(values: Sequence[float], mean: float, distance: float) -> str:
+def _enough(values: Sequence[float], mean: float, distance: float, repetitions: str) -> str:
     from scipy import stats  # half a second, which most rows do without
 
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     count = len(values) + 1
     while count <= MOST_SEEDS:
         if distance > 0 and stats.t.ppf(0.975, count - 1) * deviation / math.sqrt(count) < distance:
-            return f"; {count} seeds would decide at this spread"
+            return f"; {count} {repetitions} would decide at this spread"
         count = max(count + 1, count * 21 // 20)
-    return f"; more than {MOST_SEEDS} seeds would be needed at this spread"
+    return f"; more than {MOST_SEEDS} {repetitions} would be needed at this spread"

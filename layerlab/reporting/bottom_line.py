@@ -91,9 +91,8 @@ def _saved(cost: Cost, share: Interval) -> str:
 def _per_cent(mean: float, half: float) -> str:
     """To one decimal, or to none where that is within the interval."""
     decimals = 0 if half >= 1 else 1
-    if half >= 0.05:
-        return f"{mean:.{decimals}f} ± {half:.{decimals}f} %"
-    return f"{mean:.{decimals}f} %"
+    number = f"{mean:.{decimals}f}".replace("-", "−")
+    return f"{number} ± {half:.{decimals}f} %" if half >= 0.05 else f"{number} %"
 
 
 def _accuracy(points: Interval) -> str:
