@@ -69,6 +69,21 @@ def both(digits) -> Comparison:
     return compare(Residual, digits, arms, seeds=[0, 1], equal="flops", placebo=True, **OPTIONS)
 
 
+def test_seconds_are_told_of_arms_that_took_turns_alone(both):
+    after = ["resting · equal flops", "resting · placebo"]
+    assert [arm for arm in both.arms if not both.by_turns(arm)] == after
+    assert both.saving("seconds", "resting", "plain").mean < 100
+    for arm in after:
+        assert math.isnan(both.paired("seconds", arm, "plain").mean)
+        assert math.isnan(both.speedup(arm, "plain", level=0.0).mean)
+        assert both.results[arm, 0].total("time/epoch_seconds") > 0
+    told = both.frame.groupby("arm")["seconds"].count()
+    assert told[both.given.arms].tolist() == [8, 8]
+    assert told[after].tolist() == [0, 0]
+    assert "took turns" in repr(both)
+    assert "took turns" not in repr(both.given)
+
+
 def test_the_baseline_of_equal_cost_has_the_steps_that_the_arm_s_cost_buys(both):
     assert both.arms == ["plain", "resting", "resting · equal flops", "resting · placebo"]
     for seed in (0, 1):

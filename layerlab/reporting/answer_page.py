@@ -120,10 +120,13 @@ def payoff_points(comparison: Comparison) -> pd.DataFrame:
         if arm == baseline:
             continue
         points = {STRATEGY: arm, EQUAL: comparison.equal.get(arm), PLACEBO: comparison.placebos.get(arm)}
+        time = comparison.paired("seconds", arm, baseline).interval
         for kind, name in points.items():
             if name is None:
                 continue
-            x, xs = comparison.paired("seconds", name, baseline).interval
+            # Those beside the arm did not take turns with the baseline: plain training takes as long as its steps say,
+            # and a placebo what its arm takes.
+            x, xs = (comparison.pays(arm).length, math.nan) if kind == EQUAL else time
             y, ys = comparison.paired("top-1", name, baseline).interval
             rows.append({"arm": arm, "kind": kind, "x": x, "x ±": xs, "y": y, "y ±": ys})
     return pd.DataFrame(rows, columns=["arm", "kind", "x", "x ±", "y", "y ±"]).replace({math.inf: math.nan})

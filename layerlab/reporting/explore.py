@@ -36,7 +36,7 @@ from layerlab.show.table import Table
 from layerlab.training.companions import Equal
 from layerlab.training.results import BASELINE as BASELINE
 from layerlab.training.results import Comparison
-from layerlab.training.results import in_units as in_units
+from layerlab.training.units import in_units as in_units
 from layerlab.workload.builders import network_builder, own_network
 from layerlab.workload.dataset import Augment, Dataset
 from layerlab.workload.loading import load_dataset

@@ -19,36 +19,12 @@ from layerlab.show.table import Table
 from layerlab.training.metric_names import check_metric, own_metrics
 from layerlab.training.pays import Pays
 from layerlab.training.settings import Settings
+from layerlab.training.units import in_units
 
 # The arm without a strategy, where nobody has named it.
 BASELINE = "baseline"
 # Rows of a fit's table; of a longer one every so-many-th epoch is shown, with the first and the last.
 EPOCHS = 12
-# Heading, unit before scaling, and the factor from `SUMMARY` to that unit.
-_COLUMNS: dict[str, tuple[str, str, float]] = {
-    "top-1": ("top-1", "%", 100.0),
-    "seconds": ("time", "s", 1.0),
-    "TFLOP": ("compute", "FLOP", 1e12),
-    "GB moved": ("moved", "B", 1e9),
-    "peak MB": ("peak memory", "B", 1e6),
-}
-
-
-def in_units(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """`Comparison.summary` or `Comparison.runs` in units that make its numbers readable.
-
-    Returns:
-        (the frame with scaled columns, column → heading with the unit, of those that were measured).
-    """
-    scaled, headings = frame.copy(), {}
-    for name, (heading, unit, factor) in _COLUMNS.items():
-        if not frame[name].notna().any():
-            continue
-        by, label = scale(factor * frame[name], unit) if unit in ("FLOP", "B") else (1.0, unit)
-        for column in {name, f"{name} ±"} & set(frame.columns):
-            scaled[column] = by * factor * frame[column]
-        headings[name] = f"{heading} [{label}]"
-    return scaled, headings
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -69,6 +45,8 @@ def comparison_table(comparison: Comparison) -> Table:
     if "peak MB" in headings and any(_on_cpu(result.model) for result in comparison.results.values()):
         notes.append("Peak memory on a CPU: of live tensors, without what kernels take for themselves "
                      "(measure.peak_allocated).")
+    if any(not comparison.by_turns(arm) for arm in comparison.arms):
+        notes.append("Time is told of arms that took turns; the others were trained after them.")
     if comparison.untouched:
         notes.append("Data, torch's settings and the first batch: bit-equal before and after "
                      f"{', '.join(comparison.untouched)}.")
@@ -125,6 +103,7 @@ class FitResult:
         steps: of the optimizer, over all epochs.
         chance: the test accuracy of always naming the most frequent class, a share.
         preflights: what each strategy said before the first step, by its name.
+        turns: the same of fits that took turns epoch by epoch, so that their seconds can be compared.
     """
 
     model: nn.Module
@@ -136,6 +115,7 @@ class FitResult:
     steps: int = 0
     chance: float = math.nan
     preflights: dict[str, Preflight] = field(default_factory=dict)
+    turns: str = ""
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -255,6 +235,9 @@ def _ratio(value: float, whole: float) -> float:
 class Comparison:
     """Results of several arms and seeds.
 
+    Seconds are NaN of an arm that did not take turns with the baseline (or the first arm, where there is none): what
+    else the machine did in the meantime would be in their ratio. `FitResult` has them as they were.
+
     Attributes:
         results: (arm, seed) → result.
         failures: arm that was left out of them → why.
@@ -301,14 +284,37 @@ class Comparison:
     @property
     def frame(self) -> pd.DataFrame:
         """One row an arm, seed and epoch, with `seconds` of training up to the epoch's end."""
-        frames = [result.frame.assign(arm=arm, seed=seed) for (arm, seed), result in self.results.items()]
+        frames = []
+        for (arm, seed), result in self.results.items():
+            frame = result.frame.assign(arm=arm, seed=seed)
+            if not self.by_turns(arm):
+                frame["seconds"] = math.nan
+            frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     @property
     def runs(self) -> pd.DataFrame:
         """One row an arm and seed: what a run reached and cost, columns as in `SUMMARY`."""
-        return pd.DataFrame([{"arm": arm, "seed": seed} | {name: value(result) for name, value in SUMMARY.items()}
-                             for (arm, seed), result in self.results.items()])
+        columns: dict[str, list[Any]] = {"arm": [], "seed": []} | {name: [] for name in SUMMARY}
+        for arm in self.arms:
+            columns["arm"] += [arm] * len(self.seeds)
+            columns["seed"] += self.seeds
+            for name in SUMMARY:
+                columns[name] += self.per_seed(name, arm)
+        return pd.DataFrame(columns)
+
+    def by_turns(self, arm: str) -> bool:
+        """Whether an arm took turns with the baseline, or the first arm, with every seed.
+
+        Raises:
+            LayerlabError: no such arm.
+
+        Example:
+            >>> both.by_turns("same")
+            True
+        """
+        reference = self.of(self.baseline if self.baseline in self.arms else self.arms[0])
+        return all(mine.turns == theirs.turns for mine, theirs in zip(self.of(arm), reference, strict=True))
 
     def of(self, arm: str) -> list[FitResult]:
         """An arm's results, in the order of the seeds.
@@ -335,6 +341,8 @@ class Comparison:
         value = _value_of(metric)
         if isinstance(metric, str) and metric not in SUMMARY:
             check_metric(metric, self.results.values(), SUMMARY)
+        if metric == "seconds" and not self.by_turns(arm):
+            return [math.nan] * len(self.seeds)
         return [value(result) for result in self.of(arm)]
 
     def estimate(self, metric: Metric, arm: str, unit: str = "") -> Estimate:
@@ -402,7 +410,7 @@ class Comparison:
             level: what is to be reached. Default: the best that the baseline reaches with the same seed.
 
         Returns:
-            Ratios of seconds; NaN with a seed in which either never reaches it.
+            Ratios of seconds; NaN with a seed in which either never reaches it, and of arms without turns.
 
         Example:
             >>> len(both.speedup("same", "plain", level=0.05).values)
@@ -413,7 +421,8 @@ class Comparison:
         for mine, theirs in zip(self.of(arm), self.of(baseline), strict=True):
             wanted = max(row[metric] for row in theirs.history) if level is None else level
             ratio = theirs.time_to(wanted, metric) / mine.time_to(wanted, metric)
-            ratios.append(ratio if math.isfinite(ratio) and ratio > 0 else math.nan)
+            happened = math.isfinite(ratio) and ratio > 0 and mine.turns == theirs.turns
+            ratios.append(ratio if happened else math.nan)
         return Estimate(tuple(ratios), "×")
 
     def pays(self, arm: str, metric: Metric | None = None) -> Pays:
@@ -456,9 +465,8 @@ class Comparison:
         rows = []
         for arm in self.arms:
             row: dict[str, Any] = {"arm": arm, "seeds": len(self.seeds)}
-            for label, value in SUMMARY.items():
-                values = self.per_seed(value, arm)
-                row[label], row[f"{label} ±"] = mean_interval(values)
+            for label in SUMMARY:
+                row[label], row[f"{label} ±"] = mean_interval(self.per_seed(label, arm))
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
+from uuid import uuid4
 
 from layerlab.base.errors import Refused, reason
 from layerlab.base.names import file_name
@@ -82,6 +84,7 @@ class Rounds:
     def train(self, seed: int, arms: Sequence[Arm]) -> None:
         """Train the arms that have not failed to their end, epoch by epoch by turns."""
         self._fits = []
+        turns = uuid4().hex
         self._note_batches(seed, arms)
         for arm in arms:
             self.progress.total -= self.planned
@@ -105,7 +108,7 @@ class Rounds:
             with self.attempted(each.name):
                 with _alone(each):
                     result = each.finish()
-                self.results[each.name, seed] = result
+                self.results[each.name, seed] = replace(result, turns=turns)
             if each.strategies:
                 self._compare_batches(each)
 
