@@ -17,8 +17,11 @@ from layerlab.contract.paper import read_paper
 from layerlab.contract.rows import counts
 from layerlab.reporting.bottom_line import kept_line
 from layerlab.reporting.freshness import TODAY, age, kept_ages
-from layerlab.reporting.pages import kept_profiles, paper_page
+from layerlab.reporting.kept import kept_profiles
+from layerlab.reporting.pages import paper_page
 from layerlab.reporting.publish import publish
+from layerlab.reporting.scoreboard import collect, run_table
+from layerlab.runs.record import workbook_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = sorted(ROOT.glob("plugins/*/layerlab_*/paper.toml"))
@@ -89,6 +92,20 @@ def test_what_is_kept_of_older_code_is_marked_and_counts_for_nothing(run, tmp_pa
     assert pages[0].read_text() == page
     assert ".py changed since): it counts for no verdict" in page
     assert "| cpu, made by older code, digits, 2 seeds" in page
+
+
+def test_the_scoreboard_has_what_is_published_where_mlflow_has_no_run(run, monkeypatch, tmp_path):
+    target = workbook_folder() / "results"
+    publish([run.folder], target)
+    [own] = collect(["fake"])
+    assert (own.profile, own.values, bool(own.mlflow_run)) == ("cpu", [2.0, 4.0], True)
+    # The same repository on another machine.
+    monkeypatch.setenv("LAYERLAB_HOME", str(tmp_path / "other"))
+    assert [row.verdict for row in collect(["fake"])] == ["not run"]
+    shutil.copytree(target, tmp_path / "other" / "results")
+    [row] = collect(["fake"])
+    assert (row.profile, row.values, row.verdict, row.mlflow_run) == ("cpu", [2.0, 4.0], own.verdict, "")
+    assert "published: results/fake" in run_table([row]).text()
 
 
 def test_a_page_goes_with_the_last_profile_that_somebody_removes(run, tmp_path):

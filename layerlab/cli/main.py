@@ -142,7 +142,9 @@ def describe(name: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
 @shows
 def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
-    """Show a sentence for each installed paper, and every claim with what MLflow holds of it.
+    """Show a sentence for each installed paper, and every claim with what was measured of it.
+
+    It takes each profile's newest run in MLflow; of profiles that have none there, what results/ has published.
 
     csv, latex and json have a row for each run of a claim; in the other forms a claim is one line, with its runs beside
     each other.

@@ -17,14 +17,15 @@ from layerlab.base.screen import printable, visible
 from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
-from layerlab.contract.rows import completed, counts, merged
+from layerlab.contract.rows import counts, merged
 from layerlab.reporting.bottom_line import kept_line
 from layerlab.reporting.freshness import Age, age
+from layerlab.reporting.kept import kept, kept_profiles
 from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
 from layerlab.reporting.readable import papers_alone, readable
 from layerlab.reporting.scoreboard import claims_table, scoreboard_table
 from layerlab.runs.manifest import read_manifest
-from layerlab.runs.record import PARAMETERS, RESULTS, read_parameters, read_results
+from layerlab.runs.record import read_parameters
 from layerlab.show.stamp import same_picture
 from layerlab.show.table import Cell, Table, markdown_text
 
@@ -36,36 +37,6 @@ PICTURE = ("<!-- overview -->", "<!-- /overview -->")
 CARD = "plugins/{}/README.md"
 # A table with more rows is folded.
 LONG = 20
-
-
-def kept_profiles(folder: Path, paper: Paper) -> dict[Path, list[ClaimResult]]:
-    """What is kept of a paper, by the folder of each run, with the verdicts that the values have today."""
-    return {file.parent: run_rows(file.parent, paper) for file in sorted(folder.glob(f"[!.]*/{RESULTS}"))}
-
-
-def run_rows(folder: Path, paper: Paper) -> list[ClaimResult]:
-    """The rows in a run's folder as they stand today: judged anew, and held against the profile's parameters and the
-    plugin's code.
-
-    Raises:
-        LayerlabError: what the folder holds cannot be read.
-    """
-    older = bool(age(folder, paper).numbers)
-    rows = [row.model_copy(update={"older": older}) for row in read_results(folder)]
-    if not (folder / PARAMETERS).exists():
-        return [paper.judged(row) for row in rows]
-    parameters = read_parameters(folder)
-    return [paper.placed(row, parameters) for row in rows]
-
-
-def kept(target: Path, paper: Paper) -> list[ClaimResult]:
-    """A paper's claims in its order: what is kept of each, or a row that says `not run`.
-
-    Raises:
-        LayerlabError: what is kept cannot be read.
-    """
-    folder = target / paper.strategy
-    return completed(paper, read_results(folder) if (folder / RESULTS).exists() else ())
 
 
 def lines(target: Path) -> list[tuple[Paper, str]]:

@@ -36,8 +36,9 @@ from layerlab.contract.paper import load_paper, readable_papers
 from layerlab.contract.rows import merged
 from layerlab.reporting.findings import run_answers
 from layerlab.reporting.freshness import check_age
+from layerlab.reporting.kept import kept_profiles, run_rows
 from layerlab.reporting.overview import OVERVIEW, keep_overview, overview
-from layerlab.reporting.pages import MARK, kept_profiles, paper_page, run_part, run_rows, scoreboard_page, with_results
+from layerlab.reporting.pages import MARK, paper_page, run_part, scoreboard_page, with_results
 from layerlab.runs import tracking
 from layerlab.runs.answer import ANSWERS_FILE
 from layerlab.runs.manifest import read_manifest

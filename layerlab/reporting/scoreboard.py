@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
-from layerlab.base.errors import LayerlabWarning, first_problem
+from layerlab.base.errors import LayerlabError, LayerlabWarning, first_problem
 from layerlab.base.screen import printable
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
@@ -25,9 +25,10 @@ from layerlab.reporting.bottom_line import bottom_line, counting
 from layerlab.reporting.claim_lines import STATES, State, claim_lines
 from layerlab.reporting.findings import PAYS, Outcome, outcome
 from layerlab.reporting.freshness import age
+from layerlab.reporting.kept import kept_profiles
 from layerlab.runs import tracking
 from layerlab.runs.answer import ANSWERS_FILE
-from layerlab.runs.record import IDENTITY
+from layerlab.runs.record import IDENTITY, workbook_folder
 from layerlab.show.table import Cell, Table, Tone, markdown_text
 
 WIDE = ("claim", "where", "published", "measured", "÷ published", "verdict")
@@ -96,7 +97,7 @@ def _rows(paper: Paper, run: Any) -> list[ClaimResult]:
 
 
 class Collected(NamedTuple):
-    """What MLflow holds of a paper.
+    """What MLflow and the published results hold of a paper.
 
     Attributes:
         paper: the paper.
@@ -109,36 +110,49 @@ class Collected(NamedTuple):
     line: str
 
 
-def collected(names: Sequence[str] = ()) -> list[Collected]:
-    """What MLflow holds of papers: the newest finished run of each profile, and of each set of parameters that is not
-    the profile's.
+def collected(names: Sequence[str] = (), published: Path | None = None) -> list[Collected]:
+    """The newest finished run in MLflow of each profile of papers, and of each set of parameters that is not the
+    profile's; where MLflow has none, what is published of it.
 
     Args:
         names: strategies; default: all that are installed, but for those without a readable paper, each with a warning.
+        published: the folder of results. Default: the workbook's.
 
     Raises:
         LayerlabError: an unknown strategy; a tracking database that cannot be read.
     """
     # What could not be logged when it was finished belongs to it.
     tracking.send_unsent(tracking.unsent_files())
+    published = published or workbook_folder() / "results"
     found = []
     for paper in [load_paper(name) for name in names] or readable_papers():
-        results: list[ClaimResult] = []
-        outcomes = []
-        newest = set()
+        newest: dict[tuple[str, str], Outcome] = {}
         for run in tracking.notebook_runs(paper.strategy):
             said = _rows(paper, run)
-            # The same experiment is told by what was set, not by the code, which changes from day to day.
-            changed = next((row.changed for row in said if row.changed), {})
-            which = run.data.tags.get("profile", ""), json.dumps(changed, sort_keys=True)
-            if which not in newest:
-                newest.add(which)
-                left = _outcome(paper, run, said)
-                results += left.rows
-                if counting(left.rows):
-                    outcomes.append(left)
-        found.append(Collected(paper, completed(paper, results), bottom_line(paper, outcomes)))
+            if (which := _experiment(run.data.tags.get("profile", ""), said)) not in newest:
+                newest[which] = _outcome(paper, run, said)
+        for folder, rows in _published(paper, published).items():
+            newest.setdefault(_experiment(rows[0].profile, rows), outcome(folder, rows))
+        results = [row for each in newest.values() for row in each.rows]
+        counted = [each for each in newest.values() if counting(each.rows)]
+        found.append(Collected(paper, completed(paper, results), bottom_line(paper, counted)))
     return found
+
+
+def _experiment(profile: str, rows: Sequence[ClaimResult]) -> tuple[str, str]:
+    """What a run is of: it is told by what was set, not by the code, which changes from day to day."""
+    return profile, json.dumps(next((row.changed for row in rows if row.changed), {}), sort_keys=True)
+
+
+def _published(paper: Paper, results: Path) -> dict[Path, list[ClaimResult]]:
+    """What is published of a paper, by its folder; its runs are in the MLflow of those who made them."""
+    try:
+        kept = kept_profiles(results / paper.strategy, paper)
+    except LayerlabError as error:
+        warnings.warn(f"What is published of {paper.strategy} is left out: {error}", LayerlabWarning, stacklevel=3)
+        return {}
+    return {folder: [row.model_copy(update={"mlflow_run": ""}) for row in rows]
+            for folder, rows in kept.items() if rows}
 
 
 def _outcome(paper: Paper, run: Any, rows: Sequence[ClaimResult]) -> Outcome:
@@ -156,10 +170,15 @@ def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
 
 
 def run_table(results: Sequence[ClaimResult]) -> Table:
-    """The runs behind a scoreboard, one row a run: paper, profile, machine, commit, address in MLflow's UI."""
+    """The runs behind a scoreboard, one row a run: paper, profile, machine, commit, address in MLflow's UI, or that
+    it is published."""
     rows: dict[str, list[str | Cell]] = {}
     experiments: dict[str, str] = {}
     for result in results:
+        if not result.mlflow_run and result.verdict != "not run":
+            name = f"{result.paper} {result.profile} {result.result}"
+            rows.setdefault(name, [result.paper, result.profile, result.machine, result.commit,
+                                   f"published: results/{result.paper}"])
         if result.mlflow_run and result.mlflow_run not in rows:
             if result.paper not in experiments:
                 found = tracking.found_experiment(result.paper)
