@@ -7,8 +7,9 @@ bound beforehand; where the bound does not hold, the sum is made in float64.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -107,6 +108,9 @@ def matrix_product(a: Tensor, b: Tensor, units: Units) -> Tensor:
         parts = [matrix_product(a[:, i : i + longest], b[i : i + longest], units).long()
                  for i in range(0, k, longest)]
         return torch.stack(parts).sum(0)
+    if units == "int8" and not a.is_cuda:
+        # oneDNN takes any shape, and operands as they lie, transposed ones too.
+        return torch._int_mm(a, b)
     n = b.shape[1]
     # The units take more than 16 rows and multiples of 16 columns.
     rows = max(32, m)
@@ -114,8 +118,7 @@ def matrix_product(a: Tensor, b: Tensor, units: Units) -> Tensor:
     b = functional.pad(b, (0, -n % 16, 0, -k % 16))
     if units == "int8":
         # cuBLAS has integer products for a second operand column by column alone ("TN").
-        b = b.t().contiguous().t() if b.is_cuda else b.contiguous()
-        return torch._int_mm(a.contiguous(), b)[:m, :n]
+        return torch._int_mm(a.contiguous(), b.t().contiguous().t())[:m, :n]
     one = torch.ones((), device=a.device)
     eighths = torch.float8_e4m3fn
     # _scaled_mm wants the second operand column by column.
@@ -145,11 +148,11 @@ class Product:
             return self._plain.input_gradient(x, w, self.geometry.output_shape(x, w))
         if self.geometry is None:
             if self._on_units(x, w):
-                return matrix_product(x, w.t(), self.units).float()
+                return _floats(matrix_product(x, w.t(), self.units))
             kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
             return (x.to(kind) @ w.to(kind).t()).float()
         if self._on_units(x, w):
-            return self._by_pieces(lambda part: self._forward_on_units(part, w), self._columns_of(x, w), x)
+            return self._by_pieces(*self._forward_on_units(x, w), x)
         kind = self._float(lambda: _largest(x) * _norms(w, 1, slice(1, None)).max())
         g, weight = self.geometry, w.to(kind)
         with _full_float32(x):
@@ -161,13 +164,10 @@ class Product:
         if self._transposed:
             return self._plain.forward(dy, w)
         if self.geometry is None and self._on_units(dy, w):
-            return matrix_product(dy, w, self.units).float()
+            return _floats(matrix_product(dy, w, self.units))
         g = self.geometry
         if g is not None and self._on_units(dy, w):
-            # A column is in 32-bit integers first, and then a float of 64 bits.
-            of_columns = 12 * w[0].numel() * dy[0, 0].numel()
-            return self._by_pieces(
-                lambda part: self._input_gradient_on_units(part, w, shape), of_columns // g.groups, dy)
+            return self._by_pieces(*self._input_gradient_on_units(dy, w, shape), dy)
         # Each dX sums over outputs and kernel places.
         kind = self._float(lambda: _largest(dy) * _norms(w, 1, 0).sum(tuple(range(1, w.dim() - 1))).max())
         weight = w.to(kind)
@@ -182,9 +182,9 @@ class Product:
         if self._transposed:
             return self._plain.weight_gradient(x, dy, shape)
         if self.geometry is None and self._on_units(dy, x):
-            return matrix_product(dy.t(), x, self.units).float()
+            return _floats(matrix_product(dy.t(), x, self.units))
         if self._on_units(dy, x):
-            return self._weight_gradient_on_units(dy, x, shape).float()
+            return self._weight_gradient_on_units(dy, x, shape)
         if not self.exact:
             return self._weight_gradient(dy, x, shape, torch.float32)
         # Cauchy and Schwarz: |Σ dy·x| <= ‖dy‖·‖x‖, channel by channel; images are taken together as long as that holds.
@@ -228,7 +228,10 @@ class Product:
         return torch.float32 if not self.exact or bound() <= _FLOAT32 else torch.float64
 
     def _on_units(self, *codes: Tensor) -> bool:
-        return self.units != "emulated" and all(part.dtype == torch.int8 for part in codes)
+        if self.units == "emulated" or any(part.dtype != torch.int8 for part in codes):
+            return False
+        # On a CPU, floats multiply all groups at once; on units each is a small product of its own.
+        return self.geometry is None or self.geometry.groups == 1 or codes[0].is_cuda
 
     @property
     def _transposed(self) -> bool:
@@ -242,76 +245,165 @@ class Product:
 
     # ------------------------------------------------------------------------ as matrix products (im2col)
 
-    def _columns(self, x: Tensor) -> Tensor:
-        """(images × places, inputs × kernel places) of one group's x."""
-        g = self.geometry
-        assert g is not None
-        columns = functional.unfold(x.float(), self._kernel, g.dilation, g.padding, g.stride)
-        return columns.transpose(1, 2).reshape(-1, columns.shape[1]).to(torch.int8)
-
     def _by_pieces(self, product: Callable[[Tensor], Tensor], bytes_an_image: int, x: Tensor) -> Tensor:
         """A product whose images do not depend on each other, (batch, …), float32."""
         count = max(1, PIECE // max(1, bytes_an_image))
-        if count >= len(x):
-            return _ordered_as(product(x).float(), x)
-        first = _ordered_as(product(x[:count]).float(), x)
+        first = product(x[:count])
+        order = memory_order(x)
+        if count >= len(x) and first.dtype == torch.float32 and first.is_contiguous(memory_format=order):
+            return first
         # Written where it belongs at once: joining the pieces would hold all of them twice.
-        result = torch.empty(len(x), *first.shape[1:], device=x.device).contiguous(memory_format=memory_order(x))
+        result = torch.empty(len(x), *first.shape[1:], device=x.device).contiguous(memory_format=order)
         result[:count] = first
         for start in range(count, len(x), count):
             result[start : start + count] = product(x[start : start + count])
         return result
 
-    def _columns_of(self, x: Tensor, w: Tensor) -> int:
-        """Bytes of an image's columns, which are floats first and then codes, and of its outputs in 32-bit integers."""
+    def _forward_on_units(self, x: Tensor, w: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+        """(the product of some images with w, bytes of an image's columns and sums)."""
         g = self.geometry
         assert g is not None
-        places = 1
-        for size, pad, dilation, kernel, stride in zip(
-            x.shape[2:], g.padding, g.dilation, w.shape[2:], g.stride, strict=True
-        ):
-            places *= (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        return places * (10 * w[0].numel() + 4 * len(w))
+        cut = self._cut_of(x, w.shape)
 
-    def _forward_on_units(self, x: Tensor, w: Tensor) -> Tensor:
-        g, self._kernel = self.geometry, w.shape[2:]
-        assert g is not None
-        height, width = ((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel,
-                         stride in zip(x.shape[2:], g.padding, g.dilation, self._kernel, g.stride, strict=True))
-        parts = [
-            matrix_product(self._columns(part), rows.flatten(1).t(), self.units)
-            .view(len(x), height, width, -1).permute(0, 3, 1, 2)
-            for part, rows in zip(x.chunk(g.groups, 1), w.chunk(g.groups), strict=True)
-        ]
-        return torch.cat(parts, 1)
+        def product(part: Tensor) -> Tensor:
+            return _joined([cut.product(rows, images, self.units) for images, rows in zip(
+                part.chunk(g.groups, 1), w.chunk(g.groups), strict=True)], 1)
 
-    def _input_gradient_on_units(self, dy: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
-        g, kernel = self.geometry, w.shape[2:]
+        return product, cut.bytes(w[0].numel(), len(w))
+
+    def _input_gradient_on_units(
+        self, dy: Tensor, w: Tensor, shape: torch.Size
+    ) -> tuple[Callable[[Tensor], Tensor], int]:
+        """The same of dX: a convolution of dY, with zeros where the stride left places out, by the mirrored kernel."""
+        g = self.geometry
         assert g is not None
-        parts = []
-        for part, rows in zip(dy.chunk(g.groups, 1), w.chunk(g.groups), strict=True):
-            columns = matrix_product(_by_place(part), rows.flatten(1), self.units)
-            columns = columns.view(len(dy), -1, columns.shape[1]).transpose(1, 2)
-            # fold adds up in floating point: exact in float64.
-            parts.append(functional.fold(columns.double(), shape[2:], kernel, g.dilation, g.padding, g.stride))
-        return torch.cat(parts, 1)
+        spread = [d * (k - 1) for d, k in zip(g.dilation, w.shape[2:], strict=True)]
+        start = spread[0] - g.padding[0], spread[1] - g.padding[1]
+        size = shape[2] + spread[0], shape[3] + spread[1]
+        kernel = w.shape[2], w.shape[3]
+        cut = _Cut(kernel, (shape[2], shape[3]), (1, 1), g.dilation, size, start, g.stride,
+                   _as_pixels(dy.shape[1] // g.groups, kernel, shape[3], 1))
+        # (inputs / groups, outputs / groups, …) of each group.
+        mirrored = [rows.flip(2, 3).transpose(0, 1) for rows in w.chunk(g.groups)]
+
+        def product(part: Tensor) -> Tensor:
+            return _joined([cut.product(rows, images, self.units) for images, rows in zip(
+                part.chunk(g.groups, 1), mirrored, strict=True)], 1)
+
+        return product, cut.bytes(mirrored[0][0].numel(), shape[1])
 
     def _weight_gradient_on_units(self, dy: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        g, self._kernel = self.geometry, shape[2:]
+        g, cut = self.geometry, self._cut_of(x, shape)
         assert g is not None
         places = dy[0, 0].numel()
-        count = max(1, PIECE // (places * (10 * x.shape[1] * self._kernel[0] * self._kernel[1] + dy.shape[1])))
+        count = max(1, PIECE // cut.bytes(shape[1:].numel(), 0))
         # Of all images together; a piece by itself may fit 32 bits where the sum does not.
         kind = torch.int32 if 127**2 * len(x) * places <= _INT32 else torch.int64
         total: Tensor | None = None
         for start in range(0, len(x), count):
             of_dy, of_x = dy[start : start + count], x[start : start + count]
-            parts = [matrix_product(_by_place(rows).t(), self._columns(columns), self.units)
-                     for rows, columns in zip(of_dy.chunk(g.groups, 1), of_x.chunk(g.groups, 1), strict=True)]
-            piece = torch.cat(parts).view(shape)
+            parts = [matrix_product(rows.transpose(0, 1).flatten(1), cut.columns(images).t(), self.units)
+                     for rows, images in zip(of_dy.chunk(g.groups, 1), of_x.chunk(g.groups, 1), strict=True)]
+            piece = _joined(parts, 0)
             total = piece.to(kind) if total is None else total.add_(piece)
         assert total is not None
-        return total
+        return cut.kernels(total.float(), shape)
+
+    def _cut_of(self, x: Tensor, shape: torch.Size) -> _Cut:
+        """How x is cut into columns for kernels of that shape, (outputs, inputs / groups, vertical, horizontal)."""
+        g = self.geometry
+        assert g is not None
+        size = x.shape[2] + 2 * g.padding[0], x.shape[3] + 2 * g.padding[1]
+        kernel = shape[2], shape[3]
+        height, width = (
+            (whole - dilation * (of_kernel - 1) - 1) // stride + 1
+            for whole, dilation, of_kernel, stride in zip(size, g.dilation, kernel, g.stride, strict=True))
+        return _Cut(kernel, (height, width), g.stride, g.dilation, size, g.padding, (1, 1),
+                    _as_pixels(shape[1], kernel, width, g.stride[1]))
+
+
+def _as_pixels(channels: int, kernel: tuple[int, int], width: int, stride: int) -> bool:
+    """Whether columns are made faster pixel by pixel, which copies the bytes of a kernel's row at a time, than channel
+    by channel, which copies an output's row at a time, if its stride is 1."""
+    return stride > 1 or kernel[1] * channels >= 2 * width
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How images are cut into columns, one for each place of an output (im2col), of codes.
+
+    Attributes:
+        kernel, places, stride, dilation: (vertical, horizontal), of the product.
+        size: of the frame of zeros in which an image lies.
+        start: place of an image's first pixel in the frame; below 0, the first ones lie outside.
+        step: from one pixel of an image to the next one in the frame.
+        pixels: whether a column is (vertical, horizontal, channels) rather than (channels, vertical, horizontal).
+    """
+
+    kernel: tuple[int, int]
+    places: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    size: tuple[int, int]
+    start: tuple[int, int]
+    step: tuple[int, int]
+    pixels: bool
+
+    def bytes(self, terms: int, outputs: int) -> int:
+        """Of an image's columns of so many terms, and of so many outputs in 32-bit integers."""
+        return math.prod(self.places) * (terms + 4 * outputs)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """(terms, images × places) of x, (images, channels, vertical, horizontal)."""
+        count, channels = x.shape[:2]
+        order = torch.channels_last if self.pixels else torch.contiguous_format
+        frame = torch.empty((count, channels, *self.size), dtype=x.dtype, device=x.device, memory_format=order).zero_()
+        inside, taken = zip(*map(_overlap, x.shape[2:], self.size, self.start, self.step), strict=True)
+        frame[:, :, *inside] = x[:, :, *taken]
+        of_image, of_channel, *of_place = frame.stride()
+        places = [place * stride for place, stride in zip(of_place, self.stride, strict=True)]
+        kernel = [place * dilation for place, dilation in zip(of_place, self.dilation, strict=True)]
+        if self.pixels:
+            shape = (count, *self.places, *self.kernel, channels)
+            return frame.as_strided(shape, (of_image, *places, *kernel, of_channel)).reshape(
+                count * math.prod(self.places), -1).t()
+        shape = (channels, *self.kernel, count, *self.places)
+        return frame.as_strided(shape, (of_channel, *kernel, of_image, *places)).reshape(
+            channels * math.prod(self.kernel), -1)
+
+    def product(self, kernels: Tensor, x: Tensor, units: Units) -> Tensor:
+        """(images, outputs, vertical, horizontal) of x and kernels, (outputs, channels, vertical, horizontal)."""
+        rows, columns = (kernels.permute(0, 2, 3, 1) if self.pixels else kernels).flatten(1), self.columns(x)
+        if memory_order(x) is torch.channels_last:
+            sums = matrix_product(columns.t(), rows.t(), units).t()
+        else:
+            sums = matrix_product(rows, columns, units)
+        return sums.unflatten(1, (len(x), *self.places)).transpose(0, 1)
+
+    def kernels(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Kernels of that shape of rows, (outputs, terms)."""
+        if not self.pixels:
+            return rows.view(shape)
+        return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+def _overlap(count: int, size: int, start: int, step: int) -> tuple[slice, slice]:
+    """(places in a frame of that size, pixels of so many that lie there), a pixel at every `step` from `start` on."""
+    first = max(0, -(start // step))
+    last = min(count, -((start - size) // step))
+    return slice(start + first * step, max(0, start + (last - 1) * step + 1), step), slice(first, max(first, last))
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """What the groups gave, side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _floats(sums: Tensor) -> Tensor:
+    """Integer sums as float32, on a CPU in the memory of 32-bit ones: fresh memory costs more than the conversion."""
+    if sums.is_cuda or sums.dtype != torch.int32 or not sums.is_contiguous():
+        return sums.float()
+    return sums.view(torch.float32).copy_(sums)
 
 
 def memory_order(operand: Tensor) -> torch.memory_format:
@@ -325,23 +417,12 @@ def _pieces(codes: Tensor) -> Iterator[Tensor]:
     yield from codes.split(max(1, PIECE // max(1, 4 * codes[0].numel())))
 
 
-def _ordered_as(result: Tensor, operand: Tensor) -> Tensor:
-    """In the memory order that a convolution gives for the operand: what is summed up later, in whatever order, is
-    summed in the same one."""
-    return result.contiguous(memory_format=memory_order(operand))
-
-
 def _full_float32(operand: Tensor) -> AbstractContextManager[Any]:
     """Keep cuDNN from TensorFloat-32, whose 11 bits do not hold 16-bit codes."""
     if not operand.is_cuda:
         return nullcontext()
     cudnn = torch.backends.cudnn
     return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
-
-
-def _by_place(dy: Tensor) -> Tensor:
-    """(images × places, outputs)."""
-    return dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
 
 
 def _largest(codes: Tensor) -> int:
