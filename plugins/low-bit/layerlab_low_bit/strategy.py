@@ -21,7 +21,6 @@ from layerlab import LayerMap, Preflight, Refused, Run, Strategy
 from layerlab_low_bit.method.arithmetic import Arithmetic, Parameters
 from layerlab_low_bit.method.coverage import coverage
 from layerlab_low_bit.method.fixedpoint import decode, msb_histogram
-from layerlab_low_bit.method.keeping import Encoded
 from layerlab_low_bit.method.products import Units, find_units, warn_without_units
 from layerlab_low_bit.method.store import Steering, Store
 
@@ -158,9 +157,7 @@ class LowBit(Strategy):
             if name in wire.sent:
                 wire.gather(name, parameter.grad)
             else:
-                rounded = wire.round(name, parameter.grad, arithmetic.gathering)
-                parameter.grad.copy_(rounded.values)
-                sent += rounded.codes.nbytes + EXPONENT_BYTES
+                sent += wire.round_in_place(name, parameter.grad)
         sent += sum(wire.sent.values())
         wire.sent.clear()
         if arithmetic.gathering:
@@ -191,7 +188,7 @@ class LowBit(Strategy):
         with torch.no_grad():
             for name, parameter in run.model.named_parameters():
                 if self._store.known(name) is not None and parameter not in kept:
-                    parameter.copy_(arithmetic.round(parameter, name, "weight", False, False).values)
+                    arithmetic.round_in_place(parameter, name, "weight", False, False)
         run.autocast, run.wire = nullcontext, None
         self._arithmetic = self._wire = None
 
@@ -243,8 +240,7 @@ class LowBit(Strategy):
         with torch.no_grad():
             for name, parameter in run.training_model.named_parameters():
                 if parameter.grad is not None:
-                    rounded = arithmetic.round(parameter, f"{name}.master", "master", True, arithmetic.gathering)
-                    parameter.copy_(rounded.values)
+                    arithmetic.round_in_place(parameter, f"{name}.master", "master", True, arithmetic.gathering)
 
     def _leave_optimizer(self) -> None:
         if self._updating is not None:
@@ -272,7 +268,7 @@ class GradientWire:
 
     def encode(self, name: str, gradient: Tensor) -> tuple[Tensor, int]:
         """(codes, exponent) of a parameter's gradient: int8 up to 8 bits, else int16."""
-        rounded = self.round(name, gradient, False)
+        rounded = self._arithmetic.round(gradient, f"{name}.gradient", "gradient", self._stochastic, False)
         self.sent[name] = rounded.codes.nbytes + EXPONENT_BYTES
         return rounded.codes, rounded.exponent
 
@@ -280,9 +276,11 @@ class GradientWire:
         """The gradient that the codes stand for, float32."""
         return decode(codes, exponent)
 
-    def round(self, name: str, gradient: Tensor, gather: bool) -> Encoded:
-        """Round a parameter's gradient."""
-        return self._arithmetic.round(gradient, f"{name}.gradient", "gradient", self._stochastic, gather)
+    def round_in_place(self, name: str, gradient: Tensor) -> int:
+        """Round a parameter's gradient as if it were sent, and take its statistic; returns the bytes on the wire."""
+        arithmetic = self._arithmetic
+        return EXPONENT_BYTES + arithmetic.round_in_place(
+            gradient, f"{name}.gradient", "gradient", self._stochastic, arithmetic.gathering)
 
     def gather(self, name: str, gradient: Tensor) -> None:
         """Take the statistic of a gradient that came over the wire."""

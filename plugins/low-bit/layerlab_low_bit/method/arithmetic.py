@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from layerlab_low_bit.method.attention import attention
-from layerlab_low_bit.method.fixedpoint import LOWEST, encode, exponent_of, msb_histogram
+from layerlab_low_bit.method.fixedpoint import LOWEST, encode, exponent_of, msb_histogram, round_to
 from layerlab_low_bit.method.keeping import BatchNorm, Encoded, MaxPool, Places, ReLU, unpack
 from layerlab_low_bit.method.products import Geometry, Product, Units
 from layerlab_low_bit.method.store import Kind, Store, choose, not_finite
@@ -229,6 +229,23 @@ class Arithmetic(TorchFunctionMode):
         Raises:
             Diverged: NaN or Inf, naming the layer.
         """
+        bits, position, counts = self._format(values, name, kind, gather)
+        try:
+            codes = encode(values, bits, position, stochastic, counts)
+        except ValueError:
+            raise not_finite(name, "values that are NaN or Inf") from None
+        return Encoded(codes, exponent_of(position, bits))
+
+    def round_in_place(self, values: Tensor, name: str, kind: Kind, stochastic: bool, gather: bool) -> int:
+        """As `round`, to the numbers that the codes stand for; returns the bytes that the codes would take."""
+        bits, position, counts = self._format(values, name, kind, gather)
+        try:
+            return round_to(values, bits, position, stochastic, counts)
+        except ValueError:
+            raise not_finite(name, "values that are NaN or Inf") from None
+
+    def _format(self, values: Tensor, name: str, kind: Kind, gather: bool) -> tuple[int, int, Tensor | None]:
+        """(bits, position, histogram to be added to) of a tensor."""
         store = self.store
         index = store.find(name, kind) if gather else store.known(name)
         position = None if index is None else store.positions[index]
@@ -242,12 +259,7 @@ class Arithmetic(TorchFunctionMode):
                 position += store.headroom(index)
             if index is not None:
                 store.positions[index] = position
-        try:
-            counts = store.row(index) if gather and index is not None else None
-            codes = encode(values, bits, position, stochastic, counts)
-        except ValueError:
-            raise not_finite(name, "values that are NaN or Inf") from None
-        return Encoded(codes, exponent_of(position, bits))
+        return bits, position, store.row(index) if gather and index is not None else None
 
     def operand(self, values: Tensor, name: str, kind: Kind) -> Encoded:
         """Round an operand of a layer's forward pass; once for all who read the same memory."""

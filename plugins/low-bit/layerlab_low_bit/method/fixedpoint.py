@@ -130,7 +130,7 @@ def round_to(
     """Round floats in place to numbers of a format: `encode` and `decode` in one pass, without the codes.
 
     Args:
-        values: float32, any shape; overwritten.
+        values: floats, any shape; overwritten.
         bits, position, stochastic, histogram: as of `encode`.
 
     Returns:
@@ -144,7 +144,8 @@ def round_to(
         >>> round_to(values, bits=3, position=0), values
         (3, tensor([ 0.5000, -1.0000,  1.5000]))
     """
-    whole = dense(values)
+    values = values.detach()
+    whole = dense(values.float())
     flat = _flat(whole)
     _round(flat, flat, bits, position, stochastic, histogram)
     if whole is not values:
@@ -207,9 +208,13 @@ class _Noise:
         words, self._blocks = -(-min(size, _DRAWN) // 4), -(-size // _DRAWN)
         others = -(-count // _DRAWN) - 1
         drawn = torch.empty(words + others, dtype=torch.int64, device=device).random_(-(2**63), None)
-        self._first = drawn[:words].bitwise_or_(_ODD)
-        # (blocks, 1): the first block is as it was drawn.
-        self._turned = functional.pad(drawn[words:].bitwise_and_(~_ODD), (1, 0))[:, None] if others else None
+        self._first = drawn
+        self._turned: Tensor | None = None
+        if others:
+            self._first = drawn[:words]
+            # (blocks, 1): the first block is as it was drawn.
+            self._turned = functional.pad(drawn[words:].bitwise_and_(~_ODD), (1, 0))[:, None]
+        self._first.bitwise_or_(_ODD)
 
     def of(self, piece: int) -> Tensor:
         """int16, as many as a piece has elements or more."""

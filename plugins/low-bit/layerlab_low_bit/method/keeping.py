@@ -72,8 +72,14 @@ class ReLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """dX: the gradient where the result was above zero."""
         kept = taken(ctx)
-        result = kept.codes if isinstance(kept, Encoded) else kept
-        return gradient.masked_fill(result <= 0, 0.0), None, None
+        if not isinstance(kept, Encoded):
+            return torch.ops.aten.threshold_backward(gradient, kept, 0), None, None
+        dx = torch.empty_like(gradient)
+        count = max(1, PIECE // (4 * kept.codes[0].numel()))
+        for part, codes, target in zip(*(each.split(count) for each in (gradient, kept.codes, dx)), strict=True):
+            # A product with 0 or 1: choosing element by element takes ten times as long.
+            torch.mul(part, codes.clamp(0, 1), out=target)
+        return dx, None, None
 
 
 class MaxPool(torch.autograd.Function):
