@@ -75,6 +75,9 @@ class Store:
         self._index: dict[str, int] = {}
         self._window = torch.zeros(history, 0, BINS, dtype=torch.int64, device=device)
         self._now = torch.zeros(0, BINS, dtype=torch.int64, device=device)
+        # The window's sum; histograms that are not in the rates yet, and the (positions, bits) that all of them had.
+        self._sum, self._since = self._now.clone(), self._now.clone()
+        self._used: tuple[list[int | None], list[int]] = ([], [])
         self._rates = torch.zeros(0, 3, dtype=torch.int64, device=device)
         self.epochs: list[dict[str, Any]] = []
 
@@ -88,8 +91,8 @@ class Store:
             self.bits.append(self._kind_bits[kind])
             self.positions.append(None)
             self._window = _longer(self._window, 1)
-            self._now = _longer(self._now, 0)
-            self._rates = _longer(self._rates, 0)
+            self._now, self._sum, self._since, self._rates = (
+                _longer(table, 0) for table in (self._now, self._sum, self._since, self._rates))
         return index
 
     def width(self, kind: Kind) -> int:
@@ -117,19 +120,23 @@ class Store:
             Diverged: a tensor had NaN or Inf; the first one in the order of the computation is named.
         """
         now = self._now
-        bad = now[:, NOT_FINITE].nonzero().flatten().tolist()
-        if bad:
+        if now[:, NOT_FINITE].any():
+            bad = now[:, NOT_FINITE].nonzero().flatten().tolist()
             count = int(now[bad[0], NOT_FINITE])
             others = f", and {len(bad) - 1} tensors after it" if len(bad) > 1 else ""
             raise not_finite(self.names[bad[0]], f"{count} values that are NaN or Inf in step {step + 1}{others}")
-        used = [LOWEST if position is None else position for position in self.positions]
-        self._rates += rates(now, used, self.bits)
-        self._window[self.updates % len(self._window)] = now
+        if (self.positions, self.bits) != self._used:
+            self._settle_rates()
+            self._used = list(self.positions), list(self.bits)
+        self._since += now
+        oldest = self._window[self.updates % len(self._window)]
+        self._sum.sub_(oldest).add_(now)
+        oldest.copy_(now)
         self.updates += 1
         if self.steering == "statistic":
-            chosen = choose(self._window.sum(0), self.saturation)
+            chosen = choose(self._sum, self.saturation)
         elif self.steering == "delayed-max":
-            chosen = choose(self._window.sum(0), 0.0)
+            chosen = choose(self._sum, 0.0)
         else:
             chosen = choose(now, 0.0)
         for index, position in enumerate(chosen):
@@ -139,16 +146,25 @@ class Store:
             self._widen()
         now.zero_()
 
+    def _settle_rates(self) -> None:
+        """Count what formats did to the values that they had: once for as long as no format changes."""
+        positions, bits = self._used
+        used = [LOWEST if position is None else position for position in positions]
+        # Tensors that are new have no values yet.
+        self._rates[: len(used)] += rates(self._since[: len(used)], used, bits)
+        self._since.zero_()
+
     def _widen(self) -> None:
         """Give a tensor of which too much would vanish at its own width twice the bits, for the next iteration."""
         own = [self._kind_bits[kind] for kind in self.kinds]
         positions = [LOWEST if position is None else position for position in self.positions]
-        _, vanished, values = rates(self._window.sum(0), positions, own).unbind(1)
+        _, vanished, values = rates(self._sum, positions, own).unbind(1)
         beyond = (vanished > self.underflow * values).tolist()
         self.bits = [min(16, 2 * bits) if wide else bits for wide, bits in zip(beyond, own, strict=True)]
 
     def end_epoch(self, epoch: int) -> None:
         """Keep this epoch's rates and last formats, tensor by tensor, and begin the next one's."""
+        self._settle_rates()
         self.epochs.append({
             "epoch": epoch, "names": list(self.names), "kinds": list(self.kinds), "bits": list(self.bits),
             "positions": [LOWEST if p is None else p for p in self.positions], "rates": self._rates.tolist(),
@@ -175,11 +191,12 @@ class Store:
     @property
     def histograms(self) -> pd.DataFrame:
         """Counts of the kept iterations: tensors as rows, positions from -126 to 127 as columns."""
-        table = self._window.sum(0)[:, 1:NOT_FINITE].cpu().numpy()
+        table = self._sum[:, 1:NOT_FINITE].cpu().numpy()
         return pd.DataFrame(table, index=self.names, columns=range(1 - BIAS, NOT_FINITE - BIAS))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides about later formats, and the epochs' records."""
+        self._settle_rates()
         return {
             "names": self.names, "kinds": self.kinds, "bits": self.bits, "positions": self.positions,
             "updates": self.updates, "window": self._window, "now": self._now, "rates": self._rates,
@@ -194,6 +211,7 @@ class Store:
         self.updates, self.epochs = state["updates"], list(state["epochs"])
         self._index = {name: index for index, name in enumerate(self.names)}
         self._window, self._now, self._rates = (state[key].to(device) for key in ("window", "now", "rates"))
+        self._sum, self._since, self._used = self._window.sum(0), torch.zeros_like(self._now), ([], [])
 
 
 def _longer(table: Tensor, dim: int) -> Tensor:
