@@ -73,12 +73,16 @@ class Store:
         self.positions: list[int | None] = []
         self.updates = 0
         self._index: dict[str, int] = {}
-        self._window = torch.zeros(history, 0, BINS, dtype=torch.int64, device=device)
-        self._now = torch.zeros(0, BINS, dtype=torch.int64, device=device)
-        # The window's sum; histograms that are not in the rates yet, and the (positions, bits) that all of them had.
-        self._sum, self._since = self._now.clone(), self._now.clone()
+        # Of the window's iterations; of this one; the window's sum; histograms that are not in the rates yet; rates.
+        self._room = {
+            "window": torch.zeros(history, 0, BINS, dtype=torch.int64, device=device),
+            **{table: torch.zeros(0, BINS, dtype=torch.int64, device=device) for table in ("now", "sum", "since")},
+            "rates": torch.zeros(0, 3, dtype=torch.int64, device=device),
+        }
+        self._rows: tuple[Tensor, ...] = ()
+        self._fit_tables()
+        # The (positions, bits) that all values had whose histograms are not in the rates yet.
         self._used: tuple[list[int | None], list[int]] = ([], [])
-        self._rates = torch.zeros(0, 3, dtype=torch.int64, device=device)
         self.epochs: list[dict[str, Any]] = []
 
     def find(self, name: str, kind: Kind) -> int:
@@ -90,10 +94,22 @@ class Store:
             self.kinds.append(kind)
             self.bits.append(self._kind_bits[kind])
             self.positions.append(None)
-            self._window = _longer(self._window, 1)
-            self._now, self._sum, self._since, self._rates = (
-                _longer(table, 0) for table in (self._now, self._sum, self._since, self._rates))
+            self._fit_tables()
         return index
+
+    def _fit_tables(self) -> None:
+        """A row for each tensor in all tables; room is doubled, so that a row is not copied for each one after it."""
+        count, room = len(self.names), len(self._room["now"])
+        if count > room:
+            for name, table in self._room.items():
+                dim = 1 if name == "window" else 0
+                shape = list(table.shape)
+                shape[dim] = max(count - room, room)
+                self._room[name] = torch.cat([table, table.new_zeros(shape)], dim)
+            self._rows = self._room["now"].unbind()
+        self._window = self._room["window"][:, :count]
+        self._now, self._sum, self._since, self._rates = (
+            self._room[table][:count] for table in ("now", "sum", "since", "rates"))
 
     def width(self, kind: Kind) -> int:
         """Bits of a kind."""
@@ -111,7 +127,7 @@ class Store:
 
     def row(self, index: int) -> Tensor:
         """The histogram of this iteration, to be added to."""
-        return self._now[index]
+        return self._rows[index]
 
     def update(self, step: int) -> None:
         """Take this iteration's histograms into the store and choose the next formats.
@@ -169,7 +185,7 @@ class Store:
             "epoch": epoch, "names": list(self.names), "kinds": list(self.kinds), "bits": list(self.bits),
             "positions": [LOWEST if p is None else p for p in self.positions], "rates": self._rates.tolist(),
         })
-        self._rates = torch.zeros_like(self._rates)
+        self._rates.zero_()
 
     def frame(self, last: bool = False) -> pd.DataFrame:
         """One row an epoch and tensor: `kind`, `bits`, `position`, and the shares `saturated` and `vanished`.
@@ -199,8 +215,8 @@ class Store:
         self._settle_rates()
         return {
             "names": self.names, "kinds": self.kinds, "bits": self.bits, "positions": self.positions,
-            "updates": self.updates, "window": self._window, "now": self._now, "rates": self._rates,
-            "epochs": self.epochs,
+            "updates": self.updates, "window": self._window.clone(), "now": self._now.clone(),
+            "rates": self._rates.clone(), "epochs": self.epochs,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -210,14 +226,11 @@ class Store:
         self.bits, self.positions = list(state["bits"]), list(state["positions"])
         self.updates, self.epochs = state["updates"], list(state["epochs"])
         self._index = {name: index for index, name in enumerate(self.names)}
-        self._window, self._now, self._rates = (state[key].to(device) for key in ("window", "now", "rates"))
-        self._sum, self._since, self._used = self._window.sum(0), torch.zeros_like(self._now), ([], [])
-
-
-def _longer(table: Tensor, dim: int) -> Tensor:
-    shape = list(table.shape)
-    shape[dim] = 1
-    return torch.cat([table, table.new_zeros(shape)], dim)
+        self._room = {name: state[name].to(device) for name in ("window", "now", "rates")}
+        self._room |= {"sum": self._room["window"].sum(0), "since": torch.zeros_like(self._room["now"])}
+        self._rows = self._room["now"].unbind()
+        self._used = [], []
+        self._fit_tables()
 
 
 def not_finite(tensor: str, what: str) -> Diverged:
