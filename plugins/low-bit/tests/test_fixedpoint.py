@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from layerlab import LayerlabError
 from layerlab_low_bit import decode, encode, msb_histogram
-from layerlab_low_bit.method.fixedpoint import BIAS
+from layerlab_low_bit.method.fixedpoint import BIAS, round_to
 from layerlab_low_bit.method.products import PIECE, Geometry, Product, matrix_product
 from layerlab_low_bit.method.store import Store, choose, rates
 
@@ -88,6 +88,44 @@ def test_stochastic_rounding_is_unbiased(value):
     # The nearest would be off by far more than that.
     nearest = decode(encode(torch.full((1,), value), 8, 4), -2)
     assert abs(nearest - value) > 4 * draws.std() / len(draws) ** 0.5
+
+
+def test_stochastic_rounding_of_a_large_tensor_is_independent_from_part_to_part():
+    """A sum's variance is that of independent draws, wherever in the tensor they are."""
+    torch.manual_seed(5)
+    values = torch.full((300_000,), 0.3)
+    parts = torch.stack([encode(values, 8, 6, stochastic=True).view(30, -1).sum(1) for _ in range(60)]).double()
+    for sums, count in ((parts.flatten(), 10_000), (parts.sum(1), 300_000)):
+        relative = sums.var() / (count * 0.3 * 0.7)
+        # Five standard deviations of a variance that is estimated from so many sums.
+        assert abs(relative - 1) < 5 * (2 / len(sums)) ** 0.5
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("form", ["plain", "large", "channels_last", "strided", "double", "empty", "single"])
+def test_rounding_in_place_gives_what_the_codes_stand_for(form, stochastic):
+    torch.manual_seed(0)
+    values = torch.randn(300_000 if form == "large" else 3 * 8 * 9 * 7) * 3
+    if form == "channels_last":
+        values = values.view(3, 8, 9, 7).to(memory_format=torch.channels_last)
+    elif form == "strided":
+        values = values.view(3, -1)[:, ::2]
+    else:
+        values = {"double": values.double(), "empty": values[:0], "single": values[0]}.get(form, values)
+    histograms = torch.zeros(2, 256, dtype=torch.int64)
+    torch.manual_seed(1)
+    wanted = decode(encode(values, 6, 1, stochastic, histograms[0]), -3)
+    torch.manual_seed(1)
+    round_to(values, 6, 1, stochastic, histograms[1])
+    assert torch.equal(values, wanted.to(values.dtype))
+    assert torch.equal(*histograms)
+
+
+def test_rounding_in_place_reports_nan_and_inf_as_rounding_does():
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN"):
+            round_to(torch.tensor([1.0, bad]), 8, 0)
+        round_to(torch.tensor([1.0, bad]), 8, 0, histogram=torch.zeros(256, dtype=torch.int64))
 
 
 def test_stochastic_rounding_leaves_what_is_exact():
@@ -173,6 +211,37 @@ def test_a_tensor_beyond_the_bound_of_underflow_gets_twice_the_bits_until_it_is_
         assert store.bits == [bits]
 
 
+def test_rates_count_each_value_against_the_format_that_it_had():
+    store = Store(KINDS, "statistic", 0.0, 1.0, 0, 2, torch.device("cpu"))
+    saturated = 0
+    for step, scale in enumerate([1.0, 1.0, 64.0, 64.0, 1.0, 1.0, 1.0, 4.0]):
+        index = store.find("layer.error", "error")
+        values = torch.linspace(-1.9, 1.9, 100) * scale
+        # The format of this step: what it was before the step, or the first values' own.
+        position = store.positions[index] = 0 if store.positions[index] is None else store.positions[index]
+        saturated += int((values.abs() >= 2.0 ** (position + 1)).sum())
+        msb_histogram(values, store.row(index))
+        store.update(step)
+        if step == 2:
+            store.find("other.error", "error")
+    store.end_epoch(1)
+    row = store.frame().iloc[0]
+    assert row["values"] == 800
+    assert row["saturated"] * 800 == pytest.approx(saturated)
+    assert saturated > 100
+
+
+def test_tables_of_many_tensors_are_moved_a_few_times_as_they_grow():
+    store = Store(KINDS, "statistic", 0.0, 1.0, 0, 2, torch.device("cpu"))
+    places = set()
+    for number in range(1000):
+        msb_histogram(torch.full((number + 1,), 1.0), store.row(store.find(f"{number}.weight", "weight")))
+        places.add(store.row(0).untyped_storage()._cdata)
+    assert len(places) <= 12
+    store.update(0)
+    assert store.histograms[0].tolist() == list(range(1, 1001))
+
+
 def test_an_update_names_the_first_tensor_that_is_not_finite():
     store = Store(KINDS, "statistic", 0.0, 1.0, 0, 2, torch.device("cpu"))
     for name, value in (("a.input", 1.0), ("b.input", float("nan")), ("c.input", float("inf"))):
@@ -216,16 +285,22 @@ GEOMETRIES = {
     "3x3": (Geometry((1, 1), (1, 1), (1, 1), 1), (3, 5, 8, 9), (6, 5, 3, 3), (3, 6, 8, 9)),
     "strided": (Geometry((2, 1), (0, 2), (1, 2), 1), (2, 4, 9, 8), (5, 4, 3, 2), (2, 5, 4, 10)),
     "depthwise": (Geometry((1, 1), (1, 1), (1, 1), 6), (2, 6, 5, 5), (6, 1, 3, 3), (2, 6, 5, 5)),
+    "padded beyond the kernel": (Geometry((1, 1), (3, 4), (1, 2), 1), (2, 3, 4, 5), (4, 3, 2, 3), (2, 4, 9, 9)),
+    "strides beyond the kernel": (Geometry((3, 4), (0, 1), (1, 1), 1), (2, 3, 10, 9), (4, 3, 2, 1), (2, 4, 3, 3)),
+    "many channels": (Geometry((1, 1), (1, 1), (1, 1), 1), (2, 40, 6, 5), (6, 40, 3, 3), (2, 6, 6, 5)),
     "1x1 in groups": (Geometry((2, 2), (0, 0), (1, 1), 2), (2, 6, 6, 6), (4, 3, 1, 1), (2, 4, 3, 3)),
 }
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("units", ["int8", "fp8", "emulated"])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_every_layers_products_are_the_integers(name, units):
+def test_every_layers_products_are_the_integers(name, units, order):
     torch.manual_seed(0)
     geometry, *shapes = GEOMETRIES[name]
     x, w, dy = (codes(*shape, most=15 if units == "fp8" else 127) for shape in shapes)
+    if geometry is not None:
+        x, dy = (part.contiguous(memory_format=order) for part in (x, dy))
     product = Product(geometry, units, exact=True)
     got = (product.forward(x, w), product.input_gradient(dy, w, x.shape), product.weight_gradient(dy, x, w.shape))
     for mine, exact in zip(got, integer_products(dy, x, w, geometry), strict=True):

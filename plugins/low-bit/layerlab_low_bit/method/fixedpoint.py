@@ -166,15 +166,14 @@ def _round(
     # One scratch for all pieces: fresh memory costs the system more than the passes over it.
     scratch = torch.empty(size, device=flat.device)
     noise = _Noise(flat.numel(), size, flat.device) if stochastic else None
-    finite = True
     for number, (piece, target) in enumerate(zip(_split(flat, size), _split(codes, size), strict=True)):
         scaled = scratch if piece.numel() == size else scratch[: piece.numel()]
         if histogram is not None:
             _count(piece, scaled, histogram)
         torch.mul(piece, 2.0**-exponent, out=scaled)
-        if histogram is None:
-            # A finite sum proves that all are; one that is not may also come from large finite values.
-            finite = finite and bool(scaled.sum().isfinite())
+        # A finite sum proves that all are; one that is not may also come from large finite values.
+        if histogram is None and not scaled.sum().isfinite() and not piece.isfinite().all():
+            raise ValueError("NaN or Inf")
         if noise is not None:
             scaled.add_(noise.of(number)[: piece.numel()], alpha=2.0**-16)
         scaled.round_().clamp_(-most, most)
@@ -182,8 +181,6 @@ def _round(
             torch.mul(scaled, 2.0**exponent, out=target)
         else:
             target.copy_(scaled)
-    if not finite and not flat.isfinite().all():
-        raise ValueError("NaN or Inf")
 
 
 def _split(flat: Tensor, size: int) -> Sequence[Tensor]:
