@@ -24,7 +24,7 @@ _CHUNK = 2**17
 """Elements of a piece on the CPU: its few passes then stay in the cache."""
 _MANY = 2**13
 """Elements from which a piece is counted by exponent and leading mantissa bits."""
-_SPREAD = 3
+_SPREAD = 2
 """Of these bits: values of one exponent then add to several counters, and need not wait for each other."""
 _DRAWN = 2**13
 """Random numbers that are drawn for a tensor."""

@@ -253,8 +253,9 @@ class Product:
         if count >= len(x) and first.dtype == torch.float32 and first.is_contiguous(memory_format=order):
             return first
         # Written where it belongs at once: joining the pieces would hold all of them twice.
-        result = torch.empty(len(x), *first.shape[1:], device=x.device).contiguous(memory_format=order)
+        result = torch.empty((len(x), *first.shape[1:]), device=x.device, memory_format=order)
         result[:count] = first
+        del first
         for start in range(count, len(x), count):
             result[start : start + count] = product(x[start : start + count])
         return result
@@ -282,7 +283,7 @@ class Product:
         size = shape[2] + spread[0], shape[3] + spread[1]
         kernel = w.shape[2], w.shape[3]
         cut = _Cut(kernel, (shape[2], shape[3]), (1, 1), g.dilation, size, start, g.stride,
-                   _as_pixels(dy.shape[1] // g.groups, kernel, shape[3], 1))
+                   dy.is_cuda or _as_pixels(dy.shape[1] // g.groups, kernel, shape[3], 1))
         # (inputs / groups, outputs / groups, …) of each group.
         mirrored = [rows.flip(2, 3).transpose(0, 1) for rows in w.chunk(g.groups)]
 
@@ -319,12 +320,12 @@ class Product:
             (whole - dilation * (of_kernel - 1) - 1) // stride + 1
             for whole, dilation, of_kernel, stride in zip(size, g.dilation, kernel, g.stride, strict=True))
         return _Cut(kernel, (height, width), g.stride, g.dilation, size, g.padding, (1, 1),
-                    _as_pixels(shape[1], kernel, width, g.stride[1]))
+                    x.is_cuda or _as_pixels(shape[1], kernel, width, g.stride[1]))
 
 
 def _as_pixels(channels: int, kernel: tuple[int, int], width: int, stride: int) -> bool:
-    """Whether columns are made faster pixel by pixel, which copies the bytes of a kernel's row at a time, than channel
-    by channel, which copies an output's row at a time, if its stride is 1."""
+    """Whether a CPU makes columns faster pixel by pixel, which copies the bytes of a kernel's row at a time, than
+    channel by channel, which copies an output's row at a time, if its stride is 1."""
     return stride > 1 or kernel[1] * channels >= 2 * width
 
 
@@ -374,7 +375,8 @@ class _Cut:
     def product(self, kernels: Tensor, x: Tensor, units: Units) -> Tensor:
         """(images, outputs, vertical, horizontal) of x and kernels, (outputs, channels, vertical, horizontal)."""
         rows, columns = (kernels.permute(0, 2, 3, 1) if self.pixels else kernels).flatten(1), self.columns(x)
-        if memory_order(x) is torch.channels_last:
+        # A GPU's units want the columns' terms next to each other; a CPU's take them either way.
+        if x.is_cuda or memory_order(x) is torch.channels_last:
             sums = matrix_product(columns.t(), rows.t(), units).t()
         else:
             sums = matrix_product(rows, columns, units)
