@@ -158,6 +158,31 @@ def test_whatever_is_computed_again_the_weights_and_statistics_are_plain_pytorch
         assert torch.equal(value, ours[name]), name
 
 
+def test_neither_a_groups_result_nor_its_gradient_stay_while_its_backward_runs():
+    # Of the group only the last layer needs its result, which is read before the gradient comes to the convolution.
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Hardtanh(), nn.Sigmoid(), nn.Conv2d(4, 4, 1), nn.Flatten())
+    model = model.to("meta").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.empty(8, 4, 16, 16, device="meta")
+    names = tuple(node.name for node in Program(model).nodes)
+    schedule = Schedule(names, ((0, 3), (3, 5)), (Group(0, 0, True, frozenset({"0"})), Group(1, 1)))
+    notes: list[int] = []
+    with measure.LiveBytes([x, *model.parameters()]) as live:
+        before = live.now
+
+        def note_in_backward(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            if result.requires_grad:
+                result.register_hook(lambda _: notes.append(live.now - before))
+
+        model[0].register_forward_hook(note_in_backward)
+        with Takeover(model, optimizer, x[:2], schedule=schedule, fuse=False, slab=0) as takeover:
+            model(x).backward(torch.empty(8, 1024, device="meta"))
+            takeover.finish()
+    assert len(notes) == 1
+    # This test's own gradient of the whole, and what one function takes and gives, as where nothing is computed again.
+    assert notes[0] <= 3.5 * x.nbytes
+
+
 def problem(kind: type[nn.Module], images: int = 16) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Tensor]:
     torch.manual_seed(0)
     model = kind()

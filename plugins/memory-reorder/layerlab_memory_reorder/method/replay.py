@@ -132,9 +132,13 @@ class _Part:
                 del values[node]
         # The images need no gradient, but without an operand that does nothing would be recorded.
         wanted = torch.empty(0, device=tensors[0].device, requires_grad=True)
-        results = _Again.apply(self, [None if isinstance(each, Tensor) else each for each in given], wanted, *tensors)
+        fixed = [None if isinstance(each, Tensor) else each for each in given]
+        arrived: list[_Gradient] = [_Gradient() for _ in self.outputs]
+        results = _Again.apply(self, fixed, arrived, wanted, *tensors)
         del given, tensors
-        values.update(zip(self.outputs, results, strict=True))
+        for node, result, gradient in zip(self.outputs, results, arrived, strict=True):
+            differentiable = isinstance(result, Tensor) and result.requires_grad
+            values[node] = _Taken.apply(result, gradient) if differentiable else result
         self._mark_backward(values, self.group.last)
 
     def compute(self, values: dict[fx.Node, Any], marking: bool = True) -> None:
@@ -168,18 +172,22 @@ class _Again(Function):
     """A group that keeps its inputs, and the results of some of its layers, and is computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, part: _Part, fixed: list[Any], wanted: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-        ctx.part, ctx.fixed = part, fixed
+    def forward(
+        ctx: Any, part: _Part, fixed: list[Any], arrived: list[_Gradient], wanted: Tensor, *tensors: Tensor
+    ) -> tuple[Any, ...]:
+        ctx.part, ctx.fixed, ctx.arrived = part, fixed, arrived
+        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)
         ctx.kept = [each.detach() for each in tensors]
         ctx.versions = [each._version for each in tensors]
-        ctx.learning = ctx.needs_input_grad[3:]
+        ctx.learning = ctx.needs_input_grad[4:]
         ctx.state = _State(tensors)
         with kept_through_replays(part.keepers) as ctx.results:
             return tuple(part.again(_filled(fixed, [each.detach() for each in tensors]), marking=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.kept is None:
             raise gone()
         kept, ctx.kept = ctx.kept, None
@@ -188,25 +196,78 @@ class _Again(Function):
                                "memory-reorder, like PyTorch, cannot compute the gradient from it.")
         part, found = ctx.part, [None] * len(kept)
         results, ctx.results = ctx.results, None
-        with torch.enable_grad(), ctx.state.restored(), still_statistics(part.called), \
-                kept_through_replays(part.keepers, results):
-            entered = []
-            for index, learns in enumerate(ctx.learning):
-                given, kept[index] = kept[index], None
-                entered.append(_enter(given, found, index) if learns else given)
-                del given
-            again = part.again(_filled(ctx.fixed, entered), marking=False)
-        del entered
-        # Edges in the place of the results, so that what nobody else needs of these is free during backward.
-        edges, given = [], []
-        for result, gradient in zip(again, gradients, strict=True):
-            if isinstance(result, Tensor) and result.requires_grad and gradient is not None:
-                edges.append(get_gradient_edge(result))
-                given.append(gradient)
-        del again, gradients
-        if edges:
-            torch.autograd.backward(edges, given)
-        return None, None, None, *found
+        with torch.enable_grad():
+            with ctx.state.restored(), still_statistics(part.called), kept_through_replays(part.keepers, results):
+                entered = []
+                for index, learns in enumerate(ctx.learning):
+                    given, kept[index] = kept[index], None
+                    entered.append(_enter(given, found, index) if learns else given)
+                    del given
+                again = part.again(_filled(ctx.fixed, entered), marking=False)
+            del entered
+            edges, given = _ends(again, ctx.arrived)
+            if edges:
+                torch.autograd.backward(edges, given)
+        return None, None, None, None, *found
+
+
+class _Gradient:
+    """A gradient on its way from one function to another past autograd, which holds what it gives until a function
+    has run, and gives nothing away while it runs."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def put(self, gradient: Tensor) -> Tensor:
+        """Keep it; returns a tensor of its shape that takes no memory, for autograd."""
+        self._held = gradient
+        return gradient.new_zeros(()).expand(gradient.shape)
+
+    def taken(self) -> Tensor | None:
+        """What was put, which is held no longer; None where there was none."""
+        held, self._held = self._held, None
+        return held
+
+
+class _Taken(Function):
+    """Nothing, and in backward the gradient leaves autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: _Gradient) -> Tensor:
+        ctx.gradient = gradient
+        return x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.put(dy), None
+
+
+class _Given(Function):
+    """Nothing, and in backward the gradient that left autograd enters it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = _Gradient()
+        ctx.gradient.put(gradient)
+        return x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.gradient.taken(), None
+
+
+def _ends(results: list[Any], arrived: Sequence[_Gradient]) -> tuple[list[Any], list[Tensor]]:
+    """Where a backward begins: edges in the place of the results, so that what nobody else needs of these is free
+    during backward, and gradients without memory; the real ones wait behind the edges."""
+    edges, given = [], []
+    for index, gradient in enumerate(arrived):
+        result, results[index], held = results[index], None, gradient.taken()
+        if isinstance(result, Tensor) and result.requires_grad and held is not None:
+            edges.append(get_gradient_edge(_Given.apply(result, held)))
+            given.append(held.new_zeros(()).expand(held.shape))
+    return edges, given
 
 
 def _filled(fixed: list[Any], tensors: Sequence[Tensor]) -> list[Any]:
