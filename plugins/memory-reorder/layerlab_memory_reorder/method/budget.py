@@ -143,13 +143,16 @@ class Composition:
         program: on the meta device.
         sizes: of its batch.
         dry: runs a dry step, see `Trial.intervals`.
+        by_channels: of its schedules.
 
     Attributes:
         extra: bytes that kernels take for themselves, by the names of a step's parts; set them before a search.
     """
 
-    def __init__(self, program: Program, sizes: Sizes, dry: Callable[[Schedule], dict[str, Interval]]) -> None:
-        self.program, self.sizes = program, sizes
+    def __init__(
+        self, program: Program, sizes: Sizes, dry: Callable[[Schedule], dict[str, Interval]], by_channels: bool
+    ) -> None:
+        self.program, self.sizes, self.by_channels = program, sizes, by_channels
         self.borders = stretches(program, sizes)
         self.extra: dict[str, int] = {}
         nodes = program.nodes
@@ -167,7 +170,8 @@ class Composition:
 
     def schedule(self, groups: Sequence[Group]) -> Schedule:
         """The groups as a schedule of this program."""
-        return Schedule(tuple(node.name for node in self.program.nodes), tuple(self.borders), tuple(groups))
+        names = tuple(node.name for node in self.program.nodes)
+        return Schedule(names, tuple(self.borders), tuple(groups), self.by_channels)
 
     def alone(self, again: bool, limit: float = -1.0) -> tuple[Group, ...]:
         """Each stretch by itself, all in the same manner; layers up to a cost per byte are computed again."""
@@ -357,7 +361,8 @@ class Planner:
         sizes = examine(program, dry_x)
         self._dry = Trial(shapes, its_optimizer, dry_x, dry_y, loss, settings)
         try:
-            self.composition = Composition(program, sizes, self._dry.intervals)
+            # Which bits a GPU's kernels give by parts, nobody has measured.
+            self.composition = Composition(program, sizes, self._dry.intervals, by_channels=x.device.type == "cpu")
         except (RuntimeError, TypeError, LayerlabError) as error:
             raise Refused(f"{type(model).__name__} cannot run a step on shapes alone, as a memory budget needs "
                           f"({first_line(error)}); use MemoryReorder without a budget.") from error

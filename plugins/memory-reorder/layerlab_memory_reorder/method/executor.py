@@ -21,6 +21,7 @@ from layerlab_memory_reorder.method.operations import (
     pool_settings,
     relu_forward,
 )
+from layerlab_memory_reorder.method.parts import BLOCK, batch_norm_forward, normalises
 from layerlab_memory_reorder.method.plan import Order, weight_first
 from layerlab_memory_reorder.method.program import Program
 from layerlab_memory_reorder.method.replay import Marks, Replayed, Schedule
@@ -107,6 +108,8 @@ class Takeover:
                 self._patch(module, pool_forward(module, module in readers))
             elif type(module) is nn.LocalResponseNorm and "norm" in fused:
                 self._patch(module, norm_forward(module))
+            elif self.schedule is not None and self.schedule.by_channels and normalises(module):
+                self._patch(module, batch_norm_forward(module))
         if self.checkpointing:
             checkpoint_blocks(self.model, self._patch)
         if program is not None and self.schedule is not None:
@@ -128,28 +131,36 @@ class Takeover:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def in_slabs(self, weight: Tensor) -> bool:
-        """Whether a linear layer's weight gradient may be made and applied in parts."""
-        return bool(self.slab and weight.is_leaf and weight.nbytes > self.slab and weight not in self._several
+    def in_slabs(self, weight: Tensor, slab: int) -> bool:
+        """Whether a weight gradient may be made and applied in parts of `slab` bytes."""
+        return bool(slab and weight.is_leaf and weight.nbytes > slab and weight not in self._several
                     and weight.grad is None and self.updater.takes_rows(weight))
 
-    def goes_last(self, weight: Tensor, x: Tensor | None) -> bool:
+    def goes_last(self, weight: Tensor, x: Tensor | None, slab: int) -> bool:
         """Whether the plan computes this layer's input gradient before its weight gradient."""
-        return (self.order == "larger-first" and x is not None and self.in_slabs(weight)
-                and not weight_first(x.nbytes, weight.nbytes, self.slab))
+        return (self.order == "larger-first" and x is not None and self.in_slabs(weight, slab)
+                and not weight_first(x.nbytes, weight.nbytes, slab))
 
-    def apply_slabs(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
-        """Make a linear layer's weight gradient some rows at a time and apply each at once."""
+    def apply_slabs(self, weight: Tensor, gradient: Callable[[slice], Tensor], slab: int) -> None:
+        """Make a weight gradient some rows at a time and apply each at once.
+
+        Args:
+            weight: (out, …).
+            gradient: of some of its rows.
+            slab: bytes of the rows that are made at a time.
+        """
         if weight in self._sliced:
             raise LayerlabError("A weight was used twice in this step, but only once when the network was examined; "
                                 "set slab=0 for a network that changes from batch to batch.")
         self._sliced.add(weight)
-        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        rows = max(1, self.slab * weight.shape[0] // weight.nbytes)
+        rows = max(1, slab * weight.shape[0] // weight.nbytes)
+        if weight.dim() > 2:
+            # Whole blocks of channels, as in `method.parts`.
+            rows = max(BLOCK, rows // BLOCK * BLOCK)
         self.updater.prepare(weight)
         for start in range(0, weight.shape[0], rows):
             part = slice(start, min(start + rows, weight.shape[0]))
-            self.updater.apply_rows(weight, part, dy[:, part].t() @ x)
+            self.updater.apply_rows(weight, part, gradient(part))
         self.updater.advance(weight)
 
     def _fused(self) -> tuple[str, ...]:

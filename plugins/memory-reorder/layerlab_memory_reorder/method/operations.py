@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from layerlab import LayerlabError
+from layerlab_memory_reorder.method import parts
+from layerlab_memory_reorder.method.keeping import gone, taken
 
 if TYPE_CHECKING:
     from layerlab_memory_reorder.method.executor import Takeover
@@ -40,6 +42,19 @@ class Layer:
     takeover: Takeover
     masks: bool = False
     results: Results | None = None
+
+    def by_channels(self, *tensors: Tensor) -> bool:
+        """Whether this layer on these tensors is computed some channels at a time."""
+        schedule = self.takeover.schedule
+        return schedule is not None and schedule.by_channels and parts.splits(self.module, *tensors)
+
+    def slab(self, dy: Tensor, x: Tensor | None, weight: Tensor, has_bias: bool) -> int:
+        """Bytes of the weight gradient that exist at a time where it goes last; 0: all of it."""
+        if isinstance(self.module, nn.Linear):
+            return self.takeover.slab
+        if x is None or has_bias or self.module.groups > 1 or not self.by_channels(dy, x, weight):
+            return 0
+        return min(self.takeover.slab, parts.PART)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's result, (batch, …), from a kept one where this is a computing again."""
@@ -98,25 +113,6 @@ def kept_through_replays(layers: Sequence[Layer], results: list[Results] | None 
                 each.settle()
 
 
-def gone() -> LayerlabError:
-    """The error for a second backward of one graph, for the caller to raise."""
-    return LayerlabError("memory-reorder frees activations during backward, so that one graph serves one backward; "
-                         "run the forward pass again.")
-
-
-def _taken(ctx: Any) -> Any:
-    """The kept operand, or None where none was needed; the function itself holds it no longer."""
-    x, ctx.x = ctx.x, None
-    if x is None:
-        if ctx.kept:
-            raise gone()
-        return None
-    if x._version != ctx.version:
-        raise RuntimeError("an activation needed for the gradient was modified in place after the forward pass; "
-                           "memory-reorder, like PyTorch, cannot compute the gradient from it.")
-    return x
-
-
 class _Parametric(Function):
     """Convolution or linear: dW and dX in the planned order, the input let go as soon as nothing reads it."""
 
@@ -138,58 +134,81 @@ class _Parametric(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         layer: Layer = ctx.layer
-        x = _taken(ctx)
+        x = taken(ctx)
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         linear = isinstance(layer.module, nn.Linear)
         dx = dw = db = None
         if linear and ctx.has_bias and needs_db:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
-        if linear and needs_dw and needs_dx and layer.takeover.goes_last(weight, x):
-            dx = torch.matmul(dy, weight)
+        slab = layer.slab(dy, x, weight, ctx.has_bias)
+        if slab and needs_dw and needs_dx and layer.takeover.goes_last(weight, x, slab):
+            dx = torch.matmul(dy, weight) if linear else _input_gradient(layer, dy, weight, ctx.shape)
             if layer.masks:
                 dx.masked_fill_(x <= 0, 0)
-            layer.takeover.apply_slabs(weight, dy, x)
+            layer.takeover.apply_slabs(weight, partial(_rows_gradient, layer.module, dy, x, weight), slab)
             return dx, None, db, None
-        if linear and needs_dw and not needs_dx and layer.takeover.in_slabs(weight):
-            layer.takeover.apply_slabs(weight, dy, x)
+        if slab and needs_dw and not needs_dx and layer.takeover.in_slabs(weight, slab):
+            layer.takeover.apply_slabs(weight, partial(_rows_gradient, layer.module, dy, x, weight), slab)
             return None, None, db, None
         if needs_dw and linear:
             dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         elif not linear and (needs_dw or needs_db):
-            dw, db = _weight_gradient(layer.module, dy, x, weight, ctx.shape, needs_dw, ctx.has_bias and needs_db)
+            dw, db = _weight_gradient(layer, dy, x, weight, needs_dw, ctx.has_bias and needs_db)
         mask = None
         if needs_dx and layer.masks:
             mask = x <= 0
         # The last reference here: unless someone else holds it, the input gradient takes over its memory.
         del x
         if needs_dx:
-            dx = torch.matmul(dy, weight) if linear else _input_gradient(layer.module, dy, weight, ctx.shape)
+            dx = torch.matmul(dy, weight) if linear else _input_gradient(layer, dy, weight, ctx.shape)
             if mask is not None:
                 dx.masked_fill_(mask, 0)
         return dx, dw, db, None
 
 
+def _rows_gradient(module: Any, dy: Tensor, x: Tensor, weight: Tensor, rows: slice) -> Tensor:
+    """Some rows of dW of a linear layer or a convolution."""
+    if isinstance(module, nn.Linear):
+        return dy.reshape(-1, dy.shape[-1])[:, rows].t() @ x.reshape(-1, x.shape[-1])
+    return _convolution_gradients(module, dy[:, rows], x, weight[rows], [False, True, False])[1]
+
+
 def _weight_gradient(
-    module: Any, dy: Tensor, x: Tensor | None, weight: Tensor, shape: torch.Size, needs_dw: bool, needs_db: bool
+    layer: Layer, dy: Tensor, x: Tensor | None, weight: Tensor, needs_dw: bool, needs_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     if not needs_dw:
         return None, dy.sum((0, *range(2, dy.dim()))) if needs_db else None
-    _, dw, db = torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], module.stride, module.padding, module.dilation, False,
-        [0] * (weight.dim() - 2), module.groups, [False, True, needs_db])
+    assert x is not None
+    if not needs_db and layer.by_channels(dy, x, weight):
+        def whole(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+            return _convolution_gradients(layer.module, dy, x, weight, [False, True, False])[1]
+
+        return parts.weight_gradient(whole, dy, x, weight), None
+    _, dw, db = _convolution_gradients(layer.module, dy, x, weight, [False, True, needs_db])
     return dw, db if needs_db else None
 
 
-def _input_gradient(module: Any, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+def _convolution_gradients(module: Any, dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
+    """(dX, dW, db) of a convolution or of some of its channels, None where not wanted."""
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]] if wanted[2] else None, module.stride, module.padding, module.dilation, False,
+        [0] * (weight.dim() - 2), x.shape[1] // weight.shape[1], wanted)
+
+
+def _input_gradient(layer: Layer, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     """dX of a convolution, from dY and the weights alone."""
-    zeros = [0] * (weight.dim() - 2)
+    whole = partial(_whole_input_gradient, layer.module)
+    if layer.by_channels(dy, weight):
+        return parts.input_gradient(whole, dy, weight, shape)
+    return whole(dy, weight, shape)
+
+
+def _whole_input_gradient(module: Any, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     if math.prod(shape) * dy.element_size() <= SMALL:
         # convolution_backward makes a copy of the input for itself even when only dX is asked for and only the input's
         # shape counts: not worth avoiding here, and for small shapes PyTorch picks other algorithms.
         unread = dy.new_empty(1).expand(shape)
-        return torch.ops.aten.convolution_backward(
-            dy, unread, weight, None, module.stride, module.padding, module.dilation, False, zeros, module.groups,
-            [True, False, False])[0]
+        return _convolution_gradients(module, dy, unread, weight, [True, False, False])[0]
     # The transposed convolution is the same computation without that copy.
     rest = [
         size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
@@ -197,7 +216,8 @@ def _input_gradient(module: Any, dy: Tensor, weight: Tensor, shape: torch.Size) 
             shape[2:], dy.shape[2:], module.stride, module.padding, module.dilation, weight.shape[2:], strict=True)
     ]
     return torch.ops.aten.convolution(
-        dy, weight, None, module.stride, module.padding, module.dilation, True, rest, module.groups)
+        dy, weight, None, module.stride, module.padding, module.dilation, True, rest,
+        shape[1] // weight.shape[1])
 
 
 class _SignLater(Function):
@@ -278,7 +298,7 @@ class _ResponseNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        x = _taken(ctx)
+        x = taken(ctx)
         dx = torch.empty_like(x)
         for part, given, result in zip(_few(x), _few(dy), _few(dx), strict=True):
             part = part.detach().requires_grad_()

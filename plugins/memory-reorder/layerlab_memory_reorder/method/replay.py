@@ -17,7 +17,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from layerlab_memory_reorder.method.checkpointing import still_statistics
-from layerlab_memory_reorder.method.operations import Layer, gone, kept_through_replays
+from layerlab_memory_reorder.method.keeping import gone
+from layerlab_memory_reorder.method.operations import Layer, kept_through_replays
 from layerlab_memory_reorder.method.program import Program
 
 Marks = Callable[[str, int], None]
@@ -49,11 +50,14 @@ class Schedule:
         operations: names of the program's operations, by which the network is known again.
         borders: (start, stop) of each stretch.
         groups: all stretches, in order.
+        by_channels: whether large convolutions and batch norms are computed some channels at a time, see
+            `method.parts`.
     """
 
     operations: tuple[str, ...]
     borders: tuple[tuple[int, int], ...]
     groups: tuple[Group, ...]
+    by_channels: bool = False
 
     def fits(self, program: Program) -> bool:
         """Whether it was made for this program."""
@@ -63,14 +67,15 @@ class Schedule:
         """Lists and numbers, for a checkpoint."""
         groups = [[each.first, each.last, each.again, sorted(each.dropped)] for each in self.groups]
         return {"operations": list(self.operations), "borders": [list(each) for each in self.borders],
-                "groups": groups}
+                "groups": groups, "by_channels": self.by_channels}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Schedule:
         """What `state` gave."""
         groups = tuple(Group(first, last, again, frozenset(dropped))
                        for first, last, again, dropped in state["groups"])
-        return cls(tuple(state["operations"]), tuple((start, stop) for start, stop in state["borders"]), groups)
+        borders = tuple((start, stop) for start, stop in state["borders"])
+        return cls(tuple(state["operations"]), borders, groups, state.get("by_channels", False))
 
 
 class Replayed:

@@ -1,0 +1,145 @@
+"""Convolutions and batch norms some channels at a time: the same bits, from less memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerlab import measure
+from layerlab_memory_reorder.method import parts
+from layerlab_memory_reorder.method.executor import Takeover
+from layerlab_memory_reorder.method.parts import channel_parts
+from layerlab_memory_reorder.method.program import Program
+from layerlab_memory_reorder.method.replay import Group, Schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(("channels", "size"), [
+    (64, 2**20), (64, 2**23), (48, 2**22), (96, 2**23 + 1), (1024, 2**22), (16, 2**30), (100, 2**30), (3, 1)])
+def test_parts_hold_each_channel_once_in_whole_blocks_of_no_more_bytes_than_asked(channels, size):
+    found = channel_parts(channels, size)
+    assert [channel for part in found for channel in range(channels)[part]] == list(range(channels))
+    lengths = [part.stop - part.start for part in found]
+    assert len(found) == 1 or all(length % parts.BLOCK == 0 for length in lengths)
+    # Channels that do not come in whole blocks stay together, and a part has one block at least.
+    if channels % parts.BLOCK == 0:
+        assert max(lengths) * size / channels <= max(parts.PART + parts.BLOCK * size / channels,
+                                                     parts.BLOCK * size / channels)
+
+
+def schedule_of(model: nn.Module, by_channels: bool) -> Schedule:
+    """Everything kept, in one stretch."""
+    names = tuple(node.name for node in Program(model).nodes)
+    return Schedule(names, ((0, len(names)),), (Group(0, 0),), by_channels)
+
+
+def trained(
+    model: nn.Module, x: Tensor, by_channels: bool | None, hold: Callable[[nn.Module], object] = lambda _: None
+) -> tuple[dict[str, Tensor], int]:
+    """The weights after two steps, and the real heap's peak; None is plain PyTorch, its optimizer at the end."""
+    model = copy.deepcopy(model).train()
+    hold(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    y = torch.arange(len(x)) % 10
+    takeover = None
+    if by_channels is not None:
+        takeover = Takeover(model, optimizer, x[:2], schedule=schedule_of(model, by_channels))
+        takeover.attach()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x), y).backward()
+        if takeover is None:
+            optimizer.step()
+        else:
+            takeover.finish()
+
+    peak = measure.peak_allocated(step, step, [x, y, *model.parameters(), *model.buffers()])
+    if takeover is not None:
+        takeover.detach()
+    return model.state_dict(), peak
+
+
+def network(*layers: nn.Module, channels: int) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+# Small maps with many channels, large maps with few, strides, paddings; each has a gradient or an operand above
+# `parts.PART` bytes.
+CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "1x1 wide": (network(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(),
+                         nn.Conv2d(256, 64, 1, bias=False), nn.BatchNorm2d(64), channels=64), (16, 64, 32, 32)),
+    "1x1 with a stride": (network(nn.Conv2d(96, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU(inplace=True),
+                                  nn.Conv2d(256, 96, 1, stride=2, bias=False), channels=96), (16, 96, 16, 16)),
+    "3x3": (network(nn.Conv2d(80, 112, 3, padding=1), nn.BatchNorm2d(112), nn.ReLU(inplace=True),
+                    nn.Conv2d(112, 48, 3, stride=2, padding=1, bias=False), channels=48), (16, 80, 24, 24)),
+    "large weights": (network(nn.Conv2d(512, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512), nn.ReLU(),
+                              nn.Conv2d(512, 1024, 1, stride=2, bias=False), nn.BatchNorm2d(1024), channels=1024),
+                      (8, 512, 4, 4)),
+    "depthwise": (network(nn.Conv2d(96, 96, 3, padding=1, groups=96, bias=False), nn.BatchNorm2d(96), nn.ReLU6(),
+                          nn.Conv2d(96, 96, 3, stride=2, padding=1, groups=96, bias=False), nn.BatchNorm2d(96),
+                          channels=96), (16, 96, 32, 32)),
+    "odd": (network(nn.Conv2d(70, 90, 3, padding=1, bias=False), nn.BatchNorm2d(90), nn.Tanh(),
+                    nn.Conv2d(90, 90, 3, padding=1, groups=2, bias=False), channels=90), (16, 70, 33, 31)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_channels_the_weights_are_plain_pytorchs_from_less_memory(case):
+    model, shape = CASES[case]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    plain, _ = trained(model, x, None)
+    _, whole = trained(model, x, False)
+    ours, peak = trained(model, x, True)
+    for name, value in plain.items():
+        assert torch.equal(value, ours[name]), name
+    # Channels that are no whole blocks, and groups, are left as they are.
+    assert peak == whole if case == "odd" else peak < whole
+
+
+def test_what_somebody_else_holds_is_not_written_over():
+    held: list[Tensor] = []
+    copies: list[Tensor] = []
+
+    def hold(model: nn.Module) -> None:
+        def keep(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            held.append(result.detach())
+            copies.append(result.detach().clone())
+
+        model[0].register_forward_hook(keep)
+
+    model, shape = CASES["1x1 wide"]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    plain, _ = trained(model, x, None)
+    ours, _ = trained(model, x, True, hold)
+    assert len(held) == len(copies) > 1
+    for kept, before in zip(held, copies, strict=True):
+        assert torch.equal(kept, before)
+    for name, value in plain.items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_statistics_that_are_off_or_frozen_batch_norms_come_out_as_plain_pytorchs():
+    model, shape = CASES["3x3"]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    model = copy.deepcopy(model)
+    model[1] = nn.BatchNorm2d(112, track_running_stats=False)
+    model[1].weight.requires_grad_(False)
+    plain, _ = trained(model, x, None)
+    ours, _ = trained(model, x, True)
+    for name, value in plain.items():
+        assert torch.equal(value, ours[name]), name
+
+
+def test_a_choice_is_restored_with_its_parts():
+    model, _ = CASES["3x3"]
+    for by_channels in (False, True):
+        schedule = schedule_of(model, by_channels)
+        assert Schedule.of_state(schedule.state()) == schedule
