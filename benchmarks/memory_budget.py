@@ -99,7 +99,8 @@ def compare(name: str, batch: int, rounds: int) -> None:
     ratios = times_by_turns(dict(steps), rounds)
     print(f"{name}, {batch} images of {SIZE} pixels; planning {planning:.0f} CPU seconds")
     for arm, step in steps.items():
-        low, middle, high = statistics.quantiles(ratios[arm], n=4)
+        # A single round is its own quartiles.
+        low, middle, high = statistics.quantiles(ratios[arm] if rounds > 1 else 2 * ratios[arm], n=4)
         budget, forecast = forecasts.get(arm, (0, 0))
         told = f"{budget / 1e6:8.1f}{forecast / 1e6:9.1f}" if budget else " " * 17
         off = f"{100 * (forecast / peaks[arm] - 1):+6.2f}" if budget else " " * 6

@@ -71,6 +71,22 @@ def network(*layers: nn.Module, channels: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
+class Sum(nn.Module):
+    """A residual sum made in place, and a ReLU whose result two layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64))
+        self.relu = nn.ReLU(inplace=True)
+        self.second = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y += x
+        y = self.relu(y)
+        return self.second(y) + y
+
+
 # Small maps with many channels, large maps with few, strides, paddings; each has a gradient or an operand above
 # `parts.PART` bytes.
 CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -86,6 +102,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "depthwise": (network(nn.Conv2d(96, 96, 3, padding=1, groups=96, bias=False), nn.BatchNorm2d(96), nn.ReLU6(),
                           nn.Conv2d(96, 96, 3, stride=2, padding=1, groups=96, bias=False), nn.BatchNorm2d(96),
                           channels=96), (16, 96, 32, 32)),
+    "sums": (network(nn.Conv2d(64, 64, 1), Sum(), channels=64), (16, 64, 32, 32)),
     "odd": (network(nn.Conv2d(70, 90, 3, padding=1, bias=False), nn.BatchNorm2d(90), nn.Tanh(),
                     nn.Conv2d(90, 90, 3, padding=1, groups=2, bias=False), channels=90), (16, 70, 33, 31)),
 }
@@ -100,30 +117,69 @@ def test_by_channels_the_weights_are_plain_pytorchs_from_less_memory(case):
     ours, peak = trained(model, x, True)
     for name, value in plain.items():
         assert torch.equal(value, ours[name]), name
-    # Channels that are no whole blocks, and groups, are left as they are.
-    assert peak == whole if case == "odd" else peak < whole
+    # Channels that are no whole blocks, and groups, are left as they are; the sums' peak is the forward pass'.
+    assert peak == whole if case in ("odd", "sums") else peak < whole
 
 
-def test_what_somebody_else_holds_is_not_written_over():
-    held: list[Tensor] = []
-    copies: list[Tensor] = []
+@pytest.mark.parametrize(("case", "layer"), [("1x1 wide", "0"), ("1x1 wide", "2"), ("sums", "1.first.1"),
+                                             ("sums", "1.relu")])
+def test_what_somebody_else_holds_is_not_written_over(case, layer):
+    held: list[tuple[Tensor, Tensor]] = []
 
     def hold(model: nn.Module) -> None:
         def keep(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            held.append(result.detach())
-            copies.append(result.detach().clone())
+            if module.training:
+                held.append((result, result.detach().clone()))
 
-        model[0].register_forward_hook(keep)
+        model.get_submodule(layer).register_forward_hook(keep)
 
-    model, shape = CASES["1x1 wide"]
+    model, shape = CASES[case]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     plain, _ = trained(model, x, None)
     ours, _ = trained(model, x, True, hold)
-    assert len(held) == len(copies) > 1
-    for kept, before in zip(held, copies, strict=True):
+    assert len(held) > 1
+    for kept, before in held:
         assert torch.equal(kept, before)
     for name, value in plain.items():
         assert torch.equal(value, ours[name]), name
+
+
+class Added(nn.Module):
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.layer, self.again = nn.Conv2d(8, 8, 1), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        total = y + x
+        return total * y if self.again else total
+
+
+@pytest.mark.parametrize(("again", "most"), [(False, 1), (True, 3)])
+def test_a_sum_takes_over_its_first_operands_memory_where_nothing_reads_that_any_more(again, most):
+    model = Added(again)
+    program = Program(model)
+    x = torch.ones(4, 8, 16, 16)
+    with torch.no_grad(), measure.LiveBytes([x, *model.parameters()]) as live:
+        before = live.now
+        values = {program.input: x}
+        program.run(0, len(program.nodes), values)
+        assert live.peak - before == most * x.nbytes
+        result = program.output(values)
+    with torch.no_grad():
+        assert torch.equal(result, model(x))
+
+
+def test_a_relus_input_gradient_takes_over_its_results_memory():
+    forward = parts.relu_forward(nn.ReLU(inplace=True))
+    start, other = torch.ones(2**20, requires_grad=True), torch.ones(2**20)
+    with measure.LiveBytes([start, other]) as live:
+        result = (forward(torch.relu_, start * 1) * other).sum()
+        before = live.now
+        result.backward()
+    # The gradient of the product, beside the result; and later one of the parameter in its place.
+    assert live.peak - before <= other.nbytes + 100
+    assert torch.equal(start.grad, other)
 
 
 def test_statistics_that_are_off_or_frozen_batch_norms_come_out_as_plain_pytorchs():

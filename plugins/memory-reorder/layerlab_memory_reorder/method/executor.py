@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from layerlab import LayerlabError
+from layerlab_memory_reorder.method import parts
 from layerlab_memory_reorder.method.checkpointing import checkpoint_blocks
 from layerlab_memory_reorder.method.operations import (
     Layer,
@@ -21,7 +22,6 @@ from layerlab_memory_reorder.method.operations import (
     pool_settings,
     relu_forward,
 )
-from layerlab_memory_reorder.method.parts import BLOCK, batch_norm_forward, normalises
 from layerlab_memory_reorder.method.plan import Order, weight_first
 from layerlab_memory_reorder.method.program import Program
 from layerlab_memory_reorder.method.replay import Marks, Replayed, Schedule
@@ -98,6 +98,7 @@ class Takeover:
         masked = _masked_by_reader(self.model, "pool" in fused) if "relu" in fused else {}
         readers = set(masked.values())
         layers: dict[nn.Module, Layer] = {}
+        by_channels = self.schedule is not None and self.schedule.by_channels
         for module in self.model.modules():
             if module in masked:
                 self._patch(module, relu_forward(module, masked[module]))
@@ -108,8 +109,10 @@ class Takeover:
                 self._patch(module, pool_forward(module, module in readers))
             elif type(module) is nn.LocalResponseNorm and "norm" in fused:
                 self._patch(module, norm_forward(module))
-            elif self.schedule is not None and self.schedule.by_channels and normalises(module):
-                self._patch(module, batch_norm_forward(module))
+            elif by_channels and parts.normalises(module):
+                self._patch(module, parts.batch_norm_forward(module))
+            elif by_channels and type(module) is nn.ReLU:
+                self._patch(module, parts.relu_forward(module))
         if self.checkpointing:
             checkpoint_blocks(self.model, self._patch)
         if program is not None and self.schedule is not None:
@@ -156,7 +159,7 @@ class Takeover:
         rows = max(1, slab * weight.shape[0] // weight.nbytes)
         if weight.dim() > 2:
             # Whole blocks of channels, as in `method.parts`.
-            rows = max(BLOCK, rows // BLOCK * BLOCK)
+            rows = max(parts.BLOCK, rows // parts.BLOCK * parts.BLOCK)
         self.updater.prepare(weight)
         for start in range(0, weight.shape[0], rows):
             part = slice(start, min(start + rows, weight.shape[0]))

@@ -1,8 +1,9 @@
-"""Convolutions and batch norms some channels at a time, so that their kernels take less memory for themselves.
+"""Convolutions and batch norms some channels at a time, and gradients over what nothing reads any more.
 
 oneDNN copies a convolution's operands and its result into layouts of its own, and PyTorch's backward of a batch norm
 allocates its result twice. Channels are split only where no sum runs over them: each element is added up as in the
 whole. Only plain layouts and whole blocks of channels are split, for which `tests/test_parts.py` finds the same bits.
+The input gradient of a batch norm takes over its operand's memory, and that of a ReLU its result's.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ PART = 2**21
 BLOCK = 16
 
 
-def channel_parts(channels: int, size: int) -> list[slice]:
-    """Channels in parts of at most about `PART` bytes.
+def channel_parts(channels: int, size: int, most: int = PART) -> list[slice]:
+    """Channels in parts of about `most` bytes.
 
     Args:
         channels: how many there are.
         size: bytes of all of them together.
+        most: bytes of a part, if it has more than one block.
 
     Example:
         >>> channel_parts(64, 2 * PART)
         [slice(0, 32, None), slice(32, 64, None)]
     """
-    count = min(-(-size // PART), channels // BLOCK)
+    count = min(-(-size // most), channels // BLOCK)
     if channels % BLOCK or count < 2:
         return [slice(0, channels)]
     step = BLOCK * -(-channels // (BLOCK * count))
@@ -62,7 +64,11 @@ def input_gradient(
     images, channels, *pixels = shape
     size = dy.element_size() * shape.numel()
     parts = channel_parts(channels, max(size, weight.nbytes))
-    if len(parts) == 1:
+    # oneDNN's copies: of the larger gradient (of both where it makes room for a stride) and the weights. In parts: of
+    # all of dY, and of a part of dX and of the weights, beside that part as it is.
+    strided = shape[2:].numel() > dy.shape[2:].numel()
+    copied = (2 * size if strided else max(size, dy.nbytes)) + weight.nbytes
+    if len(parts) == 1 or dy.nbytes + 2 * (size + weight.nbytes) // len(parts) >= copied:
         return whole(dy, weight, shape)
     dx = dy.new_empty(shape)
     depthwise = weight.shape[1] != channels
@@ -85,7 +91,8 @@ def weight_gradient(whole: Callable[[Tensor, Tensor, Tensor], Tensor], dy: Tenso
     along_out = dy.nbytes >= x.nbytes
     larger = dy if along_out else x
     parts = channel_parts(larger.shape[1], larger.nbytes)
-    if len(parts) == 1:
+    # Each part is there twice, as it is and in oneDNN's layout.
+    if len(parts) < 3:
         return whole(dy, x, weight)
     dw = torch.empty_like(weight)
     depthwise = weight.shape[1] != x.shape[1]
@@ -124,7 +131,8 @@ class _BatchNorm(Function):
         dy = dy.contiguous()
         dx = x if sole_owner(x) else torch.empty_like(x)
         scales, shifts = torch.empty_like(weight), torch.empty_like(weight)
-        for part in channel_parts(x.shape[1], x.nbytes):
+        # A part stands for four: of the operand, of the result's gradient, and of the input gradient, twice.
+        for part in channel_parts(x.shape[1], x.nbytes, PART // 2):
             dx[:, part], scales[part], shifts[part] = torch.ops.aten.native_batch_norm_backward(
                 dy[:, part].contiguous(), x[:, part].contiguous(), weight[part], None, None, mean[part],
                 deviation[part], True, ctx.eps, [True, True, True])
@@ -134,9 +142,43 @@ class _BatchNorm(Function):
 def batch_norm_forward(module: Any) -> Callable[..., Tensor]:
     """A forward of a batch norm whose input gradient takes over its operand's memory."""
     def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
-        if x.dim() != 4 or not x.is_contiguous() or len(channel_parts(x.shape[1], x.nbytes)) == 1:
+        # PyTorch's backward takes twice the operand's bytes; this one those of four parts.
+        few = x.dim() != 4 or len(channel_parts(x.shape[1], x.nbytes, PART // 2)) < 3
+        if few or not x.is_contiguous() or not torch.is_grad_enabled():
             return original(x)
         return _BatchNorm.apply(x, module.weight, module.bias, module)
+
+    return forward
+
+
+class _Relu(Function):
+    """ReLU whose input gradient takes over its result's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        y = x.relu_() if inplace else x.relu()
+        # Autograd counts what was marked as one change more, once this function is done.
+        ctx.x, ctx.version, ctx.kept = y.detach(), y._version + int(inplace), True
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        y = taken(ctx)
+        dx = y if sole_owner(y) else torch.empty_like(y)
+        # Element by element, so that what is written may stand for what is read.
+        torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dx)
+        return dx, None
+
+
+def relu_forward(module: Any) -> Callable[..., Tensor]:
+    """A forward of a ReLU whose input gradient takes over its result's memory."""
+    def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if x.nbytes <= PART // 2 or x.grad_fn is None or x._is_view() or not torch.is_grad_enabled():
+            return original(x)
+        return _Relu.apply(x, module.inplace)
 
     return forward
 

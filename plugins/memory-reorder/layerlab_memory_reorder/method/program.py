@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from layerlab import Refused, first_line
+from layerlab_memory_reorder.method.parts import sole_owner
 
 
 class Program:
@@ -75,6 +77,8 @@ class Program:
             else:
                 assert callable(node.target)
                 call = node.target
+            if self._adds_in_place(index, start, given):
+                call = operator.iadd
             result = call(*given, **named)
             del given, named, call
             values[node] = result
@@ -82,6 +86,23 @@ class Program:
             for each in (node, *node.all_input_nodes):
                 if self.last_use.get(each, stop) <= index:
                     values.pop(each, None)
+
+    def _adds_in_place(self, index: int, start: int, given: Any) -> bool:
+        """Whether an addition may write its sum over its first operand, as `y += x` does, which fx follows as `y + x`.
+
+        The operand comes from one of the operations from `start` on, and nothing reads or holds it any more.
+        """
+        node = self.nodes[index]
+        if node.op != "call_function" or node.target is not operator.add or len(node.all_input_nodes) != 2:
+            return False
+        first = node.all_input_nodes[0]
+        made = self.nodes[start:index]
+        a, b = given
+        if first not in made or self.last_use[first] != index or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return False
+        hooks = self.modules[str(first.target)]._forward_hooks if first.op == "call_module" else None
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+        return alike and not hooks and not a._is_view() and sole_owner(a)
 
     def output(self, values: dict[fx.Node, Any]) -> Any:
         """The network's result, when everything has run."""
