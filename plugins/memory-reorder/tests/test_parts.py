@@ -182,6 +182,42 @@ def test_a_relus_input_gradient_takes_over_its_results_memory():
     assert torch.equal(start.grad, other)
 
 
+class Turned(nn.Module):
+    """A batch norm and a ReLU whose results' gradients come in another layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(8, 64, 1), nn.BatchNorm2d(64)
+        self.relu, self.last = nn.ReLU(), nn.Conv2d(64, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.layer(x))
+        z = self.relu(y * 2)
+        turned = z.transpose(2, 3) + z.sigmoid()
+        return (self.last(turned) + y.transpose(2, 3)[:, :10]).sum((2, 3))
+
+
+class Saving(nn.Module):
+    """A sum whose first operand its layer needs for its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.tanh, self.last = nn.Conv2d(8, 8, 1), nn.Tanh(), nn.Conv2d(8, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.tanh(self.layer(x)) + x).sum((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Turned, Saving])
+def test_other_layouts_and_operands_that_are_needed_are_left_alone(kind):
+    torch.manual_seed(1)
+    model, x = kind(), torch.randn(16, 8, 32, 32, generator=torch.Generator().manual_seed(2))
+    plain, _ = trained(model, x, None)
+    ours, _ = trained(model, x, True)
+    for name, value in plain.items():
+        assert torch.equal(value, ours[name]), name
+
+
 def test_statistics_that_are_off_or_frozen_batch_norms_come_out_as_plain_pytorchs():
     model, shape = CASES["3x3"]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))

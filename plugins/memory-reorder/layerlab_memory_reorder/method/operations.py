@@ -52,7 +52,8 @@ class Layer:
         """Bytes of the weight gradient that exist at a time where it goes last; 0: all of it."""
         if isinstance(self.module, nn.Linear):
             return self.takeover.slab
-        if x is None or has_bias or self.module.groups > 1 or not self.by_channels(dy, x, weight):
+        whole_blocks = self.module.groups == 1 and weight.shape[0] % parts.BLOCK == 0
+        if x is None or has_bias or not whole_blocks or not self.by_channels(dy, x, weight):
             return 0
         return min(self.takeover.slab, parts.PART)
 

@@ -128,7 +128,10 @@ class _BatchNorm(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, deviation = ctx.saved_tensors
         x = taken(ctx)
-        dy = dy.contiguous()
+        if not dy.is_contiguous():
+            # PyTorch goes through such a gradient in another order.
+            return (*torch.ops.aten.native_batch_norm_backward(
+                dy, x, weight, None, None, mean, deviation, True, ctx.eps, [True, True, True]), None)
         dx = x if sole_owner(x) else torch.empty_like(x)
         scales, shifts = torch.empty_like(weight), torch.empty_like(weight)
         # A part stands for four: of the operand, of the result's gradient, and of the input gradient, twice.
@@ -144,7 +147,10 @@ def batch_norm_forward(module: Any) -> Callable[..., Tensor]:
     def forward(original: Callable[..., Tensor], x: Tensor) -> Tensor:
         # PyTorch's backward takes twice the operand's bytes; this one those of four parts.
         few = x.dim() != 4 or len(channel_parts(x.shape[1], x.nbytes, PART // 2)) < 3
-        if few or not x.is_contiguous() or not torch.is_grad_enabled():
+        # For single pixels there is no telling the layouts apart.
+        if few or x.shape[2:].numel() == 1 or x.dtype != torch.float32 or not x.is_contiguous():
+            return original(x)
+        if not torch.is_grad_enabled():
             return original(x)
         return _BatchNorm.apply(x, module.weight, module.bias, module)
 
@@ -167,10 +173,11 @@ class _Relu(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         y = taken(ctx)
-        dx = y if sole_owner(y) else torch.empty_like(y)
+        if dy.stride() != y.stride() or not sole_owner(y):
+            return torch.ops.aten.threshold_backward(dy, y, 0), None
         # Element by element, so that what is written may stand for what is read.
-        torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dx)
-        return dx, None
+        torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=y)
+        return y, None
 
 
 def relu_forward(module: Any) -> Callable[..., Tensor]:

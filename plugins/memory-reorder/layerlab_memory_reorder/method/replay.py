@@ -182,7 +182,6 @@ class _Again(Function):
     ) -> tuple[Any, ...]:
         ctx.part, ctx.fixed, ctx.arrived = part, fixed, arrived
         ctx.set_materialize_grads(False)
-        ctx.set_materialize_grads(False)
         ctx.kept = [each.detach() for each in tensors]
         ctx.versions = [each._version for each in tensors]
         ctx.learning = ctx.needs_input_grad[4:]
