@@ -33,10 +33,6 @@ def peak_allocated(prepare: Callable[[], object], call: Callable[[], object], be
 
     Example:
         >>> import torch
-
-from layerlab.base.arguments import validated
-
-from layerlab.base.arguments import validated
         >>> from layerlab import measure
         >>> x = torch.ones(1000)
         >>> measure.peak_allocated(lambda: None, lambda: (x + x).sum(), [x])

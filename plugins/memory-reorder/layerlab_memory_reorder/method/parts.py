@@ -197,7 +197,9 @@ def normalises(module: Any) -> bool:
 
 
 def sole_owner(x: Tensor) -> bool:
-    """Whether nothing but this tensor holds its memory, so that it may be written over."""
+    """Whether nothing but this tensor holds its memory, so that it may be written over; never where torch, which has no
+    public way to tell, has lost its private one."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
     storage = x.untyped_storage()
     # This tensor's own and the one of the line above.
-    return torch._C._storage_Use_Count(storage._cdata) == 2
+    return count is not None and count(storage._cdata) == 2
