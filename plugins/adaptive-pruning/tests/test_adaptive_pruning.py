@@ -469,3 +469,22 @@ def test_a_latency_that_was_met_by_luck_is_measured_again_and_more_goes_until_it
     share = count(job.run.model) / count(network())
     assert 0.5 < share <= 0.6
     assert job.strategies[0].stages[1]["latency"] == pytest.approx(share)
+
+
+class Slow(Lucky):
+    """Within its limit as long as it searches, and never when it is measured again."""
+
+    name: ClassVar[str] = "slow"
+
+    def latency(self, network: nn.Module, run: Run, rounds: int = ROUNDS) -> float:
+        return 0.75 if rounds > ROUNDS else super().latency(network, run, rounds)
+
+
+def test_a_latency_that_no_second_measurement_confirms_is_out_of_reach(data):
+    job = ready(data, Slow(targets=[{"latency": 0.6}]))
+    job.run.epoch = 2
+    with pytest.warns(LayerlabWarning, match=r"slow: latency 0\.6 at batch 1 is out of reach: .* has 75\.0% of"):
+        job.strategies[0].on_epoch_start(job.run)
+    dense, left = job.strategies[0].stages
+    assert left["parameters"] == dense["parameters"]
+    assert left["latency"] is None
