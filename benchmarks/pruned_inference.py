@@ -27,12 +27,12 @@ from layerlab import build_model
 from layerlab.measure import Turns, machine_name, synchronise
 from layerlab_adaptive_pruning import below, fold, remove_channels, scales
 from layerlab_adaptive_pruning.analysis import multiply_accumulates
-from layerlab_adaptive_pruning.method.pruning import count, search
+from layerlab_adaptive_pruning.method.pruning import confirmed, count, search
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PEER = "network slimming"
 # Turns in which each trial of the search for a latency is measured.
-TRIAL = 7
+TRIAL = 5
 
 
 def uneven(depth: int) -> nn.Module:
@@ -70,12 +70,16 @@ def by_latency(network: nn.Module, images: torch.Tensor, share: float, x: torch.
     """Pruned to a share of the latency with these images, both folded."""
     dense = fold(network)
 
-    def cost(level: float) -> float:
-        turns = by_turns({"dense": dense, "pruned": fold(pruned(network, images, level)).to(x.device)}, x, TRIAL, clock)
+    def cost(level: float, rounds: int = TRIAL) -> float:
+        timed = {"dense": dense, "pruned": fold(pruned(network, images, level)).to(x.device)}
+        turns = by_turns(timed, x, rounds, clock)
         return turns["pruned"].ratio(turns["dense"])[0]
 
     dense.to(x.device)
-    return pruned(network, images, search(cost, levels(network), share, f"latency {share:g}", "latency")[0])
+    wanted, tried = f"latency {share:g}", levels(network)
+    level = search(cost, tried, share, wanted, "latency")[0]
+    level, _ = confirmed(lambda level: cost(level, 3 * TRIAL), tried[tried.index(level) :], share, wanted)
+    return pruned(network, images, level)
 
 
 def slimmed(network: nn.Module, images: torch.Tensor, share: float) -> nn.Module:

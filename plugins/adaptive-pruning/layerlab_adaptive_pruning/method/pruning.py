@@ -205,7 +205,7 @@ class Pruning(Strategy):
             except OutOfReach as error:
                 # An error would throw away the training so far, whose settings can no longer be changed.
                 warnings.warn(f"{error} It stays as it is at this pruning.", LayerlabWarning, stacklevel=2)
-                threshold, self._latency = math.nan, None
+                threshold = math.nan
             else:
                 run.restructure(network, replaced)
             self._note(run, run.epoch - 1, threshold, small)
@@ -273,25 +273,16 @@ class Pruning(Strategy):
         level, reached, above = search(
             lambda level: self.cost(trial(copy.deepcopy(network), level), run, goal), levels, limit, wanted, counted)
         if goal in MEASURED:
-            return self._confirmed(run, levels[levels.index(level) :], limit, wanted, trial)
+            level, self._latency = confirmed(
+                lambda level: self.latency(trial(copy.deepcopy(network), level), run, CONFIRMING),
+                levels[levels.index(level) :], limit, wanted)
+            return level
         if reached < limit * (1 - OVERSHOT):
             missed = f", and pruning any less leaves {above:.1%}" if math.isfinite(above) else ""
             warnings.warn(f"{wanted} allows {limit:.1%} of the first network's {counted}; {reached:.1%} are left"
                           f"{missed}, because whole layers, or a channel of every "
                           "group, go at one step.", LayerlabWarning, stacklevel=2)
         return level
-
-    def _confirmed(self, run: Run, levels: list[float], limit: float, wanted: str,
-                   trial: Callable[[fx.GraphModule, float], fx.GraphModule]) -> float:
-        """The first of the levels from the one that was found on, in steps, whose latency is within its limit when it
-        is measured again for longer."""
-        assert isinstance(run.model, fx.GraphModule)
-        step = max(1, len(levels) // 50)
-        for level in [*levels[:-1:step], levels[-1]]:
-            self._latency = self.latency(trial(copy.deepcopy(run.model), level), run, CONFIRMING)
-            if self._latency <= limit:
-                return level
-        raise out_of_reach(wanted, self._latency, limit, "latency")
 
     def limit(self, target: Target) -> tuple[str, float]:
         """A target as (goal, the most that `cost` may be)."""
@@ -421,6 +412,24 @@ def search(cost: Callable[[float], float], levels: list[float], limit: float, wa
         else:
             low, above = middle, value
     return levels[high], reached, above
+
+
+def confirmed(latency: Callable[[float], float], levels: list[float], limit: float, wanted: str) -> tuple[float, float]:
+    """The first of ascending levels, in steps, whose latency is within its limit; for levels from the one on that a
+    search found, and a latency that is measured for longer than the search's.
+
+    Returns:
+        (the level, its latency).
+
+    Raises:
+        OutOfReach: none is.
+    """
+    step = max(1, len(levels) // 50)
+    for level in [*levels[:-1:step], levels[-1]]:
+        reached = latency(level)
+        if reached <= limit:
+            return level, reached
+    raise out_of_reach(wanted, reached, limit, "latency")
 
 
 def latencies(
