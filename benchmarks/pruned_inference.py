@@ -6,12 +6,15 @@ The pre-activation ResNet with random scales in its batch norms, and every secon
 share of its parameters: by adaptive pruning, which removes whole blocks too, and by torch-pruning's network slimming;
 and by adaptive pruning to a share of the dense network's latency at the batch in question. `folded` is the same network
 as `fold` makes it for inference; the peer is measured as it is, and folded alike. The paper's ratio is 1.7 at a share
-of 0.558. Weights do not matter to the time. With `--clock processor` the time is the process's on its processors, which
-a loaded machine disturbs least; one thread is then what it is meant for. glibc maps a tensor of 32 MiB or more anew each
-time, as the trunk has at batch 128, so that page faults take half of the time and whichever network has a channel less
-is ahead: GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184 keeps the memory,
-as an allocator for serving does. `--latency 0` leaves that target out. Compiled, a selection of channels, the batch
-norm behind it and its ReLU are one loop; each network is compiled once a batch size, which takes minutes.
+of 0.558. Weights do not matter to the time.
+
+With `--clock processor` the time is the process's on its processors, which a loaded machine disturbs least; one thread
+is then what it is meant for. glibc maps a tensor of 32 MiB or more anew each time, as the trunk is at batch 128: page
+faults take half of the time, and a network whose trunk has a channel less is ahead. An allocator for serving keeps the
+memory, as glibc does with
+GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184. `--latency 0` leaves that
+target out. Compiled, a selection of channels, the batch norm behind it and its ReLU are one loop; each network is
+compiled once a batch size, which takes minutes.
 """
 
 from __future__ import annotations
