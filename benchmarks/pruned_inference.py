@@ -10,8 +10,8 @@ of 0.558. Weights do not matter to the time.
 
 With `--clock processor` the time is the process's on its processors, which a loaded machine disturbs least; one thread
 is then what it is meant for. glibc maps a tensor of 32 MiB or more anew each time, as the trunk is at batch 128: page
-faults take up to half of the time, and a network whose trunk has a channel less is ahead. An allocator for serving keeps the
-memory, as glibc does with
+faults take up to half of the time, and a network whose trunk has a channel less is ahead. An allocator for serving
+keeps the memory, as glibc does with
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184. `--latency 0` leaves that
 target out. Compiled, a selection of channels, the batch norm behind it and its ReLU are one loop; each network is
 compiled once a batch size, which takes minutes.
