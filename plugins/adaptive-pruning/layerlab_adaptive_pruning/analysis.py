@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerlab import Comparison, Dataset, Estimate, FitResult, build_model, evaluate
+from layerlab_adaptive_pruning.method.folding import fold
 from layerlab_adaptive_pruning.method.outcome import BRIDGES
 from layerlab_adaptive_pruning.method.peers import NetworkSlimming, TorchPruning
 from layerlab_adaptive_pruning.method.pruning import Pruning, blocks_removed, count, latencies
@@ -227,7 +228,8 @@ def speeds(table: pd.DataFrame, network: Callable[[], nn.Module], example: Tenso
            rounds: int) -> pd.DataFrame:
     """`stages` with what a forward pass of each network takes: arithmetic, and measured seconds.
 
-    All networks take turns, so that what slows the machine slows all of them.
+    All networks take turns once they are trained, so that what slows the machine slows all of them; each as `fold`
+    makes it for inference.
 
     Args:
         example: images, of which as many as needed are taken again and again.
@@ -239,11 +241,12 @@ def speeds(table: pd.DataFrame, network: Callable[[], nn.Module], example: Tenso
         than the unpruned network) for each batch N; both for the whole batch.
     """
     table = table.copy()
-    networks = {"dense": network().to(example.device).eval()}
+    networks: dict[str, nn.Module] = {"dense": network().to(example.device).eval()}
     for index, row in table.iterrows():
         if row["structure"] is not None and row["stage"]:
             networks[str(index)] = _built(network, row["structure"]).to(example.device)
         table.loc[index, "MACs"] = multiply_accumulates(networks.get(str(index), networks["dense"]), example[:1])
+    networks = {name: fold(each) for name, each in networks.items()}
     for size in batches:
         images = example.repeat(-(-size // len(example)), 1, 1, 1)[:size].contiguous()
         turns = latencies(networks, images, rounds)

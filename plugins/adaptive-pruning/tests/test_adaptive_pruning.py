@@ -13,7 +13,7 @@ from torch import nn
 from layerlab import LayerlabError, LayerlabWarning, Refused, Run, Strategy, build_model, evaluate, fit, load_dataset
 from layerlab.training.loop import Fit
 from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, TorchPruning, rebuild, structure
-from layerlab_adaptive_pruning.method.pruning import OutOfReach, count, search
+from layerlab_adaptive_pruning.method.pruning import ROUNDS, OutOfReach, count, search
 
 OPTIONS: dict[str, Any] = dict(batch_size=64, lr=0.05)
 
@@ -216,6 +216,8 @@ def test_one_threshold_for_all_layers_meets_the_target(data, target):
     ({"targets": [{"ratio": 0.2, "parameters": 0.5}]}, "one goal"),
     ({"targets": [{"ratio": 1.5}]}, "out of range"),
     ({"targets": [{"speedup": 0.9}]}, "out of range"),
+    ({"targets": [{"latency": 1.2}]}, "out of range"),
+    ({"targets": [{"latency": 0}]}, "out of range"),
     ({"targets": [{"share": 0.9}]}, "targets"),
 ])
 def test_targets_that_make_no_sense_are_refused(settings, message):
@@ -348,7 +350,7 @@ def test_network_slimming_has_one_threshold_and_keeps_the_trunk_and_every_layer(
 
 def test_a_target_out_of_reach_leaves_the_network_as_it_is_and_training_goes_on(data):
     with pytest.raises(OutOfReach, match=r"out of reach: at the least, the network has 40\.0%"):
-        search(lambda level: 1 - level, [0.0, 0.3, 0.6], 0.2, "ratio 0.8")
+        search(lambda level: 1 - level, [0.0, 0.3, 0.6], 0.2, "ratio 0.8", "channels")
     with pytest.warns(LayerlabWarning, match=r"parameters 0\.0001 is out of reach.*stays as it is at this pruning"):
         result = fit(network, data, AdaptivePruning(targets=[{"ratio": 0.2}, {"parameters": 1e-4}], every=1), epochs=3,
                      progress=False, **OPTIONS)
@@ -378,3 +380,111 @@ def test_the_placebo_leaves_as_many_channels_but_others(data, build):
     assert placebo.total("cost/forward_flops") == result.total("cost/forward_flops")
     assert placebo.history[0]["train/loss"] == result.history[0]["train/loss"]
     assert placebo.history[1]["train/loss"] != result.history[1]["train/loss"]
+
+
+# ------------------------------------------------------------------------------- a target in latency
+
+
+class Clock:
+    """A clock that only `Ticking` moves."""
+
+    now = 0.0
+    batches: ClassVar[set[int]] = set()
+
+
+class Ticking(nn.Module):
+    """Takes as long as its input has numbers: it moves the clock and passes its input on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Clock.now += x.numel()
+        if not self.training:
+            Clock.batches.add(len(x))
+        return x * 1.0
+
+
+def timed() -> nn.Module:
+    """Two convolutions, the time of each as long as its output; their scales are of all sizes."""
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU(), Ticking(), nn.Conv2d(40, 40, 1),
+                          nn.BatchNorm2d(40), nn.ReLU(), Ticking(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(40, 10))
+    with torch.no_grad():
+        for norm in norms(model).values():
+            norm.weight.copy_(0.1 + 0.9 * torch.rand(40))
+    return model
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: Clock.now)
+    Clock.batches.clear()
+    return Clock
+
+
+@pytest.mark.parametrize("kind", [AdaptivePruning, NetworkSlimming])
+@pytest.mark.parametrize(("target", "limit"), [({"latency": 0.55}, 0.55), ({"speedup": 2.5}, 0.4)])
+def test_a_target_in_latency_is_met_at_the_batch_that_the_user_names(data, clock, kind, target, limit):
+    job = Fit(timed, data, kind(targets=[target], speed_batch=7), epochs=2, **OPTIONS)
+    job.train_epoch()
+    before = {name: norm.weight.detach().clone() for name, norm in norms(job.run.model).items()}
+    job.run.epoch = 2
+    clock.batches.clear()
+    job.strategies[0].on_epoch_start(job.run)
+    stage = job.strategies[0].stages[1]
+    left = {name: norm.weight.detach() for name, norm in norms(job.run.model).items()}
+    share = sum(map(len, left.values())) / 80  # both outputs have as many pixels
+    assert limit - 0.03 < share <= limit
+    assert stage["latency"] == pytest.approx(share)
+    assert 7 in clock.batches
+    # Which channels go is still decided by one threshold for all layers.
+    assert all(torch.equal(left[name], weight[weight.abs() > stage["threshold"]]) for name, weight in before.items())
+
+
+def test_a_latency_is_written_into_the_history_and_out_of_reach_is_one_sentence(data, clock):
+    strategy = AdaptivePruning(targets=[{"latency": 0.7}, {"latency": 0.001}], every=1)
+    said = (r"latency 0\.001 at batch 1 is out of reach: at the least, the network has \d\.\d% of the first one's "
+            r"latency, and 0\.1% is wanted; ask for less, or .* wider network\. It stays as it is at this pruning")
+    with pytest.warns(LayerlabWarning, match=said):
+        result = fit(timed, data, strategy, epochs=3, progress=False, **OPTIONS)
+    dense, pruned, left = result.strategies[0].stages
+    assert 0.65 < pruned["latency"] <= 0.7
+    assert dense["latency"] is left["latency"] is None
+    assert left["parameters"] == pruned["parameters"] < dense["parameters"]
+    assert result.history[1]["adaptive-pruning/latency"] == pruned["latency"]
+
+
+class Lucky(AdaptivePruning):
+    """Measures too little while it searches, as a single measurement among many does, and right in the end."""
+
+    name: ClassVar[str] = "lucky"
+
+    def latency(self, network: nn.Module, run: Run, rounds: int = ROUNDS) -> float:
+        right = count(network) / self.stages[0]["parameters"]
+        return right if rounds > ROUNDS else 0.8 * right
+
+
+def test_a_latency_that_was_met_by_luck_is_measured_again_and_more_goes_until_it_holds(data):
+    job = ready(data, Lucky(targets=[{"latency": 0.6}]))
+    job.run.epoch = 2
+    job.strategies[0].on_epoch_start(job.run)
+    share = count(job.run.model) / count(network())
+    assert 0.5 < share <= 0.6
+    assert job.strategies[0].stages[1]["latency"] == pytest.approx(share)
+
+
+class Slow(Lucky):
+    """Within its limit as long as it searches, and never when it is measured again."""
+
+    name: ClassVar[str] = "slow"
+
+    def latency(self, network: nn.Module, run: Run, rounds: int = ROUNDS) -> float:
+        return 0.75 if rounds > ROUNDS else super().latency(network, run, rounds)
+
+
+def test_a_latency_that_no_second_measurement_confirms_is_out_of_reach(data):
+    job = ready(data, Slow(targets=[{"latency": 0.6}]))
+    job.run.epoch = 2
+    with pytest.warns(LayerlabWarning, match=r"slow: latency 0\.6 at batch 1 is out of reach: .* has 75\.0% of"):
+        job.strategies[0].on_epoch_start(job.run)
+    dense, left = job.strategies[0].stages
+    assert left["parameters"] == dense["parameters"]
+    assert left["latency"] is None

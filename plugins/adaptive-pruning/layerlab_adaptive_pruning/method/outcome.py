@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerlab import build_model
+from layerlab_adaptive_pruning.method.folding import fold
 from layerlab_adaptive_pruning.method.pruning import count
 from layerlab_adaptive_pruning.method.structure import rebuild, structure
 from layerlab_adaptive_pruning.method.surgery import Bridge, remove_channels, scales
@@ -53,7 +53,7 @@ def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) ->
 
     Returns:
         A row a network: `parameters`, `left`, `convolutions`, `convolutions left`, `difference` (largest, of the
-        logits, over their largest), `seconds` that it took.
+        logits, over their largest).
     """
     rows = []
     generator = torch.Generator().manual_seed(0)
@@ -75,14 +75,12 @@ def exactness(names: Sequence[str], image_size: int = 32, share: float = 0.4) ->
                 dead[path] = gone.nonzero().flatten().tolist()
         with torch.no_grad():
             before, size, layers = network(images), count(network), _convolutions(network)
-            start = time.perf_counter()
             cut, _ = remove_channels(network, images, dead)
-            seconds = time.perf_counter() - start
             difference = float((cut(images) - before).abs().max() / before.abs().max())
         rows.append({"network": name, "parameters": size, "left": count(cut), "convolutions": layers,
-                     "convolutions left": _convolutions(cut), "difference": difference, "seconds": seconds})
+                     "convolutions left": _convolutions(cut), "difference": difference})
     return pd.DataFrame(rows, columns=[
-        "network", "parameters", "left", "convolutions", "convolutions left", "difference", "seconds",
+        "network", "parameters", "left", "convolutions", "convolutions left", "difference",
     ]).set_index("network")
 
 
@@ -91,7 +89,7 @@ def _convolutions(network: nn.Module) -> int:
 
 
 def deployed(model: Any, network: Callable[[], nn.Module], example: Tensor, folder: Path) -> pd.DataFrame:
-    """Save what comes out of a fit, build it again without pickle, export it, and hold each against the network.
+    """Save what comes out of a fit, build it again without pickle, fold and export it; hold each against the network.
 
     Args:
         model: the pruned network.
@@ -113,11 +111,11 @@ def deployed(model: Any, network: Callable[[], nn.Module], example: Tensor, fold
     again = rebuild(network(), json.loads((folder / "pruned.json").read_text()))
     again.load_state_dict(torch.load(folder / "pruned.pt", weights_only=True))
     exported = torch.export.export(model, (images,))
-    stream = io.BytesIO()
-    torch.export.save(exported, stream)
+    folded = torch.export.export(fold(model), (images,))
     with torch.no_grad():
         forms = {"weights and structure": (again.eval()(images), _bytes(folder, "pruned.pt", "pruned.json")),
-                 "torch.export": (exported.module()(images), len(stream.getvalue()))}
+                 "torch.export": (exported.module()(images), _size(exported)),
+                 "folded, torch.export": (folded.module()(images), _size(folded))}
     try:
         import onnxruntime
 
@@ -130,6 +128,13 @@ def deployed(model: Any, network: Callable[[], nn.Module], example: Tensor, fold
     return pd.DataFrame(
         {name: {"bytes": size, "difference": float((out - logits).abs().max())} for name, (out, size) in forms.items()}
     ).T
+
+
+def _size(exported: torch.export.ExportedProgram) -> int:
+    """Bytes of the file that a network is exported to."""
+    stream = io.BytesIO()
+    torch.export.save(exported, stream)
+    return len(stream.getvalue())
 
 
 def _bytes(folder: Path, *names: str) -> int:

@@ -78,7 +78,7 @@ class TorchPruning(Pruning):
             Refused: a target is a threshold on |γ|, which these pruners do not have.
         """
         if any("threshold" in target for target in self.targets):
-            raise Refused(f"{self.name} has no threshold of its own; give ratio, parameters or speedup.")
+            raise Refused(f"{self.name} has no threshold of its own; give ratio, parameters, latency or speedup.")
         self._regularizer = None
         super().on_fit_start(run)
 

@@ -27,6 +27,7 @@ from layerlab import (
     first_line,
     measure,
 )
+from layerlab_adaptive_pruning.method.folding import fold
 from layerlab_adaptive_pruning.method.groups import in_groups
 from layerlab_adaptive_pruning.method.structure import name_of, rebuild, structure, trace
 from layerlab_adaptive_pruning.method.surgery import scales
@@ -37,6 +38,10 @@ OVERSHOT = 0.02
 """A pruning that ends further under its target than this share of it says so."""
 SMALL = 0.01
 """|γ| below this counts as having gone to zero."""
+ROUNDS = 15
+"""Turns in which a trial's latency is measured during a search."""
+CONFIRMING = 3 * ROUNDS
+"""Turns in which the network that was found is measured again: of many trials, one may be within its limit by luck."""
 
 
 class OutOfReach(LayerlabError):
@@ -45,16 +50,20 @@ class OutOfReach(LayerlabError):
 
 def _one_goal(target: dict[str, float]) -> dict[str, float]:
     if len(target) != 1:
-        raise ValueError("a target has one goal: threshold, ratio, parameters or speedup")
+        raise ValueError("a target has one goal: threshold, ratio, parameters, latency or speedup")
     ((goal, value),) = target.items()
-    if value < 0 or (goal == "ratio" and value >= 1) or (goal == "speedup" and value <= 1):
+    inside = {"ratio": value < 1, "latency": 0 < value < 1, "speedup": value > 1}
+    if value < 0 or not inside.get(goal, True):
         raise ValueError(f"{goal} = {value:g} is out of range")
     return target
 
 
 Target = Annotated[
-    dict[Literal["threshold", "ratio", "parameters", "speedup"], float], AfterValidator(_one_goal)
+    dict[Literal["threshold", "ratio", "parameters", "latency", "speedup"], float], AfterValidator(_one_goal)
 ]
+
+MEASURED = {"latency", "speedup"}
+"""Goals that are times."""
 
 
 def count(network: nn.Module) -> int:
@@ -84,22 +93,25 @@ class Pruning(Strategy):
     targets: tuple[Target, ...] = ({"ratio": 0.2}, {"ratio": 0.4})
     """One a pruning, of what the network is to have become by then. `{"threshold": 0.01}`: channels with |γ| up to it
     go; `{"ratio": 0.4}`: that share of all batch norm channels is gone; `{"parameters": 950000}`: at most so many are
-    left, or this share of them for a value up to 1; `{"speedup": 1.7}`: so many times faster, measured on this
-    device."""
+    left, or this share of them for a value up to 1; `{"latency": 0.6}`: a forward pass takes at most this share of the
+    first network's time, both as `fold` makes them, measured by turns on this device; `{"speedup": 1.7}`: so many times
+    faster, which is the inverse of `latency`."""
     every: int | None = Field(None, ge=1)
     """Epochs from one pruning to the next, and before the first. Default: so that all stages are equally long."""
     speed_batch: int = Field(1, ge=1)
-    """Images a batch when speed is measured for the goal `speedup`."""
+    """Images a batch when time is measured for the goals `latency` and `speedup`."""
 
     _stages: list[dict[str, Any]] = PrivateAttr(default_factory=list)
     _dense: Any = PrivateAttr(None)
+    _latency: float | None = PrivateAttr(None)
 
     @property
     def stages(self) -> list[dict[str, Any]]:
         """One row a pruning and one before the first: `epoch` after which it was, `parameters`, `channels` (path of a
         batch norm → how many are left of its channels; 0 when it is gone), `threshold` on |γ| (torch-pruning: the
         share of channels asked for; not a number where the target was out of reach and nothing was pruned), `small`
-        (share of |γ| below 0.01 just before), and the network's `structure`, for `rebuild`."""
+        (share of |γ| below 0.01 just before), `latency` (as a share of the first network's, None where it was no
+        goal), and the network's `structure`, for `rebuild`."""
         return self._stages
 
     def preflight(self, network: nn.Module, example: torch.Tensor) -> Preflight:
@@ -159,15 +171,16 @@ class Pruning(Strategy):
             Refused: it cannot be traced, or the epochs are too few for the prunings.
         """
         network = trace(run.model)
-        self._stages = []
+        self._stages, self._latency = [], None
         if self.targets and self._length(run) * len(self.targets) >= run.epochs:
             raise Refused(
                 f"{self.name}: {len(self.targets)} prunings, one every {self._length(run)} epochs, leave no epoch of "
                 f"{run.epochs} after the last; train longer or prune less often."
             )
         run.restructure(network)
-        # The speed of the network as it was is measured anew at each pruning, by turns with the pruned one's.
-        self._dense = copy.deepcopy(network) if any("speedup" in target for target in self.targets) else None
+        # The time of the network as it was is measured anew at each pruning, by turns with the pruned one's.
+        timed = any(MEASURED & set(target) for target in self.targets)
+        self._dense = fold(network) if timed else None
         self._note(run, 0, 0.0, 0.0)
 
     @abstractmethod
@@ -186,6 +199,7 @@ class Pruning(Strategy):
         if done < len(self.targets) and run.epoch == self._length(run) * (done + 1) + 1:
             found = torch.cat([torch.ones(0), *(scale.cpu() for scale in scales(run.model).values())])
             small = float((found < SMALL).float().mean()) if len(found) else 0.0
+            self._latency = None
             try:
                 network, replaced, threshold = self.prune(run, self.targets[done])
             except OutOfReach as error:
@@ -197,6 +211,8 @@ class Pruning(Strategy):
             self._note(run, run.epoch - 1, threshold, small)
             run.log(f"{self.name}/small_scales", small)
         run.log(f"{self.name}/parameters", count(run.model))
+        if self._stages[-1].get("latency") is not None:
+            run.log(f"{self.name}/latency", self._stages[-1]["latency"])
         run.log(f"{self.name}/channels", sum(channels(run.model).values()))
         run.log(f"{self.name}/blocks_removed", blocks_removed(self._stages[-1]["channels"]))
         run.log(f"{self.name}/convolutions", sum(isinstance(each, nn.Conv2d) for each in run.model.modules()))
@@ -224,13 +240,17 @@ class Pruning(Strategy):
         """
 
     def cost(self, network: nn.Module, run: Run, goal: str) -> float:
-        """What a goal limits: channels or parameters, as shares of the first network's, or seconds."""
+        """What a goal limits, as a share of the first network's: channels, parameters, or latency."""
         if goal == "ratio":
             return sum(channels(network).values()) / sum(self._stages[0]["channels"].values())
         if goal == "parameters":
             return count(network) / self._stages[0]["parameters"]
+        return self.latency(network, run)
+
+    def latency(self, network: nn.Module, run: Run, rounds: int = ROUNDS) -> float:
+        """Time of a forward pass of `speed_batch` images, as a share of the first network's; both folded, by turns."""
         images = run.example[:1].expand(self.speed_batch, *run.example.shape[1:]).contiguous()
-        turns = latencies({"dense": self._dense, "pruned": network}, images, rounds=15)
+        turns = latencies({"dense": self._dense, "pruned": fold(network)}, images, rounds)
         return turns["pruned"].ratio(turns["dense"])[0]
 
     def found(self, run: Run, target: Target, levels: list[float],
@@ -246,13 +266,19 @@ class Pruning(Strategy):
         """
         goal, limit = self.limit(target)
         wanted = f"{self.name}: {goal} {next(iter(target.values())):g}"
+        wanted += f" at batch {self.speed_batch}" if goal in MEASURED else ""
+        counted = {"ratio": "channels", "parameters": "parameters"}.get(goal, "latency")
         assert isinstance(run.model, fx.GraphModule)
         network = run.model
         level, reached, above = search(
-            lambda level: self.cost(trial(copy.deepcopy(network), level), run, goal), levels, limit, wanted)
-        if goal != "speedup" and reached < limit * (1 - OVERSHOT):
+            lambda level: self.cost(trial(copy.deepcopy(network), level), run, goal), levels, limit, wanted, counted)
+        if goal in MEASURED:
+            level, self._latency = confirmed(
+                lambda level: self.latency(trial(copy.deepcopy(network), level), run, CONFIRMING),
+                levels[levels.index(level) :], limit, wanted)
+            return level
+        if reached < limit * (1 - OVERSHOT):
             missed = f", and pruning any less leaves {above:.1%}" if math.isfinite(above) else ""
-            counted = "channels" if goal == "ratio" else goal
             warnings.warn(f"{wanted} allows {limit:.1%} of the first network's {counted}; {reached:.1%} are left"
                           f"{missed}, because whole layers, or a channel of every "
                           "group, go at one step.", LayerlabWarning, stacklevel=2)
@@ -277,6 +303,7 @@ class Pruning(Strategy):
         first = self._stages[0]["channels"] if self._stages else left
         self._stages.append({
             "epoch": epoch, "parameters": count(run.model), "threshold": threshold, "small": small,
+            "latency": self._latency,
             "channels": {path: left.get(path, 0) for path in first}, "structure": structure(traced),
         })
 
@@ -336,12 +363,25 @@ def blocks_removed(left: Mapping[str, int]) -> int:
     return sum(count == 0 for owner, count in owners.items() if owner)
 
 
-def search(cost: Callable[[float], float], levels: list[float], limit: float,
-           wanted: str) -> tuple[float, float, float]:
+def out_of_reach(wanted: str, least: float, limit: float, counted: str) -> OutOfReach:
+    """The error that says how far pruning comes, and what to do."""
+    return OutOfReach(f"{wanted} is out of reach: at the least, the network has {least:.1%} of the first one's "
+                      f"{counted}, and {limit:.1%} is wanted; ask for less, or start from a wider network.")
+
+
+def search(cost: Callable[[float], float], levels: list[float], limit: float, wanted: str,
+           counted: str) -> tuple[float, float, float]:
     """The first of ascending levels, or one close to it, at which the cost is within its limit.
 
     In eighths of the levels from below, since torch-pruning's cost rises again where whole layers would go, which it
     then keeps. Then by interpolation and by halves in turn: each trial cuts a copy of the network.
+
+    Args:
+        cost: of a level.
+        levels: ascending.
+        limit: of the cost.
+        wanted: names the target in an error.
+        counted: names in an error what the cost is a share of.
 
     Returns:
         (the level, its cost, the cost of the highest level below it that was tried; NaN if there was none).
@@ -358,8 +398,7 @@ def search(cost: Callable[[float], float], levels: list[float], limit: float,
             break
         low, above = high, reached
     else:
-        raise OutOfReach(f"{wanted} is out of reach: at the least, the network has {least:.1%} of what it had, and "
-                         f"{limit:.1%} is wanted.")
+        raise out_of_reach(wanted, least, limit, counted)
     halve = False
     while high - low > 1 and reached < limit * (1 - CLOSE):
         middle = (low + high) // 2
@@ -375,7 +414,27 @@ def search(cost: Callable[[float], float], levels: list[float], limit: float,
     return levels[high], reached, above
 
 
-def latencies(networks: dict[str, nn.Module], images: torch.Tensor, rounds: int = 15) -> dict[str, measure.Turns]:
+def confirmed(latency: Callable[[float], float], levels: list[float], limit: float, wanted: str) -> tuple[float, float]:
+    """The first of ascending levels, in steps, whose latency is within its limit; for levels from the one on that a
+    search found, and a latency that is measured for longer than the search's.
+
+    Returns:
+        (the level, its latency).
+
+    Raises:
+        OutOfReach: none is.
+    """
+    step = max(1, len(levels) // 50)
+    for level in [*levels[:-1:step], levels[-1]]:
+        reached = latency(level)
+        if reached <= limit:
+            return level, reached
+    raise out_of_reach(wanted, reached, limit, "latency")
+
+
+def latencies(
+    networks: Mapping[str, nn.Module], images: torch.Tensor, rounds: int = ROUNDS
+) -> dict[str, measure.Turns]:
     """Seconds of one forward pass of each network in evaluation mode, by turns; the modes stay as they are."""
     modes = {module: module.training for network in networks.values() for module in network.modules()}
     for network in networks.values():

@@ -60,8 +60,17 @@ class Shift(nn.Module):
         return x + self.bias.view(1, -1, 1, 1)
 
 
-_FRESH = (nn.Conv2d, nn.Linear, _BatchNorm, Shift)
-"""Layers whose output is a tensor of its own, on which an activation may work in place."""
+class Sum(nn.Module):
+    """The sum of two tensors, written over the first, which nothing else reads: a large one is not allocated anew."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) of any shapes that can be added → their sum."""
+        alike = x.shape == y.shape and x.dtype == y.dtype
+        return x.add_(y) if alike else x + y
+
+
+FRESH = (nn.Conv2d, nn.Linear, _BatchNorm, Shift, Select, Sum)
+"""Layers whose output is a tensor of its own, over which its only reader may write."""
 
 
 class _Tracer(fx.Tracer):
@@ -151,7 +160,13 @@ def structure(network: fx.GraphModule) -> dict[str, Any]:
     Returns:
         `format`; `edits`, in order: what was taken out of the graph and put into it; `modules`: the attributes of
         every layer that has changed its shape. With the network's `state_dict` it is all that `rebuild` needs.
+
+    Raises:
+        LayerlabError: it is no traced network, or one that was folded.
     """
+    if "edits" not in getattr(network, "meta", {}):
+        raise LayerlabError(f"{name_of(network)} has no structure to keep: only what pruning or `trace` returns has "
+                            "one. Keep the structure of the pruned network, and fold that after `rebuild`.")
     original = network.meta["original"]
     changed = {path: shape for path, shape in _shapes(network).items() if original.get(path) != shape}
     return {"format": _FORMAT, "edits": copy.deepcopy(network.meta["edits"]), "modules": changed}
@@ -208,7 +223,7 @@ def _work_in_place(network: fx.GraphModule) -> None:
         for module in {layer(network, call) for call in calls}:
             module.inplace = all(
                 len(source(call).users) == 1
-                and (isinstance(layer(network, source(call)), _FRESH) or source(call).target is operator.add)
+                and (isinstance(layer(network, source(call)), FRESH) or source(call).target is operator.add)
                 for call in calls
             )
 

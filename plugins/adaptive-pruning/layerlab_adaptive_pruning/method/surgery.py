@@ -393,7 +393,7 @@ def _thin(
             norm = at
         elif isinstance(module, _POOLINGS) and conv1.stride == (1, 1):
             continue  # stays, in front of the new convolution
-        elif not (isinstance(module, _ACTIVATIONS) or at.target in _FUNCTIONS):
+        elif not (isinstance(module, _ACTIVATIONS) or (module is None and at.target in _FUNCTIONS)):
             break
         between.append(at)
     return None
