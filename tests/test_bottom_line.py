@@ -102,7 +102,7 @@ def test_a_cost_without_a_claim_comes_from_the_comparison_of_the_same_data():
             Against(comparison="mnist-small", arm="fake", seeds=3, measured={"time": (3.0, 0.01)}),
             Against(comparison="cifar10-small", arm="other", seeds=3, measured={"time": (2.0, 0.01)})]
     text = bottom_line(paper(costs={"time": ""}), [Outcome([row("gain", [0.0, 0.0])], arms=arms)])
-    assert "the same accuracy; 5 ± 1 % more training time than without it;" in text
+    assert "the same accuracy; against training without it 5 ± 1 % more training time;" in text
 
 
 def test_what_a_gate_closes_settles_nothing_and_says_why():

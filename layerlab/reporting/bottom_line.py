@@ -65,7 +65,7 @@ def said(found: Finding) -> str:
         parts.append(_accuracy(found.points))
     text = f"{headline.method} against {headline.against}: {_listed(parts)}"
     if found.beside:
-        text += f"; {_listed([_saved(cost, share) for cost, share in found.beside.items()])} than without it"
+        text += f"; against training without it {_listed([_saved(*each) for each in found.beside.items()])}"
     if found.equal:
         text += f"; {over(found.equal.points, EQUAL)}"
     elif found.points is not None and {"time", "compute"} & {*found.costs, *found.beside}:
