@@ -112,6 +112,18 @@ def test_what_a_gate_closes_settles_nothing_and_says_why():
         "that the baseline trains.")
 
 
+def test_a_cost_whose_own_gate_is_closed_is_no_saving():
+    closed = {"verdict": "not tested", "reason": "nothing shows that the method acts"}
+    runs = [Outcome([row("gain", LOST), row("saving", SAVED).model_copy(update=closed)])]
+    assert bottom_line(paper(), runs).startswith(
+        "Fake against plain training: 5.0 ± 1.2 points less accuracy; nothing is settled of training time (nothing "
+        "shows that the method acts); ")
+    assert not finding(paper(), runs).costs
+    # A gate that closes everything is said once.
+    runs = [Outcome([each.model_copy(update=closed) for each in (row("gain", LOST), row("saving", SAVED))])]
+    assert bottom_line(paper(), runs).count("nothing shows that the method acts") == 1
+
+
 def test_under_the_paper_s_conditions_the_verdict_is_said():
     run = Outcome([row("gain", [2.9, 3.0, 3.1], conditions=CONDITIONS)])
     assert bottom_line(paper(), [run]).endswith("; reproduced under the paper's conditions (imagenet with large, 3 "

@@ -64,6 +64,8 @@ def said(found: Finding) -> str:
     if found.points is not None:
         parts.append(_accuracy(found.points))
     text = f"{headline.method} against {headline.against}: {_listed(parts)}"
+    for cost, reason in found.unsettled.items():
+        text += f"; nothing is settled of {NOUNS[cost]} ({reason})"
     if found.beside:
         text += f"; against training without it {_listed([_saved(*each) for each in found.beside.items()])}"
     if found.equal:

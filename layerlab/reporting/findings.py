@@ -64,6 +64,7 @@ class Finding:
         anchor: the row whose run and data the numbers are of; None where nothing was measured.
         points: of accuracy that the method is above what is used without it; None where it was not measured.
         costs: cost → its share of what it is without the method.
+        unsettled: cost → why its claim says nothing, which a gate of its own closes.
         beside: the same of costs without a claim, against training without the method.
         equal: plain training of the same cost; None where it was not compared.
         placebo: the method's placebo; None where it has none, or was not compared.
@@ -73,6 +74,7 @@ class Finding:
     anchor: ClaimResult | None = None
     points: Interval | None = None
     costs: dict[Cost, Interval] = field(default_factory=dict)
+    unsettled: dict[Cost, str] = field(default_factory=dict)
     beside: dict[Cost, Interval] = field(default_factory=dict)
     equal: Companion | None = None
     placebo: Companion | None = None
@@ -129,8 +131,14 @@ def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
     if row := _row(paper, headline.accuracy, anchor, run, runs):
         points = _interval(row.values)
     costs: dict[Cost, Interval] = {}
+    unsettled: dict[Cost, str] = {}
     for cost, id in headline.costs.items():
-        if id and (row := _row(paper, id, anchor, run, runs)):
+        if not id or not (row := _row(paper, id, anchor, run, runs)):
+            continue
+        # What closes the anchor's gate as well is said of the whole.
+        if row.verdict == "not tested" and row.reason != anchor.reason:
+            unsettled[cost] = row.reason
+        else:
             costs[cost] = _shares(paper.claim(id), row)
     arm = _arm(run.arms, headline, anchor)
     beside: dict[Cost, Interval] = {}
@@ -138,7 +146,7 @@ def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
         mean, half = arm.measured.get(cost, (None, None)) if arm else (None, None)
         if mean is not None:
             beside[cost] = mean, math.nan if half is None else half
-    return Finding(paper, anchor, points, costs, beside, *_companions(run.pays, headline, anchor))
+    return Finding(paper, anchor, points, costs, unsettled, beside, *_companions(run.pays, headline, anchor))
 
 
 def _nearest(
