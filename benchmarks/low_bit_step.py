@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +18,10 @@ import torch
 from torch import nn
 
 from layerlab import Fit, Strategy, build_model, noise
-from layerlab.measure import Turns, machine_name
+from layerlab.measure import machine_name, time_by_turns
 from layerlab_low_bit import LowBit
 from layerlab_low_bit.method.peers import torchao_networks
 from layerlab_low_bit.method.products import has_units
-
-WARMUP = 3
 
 
 class Task(NamedTuple):
@@ -47,8 +44,8 @@ TASKS: Mapping[str, Task] = {
 
 def steps_of(
     build: Callable[[], nn.Module], strategies: Sequence[Strategy], task: Task, batch: int
-) -> Callable[[], float]:
-    """What trains for a turn and returns the processor time of a step, in seconds."""
+) -> Callable[[], None]:
+    """What trains for a turn."""
     data = noise(batch * task.steps, task.shape, "cpu")
     job = Fit(build, data, strategies, epochs=2, batch_size=batch, lr=1e-3, measure=False)
     job.train_epoch()
@@ -56,17 +53,15 @@ def steps_of(
     run.training_model.train()
     batches = list(run.data.batches(batch, run.generator, torch.float32, run.memory_format))
 
-    def turn() -> float:
-        start = time.process_time()
+    def turn() -> None:
         for x, y in batches:
             run.plain_step(x, y)
             run.step += 1
-        return (time.process_time() - start) / len(batches)
 
     return turn
 
 
-def arms_of(task: Task, batch: int) -> dict[str, Callable[[], float]]:
+def arms_of(task: Task, batch: int) -> dict[str, Callable[[], None]]:
     """Arm → its turn."""
 
     def build() -> nn.Module:
@@ -81,19 +76,13 @@ def arms_of(task: Task, batch: int) -> dict[str, Callable[[], float]]:
 
 def compare(name: str, batch: int, rounds: int) -> None:
     """Print each arm's time over float32's, round by round by turns, with quartiles."""
-    arms = arms_of(TASKS[name], batch)
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(rounds + WARMUP):
-        for arm in arms if turn % 2 == 0 else reversed(arms):
-            taken = arms[arm]()
-            if turn >= WARMUP:
-                seconds[arm].append(taken)
-    turns = {arm: Turns(tuple(values)) for arm, values in seconds.items()}
-    print(f"\n{name}, batch {batch}, {rounds} rounds of {TASKS[name].steps} steps: times float32 (quartiles), "
+    steps = TASKS[name].steps
+    turns = time_by_turns(arms_of(TASKS[name], batch), rounds, clock="processor")
+    print(f"\n{name}, batch {batch}, {rounds} rounds of {steps} steps: times float32 (quartiles), "
           "processor time of a step")
     for arm, of_arm in turns.items():
         middle, low, high = of_arm.ratio(turns["float32"])
-        print(f"{arm:14} {middle:.2f} × ({low:.2f} to {high:.2f})  {of_arm.median * 1e3:9.2f} ms", flush=True)
+        print(f"{arm:14} {middle:.2f} × ({low:.2f} to {high:.2f})  {of_arm.median / steps * 1e3:9.2f} ms", flush=True)
 
 
 def main() -> None:

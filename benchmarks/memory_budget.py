@@ -11,9 +11,7 @@ to PyTorch with its optimizer in backward, by turns, with quartiles, so that oth
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from layerlab import Refused
-from layerlab.measure import machine_name, peak_allocated
+from layerlab.measure import machine_name, peak_allocated, time_by_turns
 from layerlab_memory_reorder.analysis import network
 from layerlab_memory_reorder.method.budget import Planner
 from layerlab_memory_reorder.method.checkpointing import blocks
@@ -52,18 +50,6 @@ def selective(step: Step) -> None:
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of a batch."""
     return F.cross_entropy(model(x), y)
-
-
-def times_by_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Ratios of the process' CPU seconds to the optimizer in backward, round by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds):
-        names = list(steps)
-        for name in names if number % 2 else reversed(names):
-            start = time.process_time()
-            steps[name]()
-            seconds[name].append(time.process_time() - start)
-    return {name: [a / b for a, b in zip(each, seconds[FUSED], strict=True)] for name, each in seconds.items()}
 
 
 def compare(name: str, batch: int, rounds: int) -> None:
@@ -96,11 +82,11 @@ def compare(name: str, batch: int, rounds: int) -> None:
         steps[what] = Step(OURS, model, shape, batch, device="cpu", schedule=choice.schedule)
         peaks[what] = steps[what].peak()
     planning = time.process_time() - start
-    ratios = times_by_turns(dict(steps), rounds)
+    # Each step has run for its peak.
+    turns = time_by_turns(dict(steps), rounds, warmup=0, clock="processor")
     print(f"{name}, {batch} images of {SIZE} pixels; planning {planning:.0f} CPU seconds")
     for arm, step in steps.items():
-        # A single round is its own quartiles.
-        low, middle, high = statistics.quantiles(ratios[arm] if rounds > 1 else 2 * ratios[arm], n=4)
+        middle, low, high = turns[arm].ratio(turns[FUSED])
         budget, forecast = forecasts.get(arm, (0, 0))
         told = f"{budget / 1e6:8.1f}{forecast / 1e6:9.1f}" if budget else " " * 17
         off = f"{100 * (forecast / peaks[arm] - 1):+6.2f}" if budget else " " * 6

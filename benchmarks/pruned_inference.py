@@ -21,21 +21,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Mapping
-from typing import cast
+from functools import partial
+from typing import cast, get_args
 
 import torch
 import torch_pruning
 from torch import nn
 
 from layerlab import build_model
-from layerlab.measure import Turns, machine_name, synchronise
+from layerlab.measure import Clock, Turns, machine_name, time_by_turns
 from layerlab_adaptive_pruning import below, fold, remove_channels, scales
 from layerlab_adaptive_pruning.analysis import multiply_accumulates
 from layerlab_adaptive_pruning.method.pruning import confirmed, count, search
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PEER = "network slimming"
 # Turns in which each trial of the search for a latency is measured.
 TRIAL = 3
@@ -72,7 +71,7 @@ def adaptive(network: nn.Module, images: torch.Tensor, share: float) -> nn.Modul
     return pruned(network, images, found[0])
 
 
-def by_latency(network: nn.Module, images: torch.Tensor, share: float, x: torch.Tensor, clock: str) -> nn.Module:
+def by_latency(network: nn.Module, images: torch.Tensor, share: float, x: torch.Tensor, clock: Clock) -> nn.Module:
     """Pruned to a share of the latency with these images, both folded."""
     dense = fold(network)
 
@@ -104,22 +103,11 @@ def slimmed(network: nn.Module, images: torch.Tensor, share: float) -> nn.Module
     return pruned(search(lambda ratio: count(pruned(ratio)) / whole, ratios, share, PEER, "parameters")[0])
 
 
-def by_turns(networks: Mapping[str, nn.Module], x: torch.Tensor, rounds: int, clock: str) -> dict[str, Turns]:
+def by_turns(networks: Mapping[str, nn.Module], x: torch.Tensor, rounds: int, clock: Clock) -> dict[str, Turns]:
     """Seconds of one forward pass of each network in each round, by the clock of that name."""
-    now = CLOCKS[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
     with torch.inference_mode():
-        for network in networks.values():
-            network(x)
-            network(x)
-        for turn in range(rounds):
-            for name in list(networks)[:: 1 if turn % 2 == 0 else -1]:
-                synchronise(x.device)
-                start = now()
-                networks[name](x)
-                synchronise(x.device)
-                seconds[name].append(now() - start)
-    return {name: Turns(tuple(values)) for name, values in seconds.items()}
+        return time_by_turns({name: partial(network, x) for name, network in networks.items()}, rounds, warmup=2,
+                             device=str(x.device), clock=clock)
 
 
 def spread(turns: Turns, other: Turns) -> str:
@@ -138,7 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--clock", choices=get_args(Clock), default="wall")
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ import nbformat
 import pytest
 import torch
 from pydantic import PrivateAttr
-from torch import nn
+from torch import Tensor, nn
 
 from layerlab import Run, Strategy, forward_order
 
@@ -92,6 +92,21 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Bit for bit."""
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def take_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, update: Callable[[], object] | None = None
+) -> None:
+    """Forward, backward and update of one batch.
+
+    Args:
+        model, optimizer: what learns.
+        x, y: inputs, (batch, …), and labels, (batch,).
+        update: ends the step. Default: the optimizer's own.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(model(x), y).backward()
+    (update or optimizer.step)()
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # Loaded when first asked for, so that what only starts notebooks does not import torch.
 _PUBLIC = {
     "Energy": "measure.clock",
+    "Clock": "measure.clock",
     "Turns": "measure.clock",
     "synchronise": "measure.clock",
     "time_by_turns": "measure.clock",
@@ -25,13 +26,14 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from layerlab.base.provenance import commit, machine_name, versions, versions_text
-    from layerlab.measure.clock import Energy, Turns, synchronise, time_by_turns
+    from layerlab.measure.clock import Clock, Energy, Turns, synchronise, time_by_turns
     from layerlab.measure.cost import LiveBytes, Meter, StepCost
     from layerlab.measure.layers import layer_costs
     from layerlab.measure.peak import peak_allocated
     from layerlab.show.interval import mean_interval
 
 __all__ = [
+    "Clock",
     "Energy",
     "LiveBytes",
     "Meter",

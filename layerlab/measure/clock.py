@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+Clock = Literal["wall", "processor"]
+"""What is counted: seconds that pass, or seconds that this process takes of processors."""
+_CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Turns:
 
 @validated
 def time_by_turns(
-    candidates: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3, device: str = "cpu"
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3, device: str = "cpu",
+    clock: Clock = "wall",
 ) -> dict[str, Turns]:
     """Time several callables in one process, one after the other in each round, in alternating order.
 
@@ -54,8 +61,10 @@ def time_by_turns(
         rounds: measured rounds.
         warmup: unmeasured calls of each beforehand.
         device: waited for before and after each call.
+        clock: `processor` counts what this process takes of processors, which other jobs on the machine disturb least.
     """
     alive.end()
+    now = _CLOCKS[clock]
     place = torch.device(device)
     for call in candidates.values():
         for _ in range(warmup):
@@ -65,10 +74,10 @@ def time_by_turns(
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             synchronise(place)
-            start = time.perf_counter()
+            start = now()
             candidates[name]()
             synchronise(place)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     return {name: Turns(tuple(values)) for name, values in seconds.items()}
 
 

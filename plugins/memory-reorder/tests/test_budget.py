@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import slow
+from helpers import slow, take_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,12 +136,7 @@ def trained(model: nn.Module, schedule: Schedule | None) -> dict[str, Tensor]:
     for _ in range(3):
         x = torch.randn(6, 3, 16, 16, generator=numbers)
         y = torch.randint(0, 10, (6,), generator=numbers)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        if takeover is None:
-            optimizer.step()
-        else:
-            takeover.finish()
+        take_step(model, optimizer, x, y, None if takeover is None else takeover.finish)
     if takeover is not None:
         takeover.detach()
     assert not any("forward" in vars(module) for module in model.modules())
@@ -200,9 +195,7 @@ def heap(kind: type[nn.Module], schedule: Schedule) -> int:
     takeover = Takeover(model, optimizer, x[:2], schedule=schedule)
 
     def step() -> None:
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        takeover.finish()
+        take_step(model, optimizer, x, y, takeover.finish)
 
     with takeover:
         return measure.peak_allocated(step, step, [x, y, *model.parameters(), *model.buffers()])

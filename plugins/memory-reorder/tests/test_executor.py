@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import take_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,12 +64,8 @@ def trained(
     for _ in range(steps):
         x = torch.randn(6, *shape, generator=numbers)
         y = torch.randint(0, 10, (6,), generator=numbers)
-        chosen.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), y).backward()
-        if takeover is None:
-            chosen.step()
-        else:
-            takeover.finish()
+        take_step(model, chosen, x, y, None if takeover is None else takeover.finish)
+        if takeover is not None:
             assert all(p.grad is None for p in model.parameters())
     if takeover is not None:
         takeover.detach()

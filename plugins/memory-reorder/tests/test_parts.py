@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import same_weights, take_step
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerlab import measure
 from layerlab_memory_reorder.method import parts
@@ -41,8 +41,8 @@ def schedule_of(model: nn.Module, by_channels: bool) -> Schedule:
 
 def trained(
     model: nn.Module, x: Tensor, by_channels: bool | None, hold: Callable[[nn.Module], object] = lambda _: None
-) -> tuple[dict[str, Tensor], int]:
-    """The weights after two steps, and the real heap's peak; None is plain PyTorch, its optimizer at the end."""
+) -> tuple[nn.Module, int]:
+    """The network after two steps, and the real heap's peak; None is plain PyTorch, its optimizer at the end."""
     model = copy.deepcopy(model).train()
     hold(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -53,17 +53,19 @@ def trained(
         takeover.attach()
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x), y).backward()
-        if takeover is None:
-            optimizer.step()
-        else:
-            takeover.finish()
+        take_step(model, optimizer, x, y, None if takeover is None else takeover.finish)
 
     peak = measure.peak_allocated(step, step, [x, y, *model.parameters(), *model.buffers()])
     if takeover is not None:
         takeover.detach()
-    return model.state_dict(), peak
+    return model, peak
+
+
+def assert_as_plain_pytorch(model: nn.Module, x: Tensor) -> None:
+    """The weights are plain PyTorch's to the bit where channels are computed in parts."""
+    plain, _ = trained(model, x, None)
+    ours, _ = trained(model, x, True)
+    assert same_weights(plain, ours)
 
 
 def network(*layers: nn.Module, channels: int) -> nn.Module:
@@ -115,8 +117,7 @@ def test_by_channels_the_weights_are_plain_pytorchs_from_less_memory(case):
     plain, _ = trained(model, x, None)
     _, whole = trained(model, x, False)
     ours, peak = trained(model, x, True)
-    for name, value in plain.items():
-        assert torch.equal(value, ours[name]), name
+    assert same_weights(plain, ours)
     # Channels that are no whole blocks, and groups, are left as they are; the sums' peak is the forward pass'.
     assert peak == whole if case in ("odd", "sums") else peak < whole
 
@@ -140,8 +141,7 @@ def test_what_somebody_else_holds_is_not_written_over(case, layer):
     assert len(held) > 1
     for kept, before in held:
         assert torch.equal(kept, before)
-    for name, value in plain.items():
-        assert torch.equal(value, ours[name]), name
+    assert same_weights(plain, ours)
 
 
 class Added(nn.Module):
@@ -211,11 +211,7 @@ class Saving(nn.Module):
 @pytest.mark.parametrize("kind", [Turned, Saving])
 def test_other_layouts_and_operands_that_are_needed_are_left_alone(kind):
     torch.manual_seed(1)
-    model, x = kind(), torch.randn(16, 8, 32, 32, generator=torch.Generator().manual_seed(2))
-    plain, _ = trained(model, x, None)
-    ours, _ = trained(model, x, True)
-    for name, value in plain.items():
-        assert torch.equal(value, ours[name]), name
+    assert_as_plain_pytorch(kind(), torch.randn(16, 8, 32, 32, generator=torch.Generator().manual_seed(2)))
 
 
 def test_statistics_that_are_off_or_frozen_batch_norms_come_out_as_plain_pytorchs():
@@ -224,10 +220,7 @@ def test_statistics_that_are_off_or_frozen_batch_norms_come_out_as_plain_pytorch
     model = copy.deepcopy(model)
     model[1] = nn.BatchNorm2d(112, track_running_stats=False)
     model[1].weight.requires_grad_(False)
-    plain, _ = trained(model, x, None)
-    ours, _ = trained(model, x, True)
-    for name, value in plain.items():
-        assert torch.equal(value, ours[name]), name
+    assert_as_plain_pytorch(model, x)
 
 
 def test_a_choice_is_restored_with_its_parts():
