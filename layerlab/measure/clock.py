@@ -24,7 +24,6 @@ def synchronise(device: torch.device) -> None:
 
 Clock = Literal["wall", "processor"]
 """What is counted: seconds that pass, or seconds that this process takes of processors."""
-_CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def time_by_turns(
         clock: `processor` counts what this process takes of processors, which other jobs on the machine disturb least.
     """
     alive.end()
-    now = _CLOCKS[clock]
+    now = time.process_time if clock == "processor" else time.perf_counter
     place = torch.device(device)
     for call in candidates.values():
         for _ in range(warmup):
