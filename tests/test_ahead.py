@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+import warnings
 
 import pytest
 from helpers import Freezer, same_weights, slow
 
 from layerlab import LayerlabError, LayerlabWarning, Run, compare
+from layerlab.training.ahead import Ahead
 
 QUICK = dict(batch_size=256, progress=False)
 
@@ -49,6 +52,22 @@ def test_a_seed_is_trained_in_a_process_of_its_own(digits, residual, tmp_path):
     assert len(list(built.iterdir())) == 2
     compare(network, digits, {"plain": ()}, seeds=[0, 1], epochs=1, checkpoint=tmp_path / "more", **QUICK)
     assert len(list(built.iterdir())) == 2
+
+
+def test_while_this_process_waits_another_seed_takes_its_place(tmp_path):
+    def train(seed: int) -> None:
+        (tmp_path / str(seed)).touch()
+        for _ in range(600):
+            if len(list(tmp_path.iterdir())) == 2:
+                return
+            time.sleep(0.1)
+        raise LayerlabError(f"Seed {seed} trained alone.")
+
+    # Seed 0 is the caller's, which has trained it already.
+    with warnings.catch_warnings(), Ahead(train, [0, 1, 2], at_once=2) as ahead:
+        warnings.simplefilter("error")
+        for seed in (0, 1, 2):
+            ahead.wait(seed)
 
 
 def test_what_cannot_be_sent_to_another_process_trains_here_and_says_so(digits, residual, tmp_path):

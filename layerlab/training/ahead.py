@@ -42,6 +42,9 @@ class Ahead:
         self._running: list[subprocess.Popen[bytes]] = []
         self._stack = ExitStack()
         self._over = False
+        # One at a time is the calling process's own, until it waits for the first of the others.
+        self._free = threading.Semaphore(at_once - 1)
+        self._lent = False
         if at_once == 1 or len(seeds) == 1:
             return
         try:
@@ -53,7 +56,7 @@ class Ahead:
             say("Seeds are trained one after the other, since what is trained cannot be sent to another process: "
                 f"{error}")
             return
-        pool = self._stack.enter_context(ThreadPoolExecutor(at_once - 1))
+        pool = self._stack.enter_context(ThreadPoolExecutor(at_once))
         self._pending = {seed: pool.submit(self._run, file, seed) for seed in seeds[1:]}
 
     def __enter__(self) -> Ahead:
@@ -70,11 +73,19 @@ class Ahead:
         self._stack.close()
 
     def wait(self, seed: int) -> None:
-        """Until nothing trains the seed any more."""
+        """Until nothing trains the seed any more; meanwhile one more is trained ahead, in the caller's place."""
         if seed in self._pending:
+            if not self._lent:
+                self._lent = True
+                self._free.release()
             self._pending[seed].result()
 
     def _run(self, file: Path, seed: int) -> None:
+        with self._free:
+            if not self._over:
+                self._train(file, seed)
+
+    def _train(self, file: Path, seed: int) -> None:
         environment = os.environ | {"PYTHONPATH": import_path()}
         try:
             process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
