@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -190,15 +191,19 @@ def _show_papers(results: Sequence[tuple[Job, list[ClaimResult]]]) -> None:
         click.echo(f"\nFigure of all papers: {os.path.relpath(file)}")
     # As it was called, where the shell would not find it otherwise.
     program = "layerlab" if shutil.which("layerlab") else os.path.relpath(sys.argv[0])
-    first = next(iter(runs))
-    commands = {
-        f"{program} scoreboard": "every claim, published beside measured",
-        f"{program} reproduce {first} --profile cpu": "real data, three seeds",
-        f"{program} pays resnet18 digits --budget 20min": "does any method pay for a network and data of yours?",
-    }
+    first = results[0][0]
+    others = [(name, profile) for name, profile in load_paper(first.strategy).profiles.items() if name != QUICK]
+    commands = {f"{program} scoreboard": "every claim, published beside measured"}
+    if first.profile != QUICK:
+        commands[f"{program} publish {os.path.relpath(first.folder)}"] = "its page, among the results"
+    elif others:
+        name, profile = others[0]
+        commands[f"{program} reproduce {first.strategy} --profile {name}"] = profile.description
+    commands[f"{program} pays resnet18 digits --budget 20min"] = "does any method pay for a network and data of yours?"
     click.echo("\nWhat to type next:")
     for command, about in commands.items():
-        click.echo(f"  {command}\n      {about}")
+        click.echo(f"  {command}")
+        click.echo(textwrap.fill(about, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def _files(done: Sequence[Ended]) -> Table:
