@@ -147,14 +147,18 @@ def gate_numbers(comparison: Comparison, stage: int, data: Dataset) -> dict[str,
 
     Returns:
         `small scales`: |γ| below 0.01 just before that pruning, in per cent; `removed blocks`: how many have lost all
-        their batch norms after it; `baseline train top-1`: of the conventional network in the end, in per cent.
+        their batch norms after it, and `removed blocks in the end`, after the last one; `baseline train top-1`: of the
+        conventional network in the end, in per cent.
     """
     noted = comparison.estimate(lambda run: 100 * pruning_of(run).stages[stage]["small"], OURS)
-    blocks = comparison.estimate(lambda run: blocks_removed(pruning_of(run).stages[stage]["channels"]), OURS)
+
+    def blocks(of: int) -> float:
+        return comparison.estimate(lambda run: blocks_removed(pruning_of(run).stages[of]["channels"]), OURS).mean
+
     trained = comparison.estimate(lambda run: 100 * evaluate(run.model.to(data.train.labels.device), data.train)[
         "test/top1"], BASELINE)
-    return {"small scales": round(noted.mean, 2), "removed blocks": round(blocks.mean, 2),
-            "baseline train top-1": round(trained.mean, 2)}
+    return {"small scales": round(noted.mean, 2), "removed blocks": round(blocks(stage), 2),
+            "removed blocks in the end": round(blocks(-1), 2), "baseline train top-1": round(trained.mean, 2)}
 
 
 def rate_factor(stage_epochs: float) -> Callable[[int], float]:
