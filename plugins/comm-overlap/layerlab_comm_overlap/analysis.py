@@ -138,6 +138,17 @@ def parts(found: Mapping[int, Measured]) -> pd.DataFrame:
     ])
 
 
+def tried(found: Mapping[int, Measured]) -> pd.DataFrame:
+    """What `CommOverlap` as it comes timed in its first steps, and what it went on with.
+
+    Returns:
+        One row a number of workers and way: `workers`, `way`, `seconds` a step, `chosen`.
+    """
+    return pd.DataFrame([
+        {"workers": workers, "way": way, "seconds": seconds, "chosen": way == each.results["chosen"]}
+        for workers, each in found.items() for way, seconds in each.results["tried"].items()])
+
+
 def gate_numbers(each: Measured, weights: pd.DataFrame) -> dict[str, float]:
     """What a gate reads of the measurement.
 
