@@ -133,7 +133,8 @@ def _under_conditions(claim: Claim, low: float, high: float, more: Callable[[Seq
     if high < least or low > most:
         return Judgement("differs", f"the whole interval is beyond {allowed}")
     limits = [limit for limit in (least, most) if low < limit < high or limit in (low, high)]
-    return Judgement("undecided", f"the interval straddles {allowed}{more(limits)}")
+    straddled = " and ".join(f"{limit:g}" for limit in limits)
+    return Judgement("undecided", f"the interval straddles {straddled} {claim.unit}{more(limits)}")
 
 
 def _at_reduced_scale(claim: Claim, low: float, high: float, more: Callable[[Sequence[float]], str]) -> Judgement:

@@ -22,10 +22,12 @@ from layerlab_comm_overlap.method.networks import LimitedLink, limited_link
 from layerlab_comm_overlap.method.stock import STOCK
 from layerlab_comm_overlap.strategy import CommOverlap
 
+ALL = "all together"
+
 
 def measured(
     workers: Sequence[int], network: Mapping[str, Any], batch: int, megabits: float, latency_ms: float, steps: int,
-    rounds: int, settings: Mapping[str, Any], shown: Sequence[str] = ("no overlap", "all together"),
+    rounds: int, settings: Mapping[str, Any], shown: Sequence[str] = ("no overlap", ALL),
 ) -> tuple[dict[int, Measured], dict[str, pd.DataFrame], LimitedLink]:
     """Start workers behind a slow link and measure; see `measuring.measure`.
 
@@ -136,7 +138,34 @@ def parts(found: Mapping[int, Measured]) -> pd.DataFrame:
     ])
 
 
-def gains(each: Measured, variant: str = "all together", base: str = "no overlap") -> Estimate:
+def tried(found: Mapping[int, Measured]) -> pd.DataFrame:
+    """What `CommOverlap` as it comes timed in its first steps, and what it went on with.
+
+    Returns:
+        One row a number of workers and way: `workers`, `way`, `seconds` a step, `chosen`.
+    """
+    return pd.DataFrame([
+        {"workers": workers, "way": way, "seconds": seconds, "chosen": way == each.results["chosen"]}
+        for workers, each in found.items() for way, seconds in each.results["tried"].items()])
+
+
+def gate_numbers(each: Measured, weights: pd.DataFrame) -> dict[str, float]:
+    """What a gate reads of the measurement.
+
+    Args:
+        each: of one number of workers.
+        weights: `same_weights`.
+
+    Returns:
+        `possible gain`: compute + communicate over the longer of the two, the most times as fast as without overlap
+        that any overlap makes; `weights differ by`: the largest difference of `weights` with so many workers.
+    """
+    compute, communicate = each.seconds[COMPUTE], each.seconds[WHOLE]
+    return {"possible gain": (compute + communicate) / max(compute, communicate),
+            "weights differ by": float(weights.loc[weights["workers"] == each.workers, "difference"].max())}
+
+
+def gains(each: Measured, variant: str = ALL, base: str = "no overlap") -> Estimate:
     """How many times as fast as `base` a variant is, one value for each round."""
     seconds = each.results["seconds"]
     return Estimate(tuple(slow / fast for slow, fast in zip(seconds[base], seconds[variant], strict=True)), "×")
@@ -147,7 +176,7 @@ def best_stock(each: Measured) -> str:
     return min(STOCK, key=lambda name: each.seconds[name])
 
 
-def announced(curves: pd.DataFrame, published: pd.DataFrame, variant: str = "all together") -> pd.DataFrame:
+def announced(curves: pd.DataFrame, published: pd.DataFrame, variant: str = ALL) -> pd.DataFrame:
     """The published speeds and gains beside the model's; nothing of it is measured at these numbers of workers.
 
     Args:
@@ -213,7 +242,7 @@ def same_weights(
 
 def equal_seconds(
     each: Measured, dataset: Mapping[str, Any], network: Mapping[str, Any], settings: Mapping[str, Any],
-    seeds: Sequence[int], variant: str = "all together",
+    seeds: Sequence[int], variant: str = ALL,
 ) -> Comparison:
     """A whole training beside one that ends when the time of `variant` is up for the fastest DDP as it comes.
 

@@ -547,6 +547,14 @@ def test_gains_over_ddp_are_over_its_fastest_buckets(layers):
     assert table["gain"]["DDP, 5 MB buckets"] == pytest.approx(1 / 0.7)
 
 
+def test_gates_read_what_overlap_could_gain_and_how_far_weights_are_apart():
+    # Compute takes 0.6 s, communicating 0.5 s.
+    found = measured(TWO_LAYERS, 2, dict.fromkeys(PAIR, 1.0))
+    weights = pd.DataFrame({"workers": [1, 2, 2, 4], "difference": [0.0, 1e-15, 3e-15, 1.0]})
+    assert analysis.gate_numbers(found, weights) == {
+        "possible gain": pytest.approx(1.1 / 0.6), "weights differ by": 3e-15}
+
+
 @pytest.mark.parametrize(("factor", "steps"), [(0.5, 8), (1.25, 20)])
 def test_stock_ddp_takes_the_steps_that_the_seconds_of_overlap_buy(factor, steps):
     found = measured(TWO_LAYERS, 2, dict.fromkeys(PAIR, 1.0))

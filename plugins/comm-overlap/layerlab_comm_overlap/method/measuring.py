@@ -58,7 +58,7 @@ def measure(
         `CHOSEN`, where epochs are long enough to choose in; with `COMPUTE` (the same steps without communication, in
         all workers at the same time), `WHOLE` and `CUT` (all buckets with nothing computed).
         `layers`: see `layer_times`. `link`: see `link_times`. `buckets`: of each bucket, the bytes of each layer.
-        `chosen`: see `CommOverlap.chosen`.
+        `chosen`, `tried`: see `CommOverlap`.
     """
     options = dict(network)
     shape = (options["channels"], options["image_size"], options["image_size"])
@@ -84,13 +84,13 @@ def measure(
     layers = layer_times(model, noise(batch * 4, shape), batch)
     buckets = [[bucket.get(layer, 0) for layer in layers["layer"]] for bucket in strategies[variants[-1]].buckets]
     link = link_times(CommOverlap(**settings, **OFF))
-    chosen = chooser.chosen
+    choice = {"chosen": chooser.chosen, "tried": chooser.tried}
     for job in jobs.values():
         job.finish()
     table = torch.tensor([seconds[name] for name in seconds], dtype=torch.float64)
     dist.all_reduce(table)
     means = {name: row for name, row in zip(seconds, (table / workers).tolist(), strict=True)}
-    return {"seconds": means, "layers": layers, "link": link, "buckets": buckets, "chosen": chosen}
+    return {"seconds": means, "layers": layers, "link": link, "buckets": buckets, **choice}
 
 
 def _by_turns(
