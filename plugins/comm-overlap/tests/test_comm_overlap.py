@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from layerlab_comm_overlap import CommOverlap, analysis, launch
 from layerlab_comm_overlap.method.choosing import Choice, Way
 from layerlab_comm_overlap.method.model import AllReduce, Measured, fit_link, margins, scaling, step_seconds
 from layerlab_comm_overlap.method.stock import STOCK, StockDDP
-from layerlab_comm_overlap.method.transport import Bucket, Transport, order_of_segments
+from layerlab_comm_overlap.method.transport import Bucket, Link, Transport, order_of_segments
 
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -204,6 +205,24 @@ def staged_sum() -> torch.Tensor:
     return bucket.buffer
 
 
+def busy_when_back() -> float:
+    """Seconds in which the link was busy, as whoever waits for a bucket reads them; a message takes 10 ms longer."""
+    transport = Transport(dist.new_group(backend="gloo"), torch.device("cpu"), None, link=Link(latency=0.01))
+    bucket, read = Bucket(0, [], [], torch.ones(100)), []
+
+    class Arrival(threading.Event):
+        def set(self) -> None:
+            read.append(transport.busy)
+            super().set()
+
+    bucket.arrived = Arrival()
+    transport.begin()
+    transport.send(bucket)
+    transport.wait(bucket)
+    transport.close()
+    return read[0]
+
+
 def all_cases(folder: Path) -> None:
     """In each worker: train every case, then worker 1 fails while the others wait for its gradients."""
     found = {name: train(*case) for name, case in (CASES | ALONE).items()}
@@ -211,7 +230,7 @@ def all_cases(folder: Path) -> None:
         fit(lenet, digits(), CommOverlap(), batch_size=2, progress=False)
     with pytest.raises(Refused, match=r"take no part in a step \(.*unused.weight.*\); set find_unused_parameters"):
         fit(Changing, digits(), CommOverlap(), batch_size=50, progress=False)
-    found["staged"] = staged_sum()
+    found["staged"], found["busy"] = staged_sum(), busy_when_back()
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 1:
@@ -401,6 +420,11 @@ def test_a_wire_of_8_bits_carries_a_quarter_and_all_workers_end_alike(workers):
 
 def test_segments_through_host_memory_come_back_summed(workers):
     assert all(torch.equal(each["staged"], torch.arange(100.0) * 6) for each in workers)
+
+
+def test_whoever_waits_for_a_bucket_finds_its_seconds(workers):
+    # Four messages one after the other on a ring of three, 10 ms each.
+    assert all(each["busy"] >= 0.04 for each in workers)
 
 
 def test_running_statistics_are_the_same_in_all_workers(workers):

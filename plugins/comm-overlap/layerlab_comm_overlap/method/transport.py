@@ -142,6 +142,10 @@ class Transport:
         link: makes the link slower.
         staged: copy segments to host memory of their own and back. Default: where they are not in host memory anyway.
         time_limit: the group's, in seconds, for what is said when it has passed.
+
+    Attributes:
+        volume: bytes that were launched.
+        busy: seconds in which something of them was under way; whoever has waited for a bucket finds its seconds there.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class Transport:
         self.staged = segment is not None and (device.type != "cpu" if staged is None else staged)
         self.workers = dist.get_world_size(group)
         self.volume = 0
-        self.busy = 0.0
+        self.busy = self._since = 0.0
         self.error: BaseException | None = None
         self._order: list[tuple[int, int]] = []
         self._queue: deque[tuple[int, int]] = deque()
@@ -243,7 +247,6 @@ class Transport:
     # ------------------------------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
-        since: float | None = None
         try:
             while True:
                 todo = self._todo()
@@ -251,11 +254,9 @@ class Transport:
                     return
                 if todo == "land":
                     self._land(self._flying.popleft())
-                    if not self._flying and since is not None:
-                        self.busy += time.perf_counter() - since
-                        since = None
                 else:
-                    since = since or time.perf_counter()
+                    if not self._flying:
+                        self._since = time.perf_counter()
                     bucket, number = todo
                     self._flying.append(self._launch(bucket, self.parts(bucket.message)[number]))
         except BaseException as error:
@@ -307,6 +308,9 @@ class Transport:
                     landed = flight.landed or time.perf_counter()
                     due = self.link.due(flight.launched, landed, volume, self.workers)
                     time.sleep(max(0.0, due - time.perf_counter()))
+            # Before anybody hears that the bucket is back, and reads it.
+            now = time.perf_counter()
+            self.busy, self._since = self.busy + now - self._since, now
             if flight.stage is not None:
                 piece.copy_(flight.stage, non_blocking=True)
                 self._stages.append((flight.stage.untyped_storage(), self._event()))
