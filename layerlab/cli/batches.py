@@ -191,14 +191,13 @@ def _show_papers(results: Sequence[tuple[Job, list[ClaimResult]]]) -> None:
         click.echo(f"\nFigure of all papers: {os.path.relpath(file)}")
     # As it was called, where the shell would not find it otherwise.
     program = "layerlab" if shutil.which("layerlab") else os.path.relpath(sys.argv[0])
-    first = results[0][0]
-    others = [(name, profile) for name, profile in load_paper(first.strategy).profiles.items() if name != QUICK]
+    first, (paper, _) = results[0][0], papers[0]
+    longer = next((name for name in paper.profiles if name != QUICK), None)
     commands = {f"{program} scoreboard": "every claim, published beside measured"}
     if first.profile != QUICK:
         commands[f"{program} publish {os.path.relpath(first.folder)}"] = "its page, among the results"
-    elif others:
-        name, profile = others[0]
-        commands[f"{program} reproduce {first.strategy} --profile {name}"] = profile.description
+    elif longer:
+        commands[f"{program} reproduce {first.strategy} --profile {longer}"] = paper.profiles[longer].description
     commands[f"{program} pays resnet18 digits --budget 20min"] = "does any method pay for a network and data of yours?"
     click.echo("\nWhat to type next:")
     for command, about in commands.items():

@@ -42,9 +42,7 @@ class Ahead:
         self._running: list[subprocess.Popen[bytes]] = []
         self._stack = ExitStack()
         self._over = False
-        # One at a time is the calling process's own, until it waits for the first of the others.
-        self._free = threading.Semaphore(at_once - 1)
-        self._lent = False
+        self._waits = threading.Event()
         if at_once == 1 or len(seeds) == 1:
             return
         try:
@@ -57,6 +55,8 @@ class Ahead:
                 f"{error}")
             return
         pool = self._stack.enter_context(ThreadPoolExecutor(at_once))
+        # One place is the calling process's, until it has nothing left to do but to wait.
+        pool.submit(self._waits.wait)
         self._pending = {seed: pool.submit(self._run, file, seed) for seed in seeds[1:]}
 
     def __enter__(self) -> Ahead:
@@ -68,6 +68,7 @@ class Ahead:
         self._over = True
         for each in self._pending.values():
             each.cancel()
+        self._waits.set()
         for process in self._running:
             process.kill()
         self._stack.close()
@@ -75,17 +76,10 @@ class Ahead:
     def wait(self, seed: int) -> None:
         """Until nothing trains the seed any more; meanwhile one more is trained ahead, in the caller's place."""
         if seed in self._pending:
-            if not self._lent:
-                self._lent = True
-                self._free.release()
+            self._waits.set()
             self._pending[seed].result()
 
     def _run(self, file: Path, seed: int) -> None:
-        with self._free:
-            if not self._over:
-                self._train(file, seed)
-
-    def _train(self, file: Path, seed: int) -> None:
         environment = os.environ | {"PYTHONPATH": import_path()}
         try:
             process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
