@@ -153,6 +153,23 @@ def test_which_run_speaks_depends_on_its_conditions_and_never_on_its_outcome(out
         assert finding(paper(), [Outcome([each]) for each in runs]).anchor == near
 
 
+@pytest.mark.parametrize("outcome", [-9.0, 9.0])
+def test_every_dataset_that_was_tested_is_told_whatever_came_out(outcome):
+    near = [row("gain", LOST), row("saving", SAVED)]
+    other = {"dataset": "mnist", "network": "small"}
+    far = Outcome([row("gain", [outcome, outcome], conditions=other), row("saving", [10.0, 10.0], conditions=other)])
+    again = row("gain", [0.0, 0.0], conditions=other, profile="longer")
+    closed = row("gain", [3.0, 3.0], conditions={"dataset": "digits"}, observed={})
+    runs = [Outcome([closed]), far, Outcome([again]), Outcome(near)]
+    said = bottom_line(paper(), runs)
+    assert said.startswith("Fake against plain training: 32 ± 2 % less training time and 5.0 ± 1.2 points less")
+    assert said.endswith(
+        " On mnist with small, 2 seeds: 10.0 % less training time and "
+        f"9.00 points {'more' if outcome > 0 else 'less'} accuracy; not compared with plain training of the same "
+        "cost.")
+    assert said.count(" On ") == 1
+
+
 def test_a_headline_that_names_no_claim_or_one_without_a_share_is_refused():
     with pytest.raises(ValueError, match="names the claim 'none', which there is not"):
         paper(accuracy="none")

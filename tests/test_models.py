@@ -25,6 +25,8 @@ def test_vgg_f_is_the_published_network():
     ("preact-resnet", {"depth": 164}, 1_703_258, 247_646_720),
     ("vgg-cifar", {"depth": 11, "batch_norm": False}, 9_225_610, 152_769_536),
     ("airnet", {}, 498_104, 33_066_272),
+    # 1.97 M parameters: Jordan, arXiv 2404.00498.
+    ("airbench94", {}, 1_972_792, 118_147_360),
 ])
 def test_networks_for_small_images_are_the_published_ones(name, options, parameters, macs):
     model = build_model(name, **options)

@@ -51,6 +51,17 @@ def test_the_points_are_where_the_sentence_says(runs):
     assert list(found["y ±"]) == pytest.approx([1.24, 0.4, 0.6], abs=0.01)
 
 
+def test_a_method_stands_once_for_each_dataset_that_was_tested(runs, tmp_path):
+    other = {"dataset": "mnist", "network": "small"}
+    runs[tmp_path / "other"] = [row(claim, [value] * 2, conditions=other)
+                                for claim, value in (("gain", 2.0), ("saving", 10.0))]
+    found = overview([(paper(), runs)])
+    methods = found[found["kind"] == METHOD].set_index("method")
+    assert dict(methods["x"]) == pytest.approx({"Fake, cifar10": 0.68, "Fake, mnist": 0.9})
+    assert dict(methods["y"]) == pytest.approx({"Fake, cifar10": -5.0, "Fake, mnist": 2.0})
+    assert set(found["tone"]) == {0}
+
+
 def test_what_counts_for_no_verdict_has_no_point(runs):
     for marked in ({"older": True}, {"changed": {"epochs": 3}}):
         others = {folder: [each.model_copy(update=marked) for each in rows] for folder, rows in runs.items()}

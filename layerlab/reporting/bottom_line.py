@@ -1,4 +1,4 @@
-"""The one sentence of a paper: what its method costs and gains, whether that pays, and how sure it is."""
+"""The line of a paper: what its method costs and gains, whether that pays, and how sure it is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOUNS: dict[Cost, str] = {
 
 
 def bottom_line(paper: Paper, runs: Iterable[Outcome]) -> str:
-    """The sentence of a paper.
+    """The sentence of a paper; another one for each further dataset and network that was tested.
 
     Args:
         paper: the paper; one without a headline gets the count of its verdicts.
@@ -52,7 +52,7 @@ def counting(rows: Sequence[ClaimResult]) -> bool:
 
 
 def said(found: Finding) -> str:
-    """A finding in one sentence."""
+    """A finding in one sentence, and one for each of what was found elsewhere."""
     headline = found.paper.headline
     assert headline is not None
     if found.anchor is None:
@@ -60,10 +60,18 @@ def said(found: Finding) -> str:
         claim = found.paper.claim(id)
         return (f"{headline.method}: not measured with today's code; the paper claims {claim.value:g} {claim.unit} "
                 f"({claim.statement}).")
+    text = f"{headline.method} against {headline.against}: {_what(found)}; {_how_sure(found)}."
+    for other in found.elsewhere:
+        text += f" On {_where(other)}: {_what(other)}."
+    return printable(text)
+
+
+def _what(found: Finding) -> str:
+    """What was saved and lost, and how that is beside plain training of the same cost and the placebo."""
     parts = [_saved(cost, share) for cost, share in found.costs.items()]
     if found.points is not None:
         parts.append(_accuracy(found.points))
-    text = f"{headline.method} against {headline.against}: {_listed(parts)}"
+    text = _listed(parts)
     for cost, reason in found.unsettled.items():
         text += f"; nothing is settled of {NOUNS[cost]} ({reason})"
     if found.beside:
@@ -75,7 +83,7 @@ def said(found: Finding) -> str:
         text += f"; not compared with {EQUAL}"
     if found.placebo:
         text += f"; {over(found.placebo.points, PLACEBO)}"
-    return printable(f"{text}; {_how_sure(found)}.")
+    return text
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -108,12 +116,8 @@ def _accuracy(points: Interval) -> str:
 
 def _how_sure(found: Finding) -> str:
     """Under which conditions that is so, and what was not tested."""
-    row = found.anchor
+    row, where = found.anchor, _where(found)
     assert row is not None
-    named = [str(row.conditions[key]) for key in ("dataset", "network") if key in row.conditions]
-    seeds = f"{len(row.seeds) or len(row.values)} {'seed' if row.seeds else 'round'}"
-    seeds += "s" if (len(row.seeds) or len(row.values)) != 1 else ""
-    where = ", ".join([" with ".join(named), seeds] if named else [seeds])
     if row.profile == QUICK:
         return f"the quick profile on {where}, which settles nothing"
     if row.verdict == "not tested":
@@ -123,3 +127,13 @@ def _how_sure(found: Finding) -> str:
     if row.verdict == "undecided":
         return f"undecided ({where}): {row.reason}"
     return f"not tested at the paper's scale (here {where})"
+
+
+def _where(found: Finding) -> str:
+    """`mnist with lenet, 3 seeds`."""
+    row = found.anchor
+    assert row is not None
+    named = [str(row.conditions[key]) for key in ("dataset", "network") if key in row.conditions]
+    seeds = f"{len(row.seeds) or len(row.values)} {'seed' if row.seeds else 'round'}"
+    seeds += "s" if (len(row.seeds) or len(row.values)) != 1 else ""
+    return ", ".join([" with ".join(named), seeds] if named else [seeds])

@@ -7,8 +7,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerlab.base.errors import LayerlabError
@@ -68,6 +68,7 @@ class Finding:
         beside: the same of costs without a claim, against training without the method.
         equal: plain training of the same cost; None where it was not compared.
         placebo: the method's placebo; None where it has none, or was not compared.
+        elsewhere: the same on other data and networks whose gates are open, so that none is told instead of another.
     """
 
     paper: Paper
@@ -78,6 +79,7 @@ class Finding:
     beside: dict[Cost, Interval] = field(default_factory=dict)
     equal: Companion | None = None
     placebo: Companion | None = None
+    elsewhere: tuple[Finding, ...] = ()
 
 
 def outcome(folder: Path, rows: Sequence[ClaimResult]) -> Outcome:
@@ -109,8 +111,9 @@ def run_answers(folder: Path) -> list[Answer]:
 def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
     """What runs say of a paper's headline.
 
-    Of several runs, datasets and networks those count whose gates are open, then the ones nearest to the paper's
-    conditions, with the most seeds and the most images; never the ones with the best outcome.
+    Of several runs, datasets and networks those come first whose gates are open, then the ones nearest to the paper's
+    conditions, with the most seeds and the most images; never the ones with the best outcome. What was measured on
+    other data or another network follows, where its gates are open.
 
     Args:
         paper: with a headline.
@@ -127,6 +130,21 @@ def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
     anchor, run = _nearest(paper, names, runs)
     if anchor is None or run is None:
         return Finding(paper)
+    others = [_at(paper, row, of, ()) for row, of in _elsewhere(paper, anchor, runs)]
+    return replace(_at(paper, anchor, run, runs), elsewhere=tuple(others))
+
+
+def _at(paper: Paper, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]) -> Finding:
+    """What is known where a row was measured.
+
+    Args:
+        paper: with a headline.
+        anchor: the row.
+        run: its run.
+        runs: where claims are looked for that were not measured beside the anchor.
+    """
+    headline = paper.headline
+    assert headline is not None
     points = None
     if row := _row(paper, headline.accuracy, anchor, run, runs):
         points = _interval(row.values)
@@ -147,6 +165,19 @@ def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
         if mean is not None:
             beside[cost] = mean, math.nan if half is None else half
     return Finding(paper, anchor, points, costs, unsettled, beside, *_companions(run.pays, headline, anchor))
+
+
+def _elsewhere(
+    paper: Paper, anchor: ClaimResult, runs: Sequence[Outcome]
+) -> Iterator[tuple[ClaimResult, Outcome]]:
+    """The nearest row of the anchor's claim, with its run, of each other place that was tested; the nearest first."""
+    found = [(row, run) for run in runs for row in run.rows
+             if row.claim == anchor.claim and _measured(row) and row.verdict != "not tested"]
+    told = {_place(anchor)}
+    for row, run in sorted(found, key=lambda pair: _nearness(paper, pair[0]), reverse=True):
+        if _place(row) not in told:
+            told.add(_place(row))
+            yield row, run
 
 
 def _nearest(

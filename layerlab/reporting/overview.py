@@ -51,12 +51,22 @@ def overview(papers: Iterable[tuple[Paper, Mapping[Path, Sequence[ClaimResult]]]
 
 
 def _points(found: Finding) -> list[dict[str, Any]]:
-    headline = found.paper.headline
+    places = [found, *found.elsewhere]
+    return [point for each in places for point in _points_at(each, _name(each, several=len(places) > 1))]
+
+
+def _name(found: Finding, several: bool) -> str:
+    """What a method is called in the figure: with its data, where it stands there several times."""
+    headline, row = found.paper.headline, found.anchor
     assert headline is not None
+    return f"{headline.method}, {row.conditions.get('dataset', '')}" if several and row else headline.method
+
+
+def _points_at(found: Finding, method: str) -> list[dict[str, Any]]:
     y, spread = found.points or (math.nan, math.nan)
     rows = []
     for cost, (x, half) in {**found.costs, **found.beside}.items():
-        about = {"method": headline.method, "cost": cost}
+        about = {"method": method, "cost": cost}
         rows.append({**about, "kind": METHOD, "x": x, "x ±": half, "y": y, "y ±": spread})
         if found.equal and cost in _BOUGHT:
             # The interval is of the difference, so that it stands at the companion alone.
