@@ -9,7 +9,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.names import file_name
-from layerlab.base.provenance import provenance
+from layerlab.base.provenance import machine_name, provenance
 from layerlab.base.text import as_json, assigned
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity, identity_of
@@ -40,6 +41,7 @@ from layerlab.runs.answer import (
 )
 from layerlab.runs.basis import paper_basis
 from layerlab.runs.manifest import Kind, Manifest
+from layerlab.runs.measured import measured
 from layerlab.runs.own_folder import OwnFolder
 from layerlab.runs.record import (
     DIFFERS,
@@ -231,7 +233,7 @@ class Session:
         tracker = self._trackers.setdefault(title, tracking.Tracker(
             self.experiment, self._tags | {"table": table or title}, self.run_id, self.folder,
             f"{self.attempt}/{title}"))
-        checkpoint = self.folder / "checkpoints" / self.attempt / file_name(title)
+        checkpoint = self._unfinished / file_name(title)
         settings = {"at_once": seeds_at_once(), **settings}
         found = compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)
         if not trial:
@@ -247,6 +249,29 @@ class Session:
         self._arms = [each for each in self._arms if each.comparison != title]
         self._arms += against_baseline(title, comparison)
         self._trackers[title].log_arms(comparison)
+
+    def measure(
+        self, title: str, make: Callable[..., pd.DataFrame], *arguments: Any, **named: Any
+    ) -> pd.DataFrame:
+        """A table that takes long to measure: `study.measure("times", timed, networks, rounds=7)`.
+
+        It is kept as trainings are: a notebook that goes on where it was interrupted finds it, as long as the
+        arguments, the data so far, the code and the machine are the same.
+
+        Args:
+            title: unique in the notebook among what it measures.
+            make: gives the table.
+            arguments, named: what it is called with: numbers, texts, and lists and mappings of them.
+        """
+        asked = [getattr(make, "__qualname__", ""), as_json(arguments), as_json(named)]
+        of = json.dumps([self.identity().id, machine_name(), asked])
+        file = self._unfinished / f"{file_name(title)}.parquet"
+        return measured(file, of, partial(make, *arguments, **named))
+
+    @property
+    def _unfinished(self) -> Path:
+        """The folder of what an interrupted session goes on from."""
+        return self.folder / "checkpoints" / self.attempt
 
     def conclude(self, sentence: str, page: str = "", pays: Mapping[str, str] | None = None) -> None:
         """Keep what the session found out in words, to be shown at the end of a batch, by `layerlab table` and in
@@ -326,7 +351,7 @@ class Session:
         write_json(self.folder / RECORD, self._record)
         if file := os.environ.get(ANSWERS):
             append_answer(Path(file), answer)
-        shutil.rmtree(self.folder / "checkpoints" / self.attempt, ignore_errors=True)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def _show(self, kind: Kind, name: str, content: bytes) -> None:
         shown = self._manifest.add(kind, name)
