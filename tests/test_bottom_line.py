@@ -124,6 +124,16 @@ def test_a_cost_whose_own_gate_is_closed_is_no_saving():
     assert bottom_line(paper(), runs).count("nothing shows that the method acts") == 1
 
 
+def test_an_accuracy_whose_own_gate_is_closed_leaves_what_was_tested():
+    closed = row("gain", LOST, observed={"baseline top-1": 61.0})
+    run = Outcome([closed, row("saving", SAVED)], pays(), [
+        Against(comparison="cifar10-small", arm="fake", seeds=3, measured={"memory": (1.05, 0.01)})])
+    assert bottom_line(paper(costs={"time": "saving", "memory": ""}), [run]) == (
+        "Fake against plain training: 32 ± 2 % less training time; nothing is settled of accuracy (baseline top-1 is "
+        "61, not at least 70: nothing shows that the baseline trains); not tested at the paper's scale (here cifar10 "
+        "with small, 3 seeds).")
+
+
 def test_under_the_paper_s_conditions_the_verdict_is_said():
     run = Outcome([row("gain", [2.9, 3.0, 3.1], conditions=CONDITIONS)])
     assert bottom_line(paper(), [run]).endswith("; reproduced under the paper's conditions (imagenet with large, 3 "

@@ -15,7 +15,7 @@ from layerlab.reporting.wording import EQUAL, PLACEBO, over, points_text
 
 # Of a run at this profile no more is said than that the notebook runs.
 QUICK = "quick"
-NOUNS: dict[Cost, str] = {
+NOUNS: dict[str, str] = {
     "time": "training time", "compute": "compute", "memory": "peak memory", "size": "storage",
     "inference": "time for inference",
 }
@@ -72,8 +72,8 @@ def _what(found: Finding) -> str:
     if found.points is not None:
         parts.append(_accuracy(found.points))
     text = _listed(parts)
-    for cost, reason in found.unsettled.items():
-        text += f"; nothing is settled of {NOUNS[cost]} ({reason})"
+    for what, reason in found.unsettled.items():
+        text += f"; nothing is settled of {NOUNS.get(what, what)} ({reason})"
     if found.beside:
         text += f"; against training without it {_listed([_saved(*each) for each in found.beside.items()])}"
     if found.equal:
@@ -133,7 +133,9 @@ def _where(found: Finding) -> str:
     """`mnist with lenet, 3 seeds`."""
     row = found.anchor
     assert row is not None
-    named = [str(row.conditions[key]) for key in ("dataset", "network") if key in row.conditions]
-    seeds = f"{len(row.seeds) or len(row.values)} {'seed' if row.seeds else 'round'}"
-    seeds += "s" if (len(row.seeds) or len(row.values)) != 1 else ""
-    return ", ".join([" with ".join(named), seeds] if named else [seeds])
+    parts = [" with ".join(str(row.conditions[key]) for key in ("dataset", "network") if key in row.conditions)]
+    count = len(row.seeds) or len(row.values)
+    # A single number without a seed is no sample.
+    if row.seeds or count > 1:
+        parts.append(f"{count} {'seed' if row.seeds else 'round'}{'s' if count > 1 else ''}")
+    return ", ".join(filter(None, parts))

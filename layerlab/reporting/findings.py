@@ -25,6 +25,8 @@ Interval = tuple[float, float]
 PAYS = "pays"
 _NUMBER = re.compile(r"([+-]?\d[\d,]*\.?\d*)(?: ± (\d[\d,]*\.?\d*))?")
 _NOWHERE = ("not run", "by a model")
+# Beside the costs, what a headline tells.
+ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Finding:
         anchor: the row whose run and data the numbers are of; None where nothing was measured.
         points: of accuracy that the method is above what is used without it; None where it was not measured.
         costs: cost → its share of what it is without the method.
-        unsettled: cost → why its claim says nothing, which a gate of its own closes.
+        unsettled: cost, or `accuracy` → why its claim says nothing, which a gate of its own closes.
         beside: the same of costs without a claim, against training without the method.
         equal: plain training of the same cost; None where it was not compared.
         placebo: the method's placebo; None where it has none, or was not compared.
@@ -75,7 +77,7 @@ class Finding:
     anchor: ClaimResult | None = None
     points: Interval | None = None
     costs: dict[Cost, Interval] = field(default_factory=dict)
-    unsettled: dict[Cost, str] = field(default_factory=dict)
+    unsettled: dict[str, str] = field(default_factory=dict)
     beside: dict[Cost, Interval] = field(default_factory=dict)
     equal: Companion | None = None
     placebo: Companion | None = None
@@ -145,19 +147,19 @@ def _at(paper: Paper, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
     """
     headline = paper.headline
     assert headline is not None
-    points = None
-    if row := _row(paper, headline.accuracy, anchor, run, runs):
-        points = _interval(row.values)
-    costs: dict[Cost, Interval] = {}
-    unsettled: dict[Cost, str] = {}
-    for cost, id in headline.costs.items():
-        if not id or not (row := _row(paper, id, anchor, run, runs)):
-            continue
-        # What closes the anchor's gate as well is said of the whole.
-        if row.verdict == "not tested" and row.reason != anchor.reason:
-            unsettled[cost] = row.reason
-        else:
-            costs[cost] = _shares(paper.claim(id), row)
+    rows: dict[str, ClaimResult] = {}
+    for what, id in [(ACCURACY, headline.accuracy), *headline.costs.items()]:
+        if id and (row := _row(paper, id, anchor, run, runs)):
+            rows[what] = row
+    # What closes the anchor's gate as well is said of the whole.
+    unsettled = {what: row.reason for what, row in rows.items()
+                 if row.verdict == "not tested" and row.reason != anchor.reason}
+    costs = {cost: _shares(paper.claim(id), rows[cost]) for cost, id in headline.costs.items()
+             if cost in rows and cost not in unsettled}
+    if ACCURACY in unsettled:
+        # Nor is anything that stands beside it in the same comparison.
+        return Finding(paper, anchor, costs=costs, unsettled=unsettled)
+    points = _interval(rows[ACCURACY].values) if ACCURACY in rows else None
     arm = _arm(run.arms, headline, anchor)
     beside: dict[Cost, Interval] = {}
     for cost in [cost for cost, id in headline.costs.items() if arm and not id]:
@@ -183,11 +185,13 @@ def _elsewhere(
 def _nearest(
     paper: Paper, names: Sequence[str], runs: Sequence[Outcome]
 ) -> tuple[ClaimResult | None, Outcome | None]:
-    """The row of the first of these claims that was measured, nearest to the paper, with its run."""
-    for name in names:
-        found = [(row, run) for run in runs for row in run.rows if row.claim == name and _measured(row)]
-        if found:
-            return max(found, key=lambda pair: _nearness(paper, pair[0]))
+    """The row of the first of these claims that was tested, or else measured, nearest to the paper, with its run."""
+    for tested in (True, False):
+        for name in names:
+            found = [(row, run) for run in runs for row in run.rows
+                     if row.claim == name and _measured(row) and not (tested and row.verdict == "not tested")]
+            if found:
+                return max(found, key=lambda pair: _nearness(paper, pair[0]))
     return None, None
 
 
