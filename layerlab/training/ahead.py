@@ -11,13 +11,11 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 import cloudpickle
@@ -46,10 +44,8 @@ class Ahead:
         if at_once == 1 or len(seeds) == 1:
             return
         try:
-            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="layerlab-ahead-"))
-            file = Path(folder) / "training"
-            file.write_bytes(cloudpickle.dumps(train))
-        # A disk without room; or whatever a network's builder or a strategy may hold: a lock, a generator, a file.
+            sent = cloudpickle.dumps(train)
+        # Whatever a network's builder or a strategy may hold: a lock, a generator, a file.
         except Exception as error:
             say("Seeds are trained one after the other, since what is trained cannot be sent to another process: "
                 f"{error}")
@@ -57,7 +53,7 @@ class Ahead:
         pool = self._stack.enter_context(ThreadPoolExecutor(at_once))
         # One place is the calling process's, until it has nothing left to do but to wait.
         pool.submit(self._waits.wait)
-        self._pending = {seed: pool.submit(self._run, file, seed) for seed in seeds[1:]}
+        self._pending = {seed: pool.submit(self._run, sent, seed) for seed in seeds[1:]}
 
     def __enter__(self) -> Ahead:
         return self
@@ -79,18 +75,18 @@ class Ahead:
             self._waits.set()
             self._pending[seed].result()
 
-    def _run(self, file: Path, seed: int) -> None:
+    def _run(self, sent: bytes, seed: int) -> None:
         environment = os.environ | {"PYTHONPATH": import_path()}
         try:
-            process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(file), str(seed)],
-                                       env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            process = subprocess.Popen([sys.executable, "-m", "layerlab.training.ahead", str(seed)], env=environment,
+                                       stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         except OSError as error:
             say(f"Seed {seed} could not be trained ahead and is trained here: {error}")
             return
         self._running.append(process)
         if self._over:
             process.kill()
-        _, said = process.communicate()
+        _, said = process.communicate(sent)
         if process.returncode > 0:
             last = said.decode(errors="replace").strip().splitlines()[-1:]
             say(f"Seed {seed} could not be trained ahead and is trained here: {''.join(last)}")
@@ -104,11 +100,11 @@ def _leave_with(parent: int) -> None:
 
 
 def _main() -> None:
-    file, seed = sys.argv[1:]
+    (seed,) = sys.argv[1:]
     # It was started with the variable, so that whoever ends the notebook finds this process; its epochs are not told.
     os.environ.pop(VARIABLE, None)
     threading.Thread(target=_leave_with, args=[os.getppid()], daemon=True).start()
-    train = cloudpickle.loads(Path(file).read_bytes())
+    train = cloudpickle.load(sys.stdin.buffer)
     with contextlib.redirect_stdout(sys.stderr):
         train(int(seed))
 
