@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from layerlab.base.arguments import validated
+from layerlab.measure.running import running
 from layerlab.show import alive
 
 
@@ -63,7 +64,7 @@ def time_by_turns(
         clock: `processor` counts what this process takes of processors, which other jobs on the machine disturb least.
     """
     alive.end()
-    now = time.process_time if clock == "processor" else time.perf_counter
+    now = time.process_time if clock == "processor" else running
     place = torch.device(device)
     for call in candidates.values():
         for _ in range(warmup):

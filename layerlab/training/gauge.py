@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from layerlab.measure.clock import Energy, synchronise
+from layerlab.measure.running import running
 
 
 class Gauge:
@@ -30,27 +30,27 @@ class Gauge:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Time what runs before and after the steps."""
-        start = time.perf_counter()
+        start = running()
         yield
         synchronise(self.device)
-        self._hooks += time.perf_counter() - start
+        self._hooks += running() - start
 
     @contextmanager
     def loop(self) -> Iterator[None]:
         """Time all steps together: to wait for the device after each would slow them down."""
-        start = time.perf_counter()
+        start = running()
         yield
         synchronise(self.device)
-        self._loop += time.perf_counter() - start
+        self._loop += running() - start
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Leave the step in the block out of the epoch's seconds."""
         synchronise(self.device)
-        start = time.perf_counter()
+        start = running()
         yield
         synchronise(self.device)
-        self._aside += time.perf_counter() - start
+        self._aside += running() - start
         self._untimed += 1
 
     def seconds(self, steps: int) -> float:
