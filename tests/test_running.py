@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows neither stops processes so nor forks them")
 SHORT = "from layerlab.measure import running as module; module.TICK, module.LONGEST = 0.05, 0.5\n"
 STOPPED = SHORT + """
 import sys

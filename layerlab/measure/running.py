@@ -16,16 +16,15 @@ class _Running:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stood = 0.0
-        self._process = 0
+        self._watched = False
         self._look = self._worked = 0.0
 
     def now(self) -> float:
         """Seconds, from no particular moment on."""
         with self._lock:
             now, worked = time.perf_counter(), time.process_time()
-            if self._process != os.getpid():
-                # The first look of this process; a fork has no thread of its parent's.
-                self._process = os.getpid()
+            if not self._watched:
+                self._watched = True
                 threading.Thread(target=self._tick, daemon=True).start()
             else:
                 gap = now - self._look
@@ -42,7 +41,9 @@ class _Running:
 
 
 _clock = _Running()
-os.register_at_fork(after_in_child=lambda: _Running.__init__(_clock))
+# A fork has no thread of its parent's, and perhaps a lock that it held; Windows has no forks.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _Running.__init__(_clock))
 
 
 def running() -> float:
