@@ -161,10 +161,11 @@ def _at(paper: Paper, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
         return Finding(paper, anchor, costs=costs, unsettled=unsettled)
     points = _interval(rows[ACCURACY].values) if ACCURACY in rows else None
     arm = _arm(run.arms, headline, anchor)
+    against = arm.measured if arm else {}
     beside: dict[Cost, Interval] = {}
-    for cost in [cost for cost, id in headline.costs.items() if arm and not id]:
-        mean, half = arm.measured.get(cost, (None, None)) if arm else (None, None)
-        if mean is not None:
+    for cost, id in headline.costs.items():
+        mean, half = against.get(cost, (None, None))
+        if not id and mean is not None:
             beside[cost] = mean, math.nan if half is None else half
     return Finding(paper, anchor, points, costs, unsettled, beside, *_companions(run.pays, headline, anchor))
 
@@ -173,9 +174,7 @@ def _elsewhere(
     paper: Paper, anchor: ClaimResult, runs: Sequence[Outcome]
 ) -> Iterator[tuple[ClaimResult, Outcome]]:
     """The nearest row of the anchor's claim, with its run, of each other place that was tested; the nearest first."""
-    found = [(row, run) for run in runs for row in run.rows
-             if row.claim == anchor.claim and _measured(row) and row.verdict != "not tested"]
-    told = {_place(anchor)}
+    found, told = _rows(anchor.claim, runs, tested=True), {_place(anchor)}
     for row, run in sorted(found, key=lambda pair: _nearness(paper, pair[0]), reverse=True):
         if _place(row) not in told:
             told.add(_place(row))
@@ -188,11 +187,15 @@ def _nearest(
     """The row of the first of these claims that was tested, or else measured, nearest to the paper, with its run."""
     for tested in (True, False):
         for name in names:
-            found = [(row, run) for run in runs for row in run.rows
-                     if row.claim == name and _measured(row) and not (tested and row.verdict == "not tested")]
-            if found:
+            if found := _rows(name, runs, tested):
                 return max(found, key=lambda pair: _nearness(paper, pair[0]))
     return None, None
+
+
+def _rows(claim: str, runs: Sequence[Outcome], tested: bool) -> list[tuple[ClaimResult, Outcome]]:
+    """The measured rows of a claim, each with its run; of `tested` alone those whose gates are open."""
+    return [(row, run) for run in runs for row in run.rows
+            if row.claim == claim and _measured(row) and not (tested and row.verdict == "not tested")]
 
 
 def _measured(row: ClaimResult) -> bool:

@@ -23,8 +23,6 @@ CHOSEN = "memory_format.json"
 # Images of a measured step at most, rounds, and how much slower 16 bits may be, noise included, before it is worth a
 # word.
 IMAGES, ROUNDS, SLOWER = 128, 3, 1.25
-# Images of the convolution that tells that: enough for a GPU to compute longer than a process takes to start a kernel.
-CONVOLVED = {"cpu": 16, "cuda": 1024}
 
 
 def memory_format(
@@ -104,8 +102,10 @@ def warn_of_slow(device: torch.device, kind: torch.dtype) -> None:
 def _times(device: str, kind: torch.dtype) -> float:
     """Seconds of forward and backward of a convolution in a type of 16 bits over those in float32."""
     calls = {}
+    # Enough for a GPU to compute longer than a process takes to start a kernel.
+    images = 1024 if device == "cuda" else 16
     for each in (torch.float32, kind):
-        x = torch.zeros(CONVOLVED.get(device, 16), 64, 16, 16, device=device, dtype=each, requires_grad=True)
+        x = torch.zeros(images, 64, 16, 16, device=device, dtype=each, requires_grad=True)
         weight = torch.zeros(64, 64, 3, 3, device=device, dtype=each, requires_grad=True)
         calls[str(each)] = functools.partial(_convolve, x, weight)
     single, half = time_by_turns(calls, rounds=ROUNDS, warmup=1, device=device).values()
