@@ -28,16 +28,16 @@ def main() -> None:
     chosen = load_paper("memory-reorder").profile("paper" if on_gpu else "cpu").parameters
     print(f"{machine_name()}, torch {torch.__version__}")
     measured = analysis.peaks(chosen["measured"], device=options.device if on_gpu else "meta")
+    ways, parts = analysis.ways(measured), analysis.parts(measured)
     print("\nGB, SGD with momentum")
-    print(measured.pivot_table("peak GB", ["network", "batch"], "arm", sort=False).round(2).to_string(), flush=True)
-    parts = analysis.parts(chosen["measured"], device=options.device if on_gpu else "meta")
+    print(ways.pivot_table("peak GB", ["network", "batch"], "arm", sort=False).round(2).to_string(), flush=True)
     print("\nPer cent of the conventional plan that each part saves, on top of those before it")
     print(parts.pivot_table("part saves", ["network", "batch"], "arm", sort=False).round(2).to_string(), flush=True)
     times = analysis.timed(chosen["timed"], options.rounds, chosen["timed_size"], options.device)
     print(f"\nA step's seconds against PyTorch with its optimizer in backward, {options.rounds} rounds (quartiles)")
     print(times.drop(columns=["peak MB", "dry run MB"]).round(3).to_string(index=False))
     print()
-    print(analysis.targets(measured, times).round(3).to_string(index=False))
+    print(analysis.targets(ways, times).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

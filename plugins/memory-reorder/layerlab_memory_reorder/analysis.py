@@ -34,6 +34,8 @@ from layerlab_memory_reorder.method.trace import Network, trace
 
 # Caffe's static allocation, figure 3.
 PLAN = "conventional plan"
+# All parts together are the method.
+_LAST_PART = list(PARTS)[-1]
 
 
 def caffe_alexnet(num_classes: int = 1000) -> nn.Sequential:
@@ -138,22 +140,21 @@ def small_example() -> tuple[Network, dict[str, plans.Plan]]:
 
 
 def peaks(
-    networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta", real_gb: float = 0.0,
-    arms: Sequence[str] = ARMS,
+    networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta", real_gb: float = 0.0
 ) -> pd.DataFrame:
-    """Peaks of a step of each arm beside the conventional plan.
+    """Peaks of a step of each way and each part of the method beside the conventional plan; see `ways` and `parts`.
 
     Args:
         networks: name → batch sizes.
         optimizer, device: as for `Step`.
         real_gb: without a GPU, steps whose dry runs all need less (10⁹ bytes) are computed for real, too.
-        arms: of `ARMS` and `PARTS`.
 
     Returns:
         One row for each network, batch and arm, `conventional plan` first: `network`, `batch`, `arm`; `peak GB`, of a
         real step where `real` is true, else of a dry run; `dry run GB`; and `saved`, in per cent of the conventional
         plan with the same optimizer state (the paper's own accounting has none; its 0.6 GB are without).
     """
+    arms = [arm for arm in dict.fromkeys((*ARMS, *PARTS)) if arm != _LAST_PART]
     rows = []
     for name, batches in networks.items():
         model, shape = network(name)
@@ -186,20 +187,26 @@ def beyond_pytorch(need: float, of_pytorch: float) -> dict[str, float]:
     return {"saved more than PyTorch": 100 * (1 - need / of_pytorch)}
 
 
-def parts(
-    networks: Mapping[str, Sequence[int]], optimizer: str = "sgd", device: str = "meta", real_gb: float = 0.0
-) -> pd.DataFrame:
+def ways(measured: pd.DataFrame) -> pd.DataFrame:
+    """The conventional plan and `ARMS`: of `peaks`, what a user chooses from."""
+    return measured[measured["arm"].isin((PLAN, *ARMS))].reset_index(drop=True)
+
+
+def parts(measured: pd.DataFrame) -> pd.DataFrame:
     """What each part of memory-reorder saves, one part after the other, from PyTorch's optimizer in backward on.
 
     Args:
-        networks, optimizer, device, real_gb: as of `peaks`.
+        measured: of `peaks`.
 
     Returns:
-        `peaks` of `FUSED` and of `PARTS`, with `part saves`: what the arm saves more than the one before it, in per
+        Its rows of `FUSED` and of `PARTS`, with `part saves`: what the arm saves more than the one before it, in per
         cent of the conventional plan.
     """
-    frame = peaks(networks, optimizer, device, real_gb, (FUSED, *PARTS))
-    frame = frame[frame["arm"] != PLAN]
+    order = {arm: place for place, arm in enumerate((FUSED, *PARTS))}
+    frame = measured.replace({"arm": {OURS: _LAST_PART}})
+    frame = frame[frame["arm"].isin(order)]
+    groups: Any = frame.groupby(["network", "batch"], sort=False)
+    frame = pd.concat([part.sort_values("arm", key=lambda arms: arms.map(order)) for _, part in groups])
     before = frame.groupby(["network", "batch"], sort=False)["saved"].shift()
     return frame.assign(**{"part saves": frame["saved"] - before}).reset_index(drop=True)
 
@@ -243,7 +250,7 @@ def timed(
 
 
 def targets(measured: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
-    """This project's own targets for the executor, computed from `peaks` and `timed`.
+    """This project's own targets for the executor, computed from `ways` and `timed`.
 
     Returns:
         `target`, `where`, `wanted`, `measured`, `met`.

@@ -27,7 +27,7 @@ from layerlab_memory_reorder.method.plan import Plan
 KINDS = ("weights", "weight diff", "data", "diff", "mask", "optimizer state")
 
 figures.bind(plain=[PLAIN, "plain PyTorch", PLAN], method=[OURS, "reordered"],
-             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, NULL, *list(PARTS)[1:]])
+             others=[FUSED, BOTH, CHECKPOINTING, PAPER, USERS, NULL])
 
 
 def lifetimes(plans: Mapping[str, Plan], unit: float = 1e6, label: str = "memory [MB]") -> Figure:
@@ -82,7 +82,7 @@ def savings_over_batch(frame: pd.DataFrame, published: float) -> Figure:
                       linestyle=look.line, label=label)
         axis.axhline(published, color="0.3", linewidth=0.9, linestyle="--",
                      label=f"published: over {published:g} % against the conventional plan")
-        axis.set(xlabel="batch size", ylim=(0, 75))
+        axis.set(xlabel="batch size", ylim=(0, max(75, 1.08 * frame[list(lines)].max().max())))
         figures.entitle(axis, name)
         figures.ticks.logarithmic(axis.xaxis, base=2)
         figures.ticks.at(axis.xaxis, sorted(set(part["batch"])))
@@ -95,26 +95,21 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
     """Peaks of a step, one panel for each network and batch; the title says whether steps were real or dry runs.
 
     Args:
-        frame: `analysis.peaks` or `analysis.parts`.
+        frame: `analysis.ways` or `analysis.parts`; parts of this project's own have the method's colour.
     """
-    groups: list[Any] = list(frame.groupby(["network", "batch"], sort=False))
-    arms = list(dict.fromkeys(frame["arm"]))
-    figure, axes = figures.panels(len(groups), columns=3, width=3.6, height=0.26 * len(arms) + 1.2, sharey=True)
-    for axis, ((network, batch), part) in zip(axes, groups, strict=True):
+    figure, axes, arms = _panels(frame)
+    for axis, ((network, batch), part) in zip(axes, _groups(frame), strict=True):
         rows = part.set_index("arm").reindex(arms)
-        bars = axis.barh(range(len(arms)), rows["peak GB"], color=[figures.look(arm).colour for arm in arms])
+        bars = axis.barh(range(len(arms)), rows["peak GB"], color=[_colour(arm) for arm in arms])
         # A way that some network cannot take has no number there.
         numbers = ["" if pd.isna(peak) else f"{peak:.3g}" for peak in rows["peak GB"]]
         axis.bar_label(bars, numbers, fontsize=9, padding=2)
-        axis.set_yticks(range(len(arms)), arms, fontsize=9)
         kind = "real steps" if part["real"].any() else "dry runs"
         axis.set_title(f"{network}\nbatch {batch}, {kind}", fontsize=11)
         axis.set_xlabel("peak [GB]")
         # Numbers stand behind the bars.
         axis.margins(x=0.3)
         axis.xaxis.set_major_locator(figures.ticks.few(4))
-        axis.grid(axis="y", visible=False)
-    axes[0].invert_yaxis()
     return figure
 
 
@@ -124,7 +119,41 @@ def times(frame: pd.DataFrame) -> Figure:
     Args:
         frame: `analysis.timed`.
     """
-    named = frame.assign(where=frame["network"] + ",\nbatch " + frame["batch"].astype(str))
-    return figures.grouped_bars(
-        named, "where", "time", "arm", "seconds of a step, as a multiple", error=("time low", "time high"),
-        xlabel="network", title=f"Seconds of a step as a multiple of those of {FUSED}", one=FUSED)
+    figure, axes, arms = _panels(frame)
+    for axis, ((network, batch), part) in zip(axes, _groups(frame), strict=True):
+        rows = part.set_index("arm").reindex(arms)
+        axis.axvline(1, color="0.3", linestyle="--", linewidth=1)
+        for place, (arm, row) in enumerate(rows.dropna(subset="time").iterrows()):
+            axis.plot([row["time low"], row["time high"]], [place, place], color=_colour(arm), linewidth=2)
+            axis.plot(row["time"], place, "o", color=_colour(arm), markersize=6)
+            axis.text(0.95, place, f"{row['time']:.2f}", transform=axis.get_yaxis_transform(), fontsize=9, ha="right",
+                      va="center")
+        axis.set_title(f"{network}\nbatch {batch}", fontsize=11)
+        axis.set_xlabel("seconds of a step, ×")
+        # Numbers stand behind the longest interval.
+        low, high = frame["time low"].min(), frame["time high"].max()
+        axis.set_xlim(low - 0.05 * (high - low), high + 0.25 * (high - low))
+        axis.xaxis.set_major_locator(figures.ticks.few(4))
+    figure.suptitle(f"Seconds of a step as a multiple of those of {FUSED}, with quartiles")
+    return figure
+
+
+def _groups(frame: pd.DataFrame) -> list[Any]:
+    return list(frame.groupby(["network", "batch"], sort=False))
+
+
+def _panels(frame: pd.DataFrame) -> tuple[Figure, Any, list[str]]:
+    """A panel for each network and batch, whose rows are the arms, the first at the top."""
+    arms = list(dict.fromkeys(frame["arm"]))
+    figure, axes = figures.panels(len(_groups(frame)), columns=3, width=3.6, height=0.26 * len(arms) + 1.2, sharey=True)
+    for axis in axes:
+        axis.set_yticks(range(len(arms)), arms, fontsize=9)
+        axis.tick_params(axis="y", left=axis.get_subplotspec().is_first_col())
+        axis.grid(axis="y", visible=False)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    return figure, axes, arms
+
+
+def _colour(arm: Any) -> str:
+    """The arm's own; all parts but the paper's are this project's, as the method with all of them is."""
+    return figures.look(OURS if arm in list(PARTS)[1:] else str(arm)).colour

@@ -197,6 +197,17 @@ def test_the_targets_against_the_conventional_plan_and_pytorchs_best(name, batch
     assert table["peak GB"][analysis.OURS] < table["peak GB"][analysis.FUSED]
 
 
+def test_parts_lead_from_pytorchs_optimizer_in_backward_to_the_method():
+    measured = analysis.peaks({"squeezenet1_1": [2]})
+    ways, parts = analysis.ways(measured).set_index("arm"), analysis.parts(measured)
+    assert list(ways.index) == [analysis.PLAN, *measuring.ARMS]
+    assert list(parts["arm"]) == [analysis.FUSED, *measuring.PARTS]
+    assert parts["peak GB"].iloc[-1] == ways["peak GB"][analysis.OURS]
+    gained = ways["saved"][analysis.OURS] - ways["saved"][analysis.FUSED]
+    assert parts["part saves"].sum() == pytest.approx(gained)
+    assert gained > 1
+
+
 @slow
 def test_the_largest_batch_fits_and_one_more_does_not():
     model, shape = analysis.network("resnet18", image_size=64)
