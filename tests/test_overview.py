@@ -96,6 +96,16 @@ def test_no_text_of_the_figure_covers_another_or_is_cut(rows):
     plt.close(figure)
 
 
+def test_intervals_end_within_their_panel():
+    wide = points([("One", "time", 0.8, 0.0), ("Two", "time", 1.5, 0.5)])
+    wide.loc[wide["method"] == "Two", "x ±"] = 0.6
+    figure = draw(wide, KINDS)
+    low, high = figure.axes[0].get_xlim()
+    assert low < 0.78
+    assert high > 2.1
+    plt.close(figure)
+
+
 def test_names_have_the_colours_of_their_points():
     figure = draw(points(ALIKE), KINDS)
     names = {text.get_text().split("\n")[0]: text.get_color() for axis in figure.axes for text in axis.texts}

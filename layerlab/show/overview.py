@@ -161,7 +161,8 @@ def _point(axis: Any, point: pd.Series, kind: int, colour: str) -> None:
                   elinewidth=1.0, capsize=2.5, alpha=0.75 if kind else 1.0, zorder=3 if kind else 4,
                   markerfacecolor=colour if kind == 0 and compared else "white", **bars)
     # What is drawn beside its place does not stretch the axes by itself.
-    axis.update_datalim([(point["x"], (point["y"] if compared else 0.0) + sign * (bars["yerr"] or 0.0))
+    y = point["y"] if compared else 0.0
+    axis.update_datalim([(point["x"] + sign * (bars["xerr"] or 0.0), y + sign * (bars["yerr"] or 0.0))
                          for sign in (-1, 1)])
     axis.autoscale_view()
 
