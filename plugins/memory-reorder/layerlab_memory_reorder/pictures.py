@@ -97,8 +97,8 @@ def peak_bars(frame: pd.DataFrame) -> Figure:
     Args:
         frame: `analysis.ways` or `analysis.parts`; parts of this project's own have the method's colour.
     """
-    figure, axes, arms = _panels(frame)
-    for axis, ((network, batch), part) in zip(axes, _groups(frame), strict=True):
+    groups, figure, axes, arms = _panels(frame)
+    for axis, ((network, batch), part) in zip(axes, groups, strict=True):
         rows = part.set_index("arm").reindex(arms)
         bars = axis.barh(range(len(arms)), rows["peak GB"], color=[_colour(arm) for arm in arms])
         # A way that some network cannot take has no number there.
@@ -119,11 +119,12 @@ def times(frame: pd.DataFrame) -> Figure:
     Args:
         frame: `analysis.timed`.
     """
-    figure, axes, arms = _panels(frame)
-    for axis, ((network, batch), part) in zip(axes, _groups(frame), strict=True):
+    groups, figure, axes, arms = _panels(frame)
+    for axis, ((network, batch), part) in zip(axes, groups, strict=True):
         rows = part.set_index("arm").reindex(arms)
         axis.axvline(1, color="0.3", linestyle="--", linewidth=1)
-        for place, (arm, row) in enumerate(rows.dropna(subset="time").iterrows()):
+        for arm, row in rows.dropna(subset="time").iterrows():
+            place = arms.index(str(arm))
             axis.plot([row["time low"], row["time high"]], [place, place], color=_colour(arm), linewidth=2)
             axis.plot(row["time"], place, "o", color=_colour(arm), markersize=6)
             axis.text(0.95, place, f"{row['time']:.2f}", transform=axis.get_yaxis_transform(), fontsize=9, ha="right",
@@ -138,20 +139,17 @@ def times(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _groups(frame: pd.DataFrame) -> list[Any]:
-    return list(frame.groupby(["network", "batch"], sort=False))
-
-
-def _panels(frame: pd.DataFrame) -> tuple[Figure, Any, list[str]]:
-    """A panel for each network and batch, whose rows are the arms, the first at the top."""
+def _panels(frame: pd.DataFrame) -> tuple[list[Any], Figure, Any, list[str]]:
+    """Networks and batches with their rows, a panel for each, and the arms: rows of a panel, the first at the top."""
+    groups = list(frame.groupby(["network", "batch"], sort=False))
     arms = list(dict.fromkeys(frame["arm"]))
-    figure, axes = figures.panels(len(_groups(frame)), columns=3, width=3.6, height=0.26 * len(arms) + 1.2, sharey=True)
+    figure, axes = figures.panels(len(groups), columns=3, width=3.6, height=0.26 * len(arms) + 1.2, sharey=True)
     for axis in axes:
         axis.set_yticks(range(len(arms)), arms, fontsize=9)
         axis.tick_params(axis="y", left=axis.get_subplotspec().is_first_col())
         axis.grid(axis="y", visible=False)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    return figure, axes, arms
+    return groups, figure, axes, arms
 
 
 def _colour(arm: Any) -> str:

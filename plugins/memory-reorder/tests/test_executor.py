@@ -13,6 +13,7 @@ import torch
 from helpers import take_step
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerlab import LayerlabError, Refused, Run, Strategy, fit, forward_order, load_dataset
 from layerlab.training.loop import Fit
@@ -161,11 +162,22 @@ def test_pooling_of_every_shape(pool, size, relu):
     x.requires_grad_()
     given = torch.randn_like(model(x))
     (wanted,) = torch.autograd.grad(model(x), x, given)
-    with Takeover(model, torch.optim.SGD(model.parameters(), lr=0.0), x.detach()):
+    with Takeover(model, torch.optim.SGD(model.parameters(), lr=0.0), x.detach()), PlacesInTheImage():
         y = model(x)
         assert torch.equal(y.detach(), model.eval()(x).detach())
         model.train()
         assert torch.equal(torch.autograd.grad(y, x, given)[0], wanted)
+
+
+class PlacesInTheImage(TorchDispatchMode):
+    """Fails where a pooling's backward is given a place outside of its image: the kernel writes there unchecked."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.max_pool2d_with_indices_backward.grad_input:
+            image, places = arguments[1], arguments[-1]
+            assert places.min() >= 0
+            assert places.max() < image.shape[-2] * image.shape[-1]
+        return function(*arguments, **(keywords or {}))
 
 
 def test_slabs_are_applied_in_backward_and_whole_gradients_never_made(monkeypatch):

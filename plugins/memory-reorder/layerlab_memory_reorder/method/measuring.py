@@ -104,17 +104,7 @@ class Step:
 
     def __call__(self) -> Tensor:
         """One step; returns the detached loss."""
-        if self.arm != USERS:
-            self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(self.x), self.y)
-        if self.arm == USERS:
-            self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self._takeover is not None:
-            self._takeover.finish()
-        elif not self.each:
-            self.optimizer.step()
-        return loss.detach()
+        return self._with(self.x, self.y)
 
     def peak(self) -> int:
         """The most bytes allocated at once in a step after the first: weights, optimizer state, gradients, activations.
@@ -125,7 +115,8 @@ class Step:
         """
         if self.device.type == "cpu":
             kept = [self.x, self.y, *self.model.parameters(), *self.model.buffers()]
-            return measure.peak_allocated(self, self, kept)
+            # What a first step leaves is the optimizer's state, whatever its batch.
+            return measure.peak_allocated(lambda: self._with(self.x[:2], self.y[:2]), self, kept)
         self()
         holders = [self.optimizer, *self.each.values()]
         with measure.Meter(self.model, *holders, self.x, self.y) as meter:
@@ -137,6 +128,19 @@ class Step:
     def close(self) -> None:
         """Give the network back its own forward and remove all hooks."""
         self._stack.close()
+
+    def _with(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.arm != USERS:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(x), y)
+        if self.arm == USERS:
+            self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self._takeover is not None:
+            self._takeover.finish()
+        elif not self.each:
+            self.optimizer.step()
+        return loss.detach()
 
     def _at_once(self, parameter: nn.Parameter) -> None:
         self.each[parameter].step()
