@@ -150,7 +150,11 @@ def test_the_seeds_of_an_arm_are_a_run_with_their_mean_and_interval(digits, tmp_
                                               "tags.seed LIKE '%'")
         assert sorted(each.data.tags["seed"] for each in seeds) == ["0", "1", "2"]
         assert {each.data.tags["arm"] for each in seeds} == {run.data.tags["arm"]}
+        assert run.info.run_name == f"mean · {run.data.tags['arm']} · main"
     session.close()
+    # What tells apart trainings of one arm on the same data in a list of runs.
+    names = {run.info.run_name for run in tracking.client().search_runs([tracking.experiment_id("test")])}
+    assert {"plain · main · seed 0", "plain · other · seed 0"} <= names
 
 
 def test_an_answer_is_told_with_its_page_and_without_what_was_not_measured(tmp_path, monkeypatch):

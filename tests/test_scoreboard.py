@@ -60,8 +60,9 @@ def test_it_fits_the_terminal(rows, width, monkeypatch):
 
 
 def test_the_page_needs_nothing_else_and_has_a_filter_for_each_column(rows):
-    text = page(rows, ["A <b>sentence</b>."])
-    assert "<li>A &lt;b&gt;sentence&lt;/b&gt;.</li>" in text
+    name = paper().headline.method
+    text = page([Collected(paper(), rows, f"{name}: a <b>sentence</b>.")])
+    assert f"<li><strong>{name}</strong>: a &lt;b&gt;sentence&lt;/b&gt;.</li>" in text
     assert not re.findall(r"""(?:src|href|import)\s*=?\s*["']https?://[^"']+\.(?:js|css)""", text)
     assert "searchList" in text
     assert text.count("weaker (cpu mnist)") >= 1

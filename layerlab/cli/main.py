@@ -155,14 +155,13 @@ def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
     if wants_json():
         form = "json"
     found = collected(names)
-    results = [row for each in found for row in each.rows]
     if form == "html":
-        text = page(results, [each.line for each in found])
+        text = page(found)
     elif form in ("markdown", "text"):
         # A file has no colours; click leaves them out of what goes there.
         text = board(found, form == "markdown", colour=not output) + "\n"
     else:
-        text = getattr(scoreboard_table(results), form)() + "\n"
+        text = getattr(scoreboard_table([row for each in found for row in each.rows]), form)() + "\n"
     if output:
         write_atomically(output, lambda stream: stream.write(text.encode()))
         click.echo(output)

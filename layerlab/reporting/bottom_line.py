@@ -12,6 +12,7 @@ from layerlab.contract.paper import Paper
 from layerlab.contract.rows import sentence
 from layerlab.reporting.findings import Finding, Interval, Outcome, finding, outcome
 from layerlab.reporting.wording import EQUAL, PLACEBO, over, points_text
+from layerlab.show.table import markdown_text
 
 # Of a run at this profile no more is said than that the notebook runs.
 QUICK = "quick"
@@ -44,6 +45,18 @@ def kept_line(paper: Paper, profiles: Mapping[Path, Sequence[ClaimResult]]) -> s
         profiles: folder → its rows.
     """
     return bottom_line(paper, [outcome(folder, rows) for folder, rows in profiles.items() if counting(rows)])
+
+
+def parted(paper: Paper, line: str) -> tuple[str, str]:
+    """The method's name, with which a paper's line starts and which pages show in bold letters, and what follows it."""
+    name = paper.headline.method if paper.headline else paper.strategy
+    return name, line.removeprefix(name)
+
+
+def markdown_line(paper: Paper, line: str) -> str:
+    """A paper's line in Markdown."""
+    name, rest = parted(paper, line)
+    return f"**{markdown_text(name)}**{markdown_text(rest)}"
 
 
 def counting(rows: Sequence[ClaimResult]) -> bool:

@@ -18,7 +18,7 @@ from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import counts, merged
-from layerlab.reporting.bottom_line import kept_line
+from layerlab.reporting.bottom_line import kept_line, markdown_line
 from layerlab.reporting.freshness import Age, age
 from layerlab.reporting.kept import kept, kept_profiles
 from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
@@ -49,7 +49,7 @@ def scoreboard_page(target: Path) -> str:
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
     counted: list[list[str | Cell]] = [
         [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
-    said = "\n".join(f"- {_bold(paper, line)}" for paper, line in lines(target))
+    said = "\n".join(f"- {markdown_line(paper, line)}" for paper, line in lines(target))
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [docs/verdicts.md](../docs/verdicts.md) says what the verdicts mean; a measured value is "
@@ -72,12 +72,6 @@ def _picture(target: Path, folder: str) -> str:
     return f"![{ALTERNATIVE}]({folder}{OVERVIEW}.png)\n\n{CAPTION}" if drawn else NOTHING_YET
 
 
-def _bold(paper: Paper, line: str) -> str:
-    """A paper's sentence in Markdown, the method's name in bold letters."""
-    name = paper.headline.method if paper.headline else paper.strategy
-    return f"**{markdown_text(name)}**{markdown_text(line.removeprefix(name))}"
-
-
 def _card(target: Path, name: str) -> bool:
     return (target.resolve().parent / CARD.format(name)).exists()
 
@@ -91,7 +85,7 @@ def with_results(readme: str, target: Path) -> str | None:
         if (target / name / "README.md").exists():
             links.append(f"[claims and figures]({target.name}/{name}/README.md)")
         source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
-        told.append(f"- {_bold(paper, line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
+        told.append(f"- {markdown_line(paper, line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
     blocks = {SUMMARY: "\n".join(told), PICTURE: _picture(target, f"{target.name}/")}
     found = None
     for (begin, end), block in blocks.items():

@@ -21,7 +21,7 @@ from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
 from layerlab.contract.rows import SCOREBOARD, completed, scoreboard_texts
 from layerlab.contract.rows import tally as tally
-from layerlab.reporting.bottom_line import bottom_line, counting
+from layerlab.reporting.bottom_line import bottom_line, counting, markdown_line, parted
 from layerlab.reporting.claim_lines import STATES, State, claim_lines
 from layerlab.reporting.findings import PAYS, Outcome, outcome
 from layerlab.reporting.freshness import age
@@ -29,7 +29,7 @@ from layerlab.reporting.kept import kept_profiles
 from layerlab.runs import tracking
 from layerlab.runs.answer import ANSWERS_FILE
 from layerlab.runs.record import IDENTITY, workbook_folder
-from layerlab.show.table import Cell, Table, Tone, markdown_text
+from layerlab.show.table import Cell, Table, Tone
 
 WIDE = ("claim", "where", "published", "measured", "÷ published", "verdict")
 # Columns of a terminal that has room for them.
@@ -189,6 +189,11 @@ def run_table(results: Sequence[ClaimResult]) -> Table:
     return Table(("paper", "profile", "machine", "commit", "run"), list(rows.values()))
 
 
+def sentences(found: Sequence[Collected]) -> str:
+    """The sentences of papers as a list in Markdown."""
+    return "\n".join(f"- {markdown_line(each.paper, each.line)}" for each in found)
+
+
 def board(found: Sequence[Collected], markdown: bool = False, colour: bool = False) -> str:
     """The sentences of papers, then of each its claims, then the runs behind them, for a terminal or in Markdown.
 
@@ -199,7 +204,7 @@ def board(found: Sequence[Collected], markdown: bool = False, colour: bool = Fal
     """
     rows = [row for each in found for row in each.rows]
     if markdown:
-        parts = ["\n".join(f"- {markdown_text(each.line)}" for each in found)]
+        parts = [sentences(found)]
         for each in found:
             parts += [f"## {each.paper.strategy}", claims_table(each.rows).markdown()]
         return "\n\n".join([*parts, "## Runs", run_table(rows).markdown()])
@@ -216,17 +221,17 @@ def wrapped(line: str, width: int) -> str:
     return textwrap.fill(printable(line), width, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def page(results: Sequence[ClaimResult], said: Sequence[str] = ()) -> str:
+def page(found: Sequence[Collected]) -> str:
     """The scoreboard and its runs as an HTML page that needs nothing else: a claim a line, to be filtered and sorted.
 
     Args:
-        results: of any number of papers.
-        said: the papers' sentences.
+        found: of `collected`.
     """
     import pandas as pd
     from itables import options, to_html_datatable
     from itables.javascript import generate_init_offline_itables_html
 
+    results = [row for each in found for row in each.rows]
     lines = [{"paper": line.paper, "state": line.state, "claim": line.claim, "where": line.where,
               "published": line.published, "measured": line.measured, "÷ published": line.share,
               "verdict": line.verdict, "why": line.why} for line in claim_lines(results)]
@@ -237,11 +242,16 @@ def page(results: Sequence[ClaimResult], said: Sequence[str] = ()) -> str:
         columnControl=["order", ["searchList"]], ordering={"indicators": False, "handler": False},
         layout={"topStart": "info", "topEnd": "search", "bottomStart": None, "bottomEnd": None}, maxBytes=0,
         style="width:100%; max-width:100%", display_logo_when_loading=False)
-    sentences = "".join(f"<li>{html.escape(printable(each))}</li>" for each in said)
+    said = "".join(f"<li>{_html_line(each)}</li>" for each in found)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>layerlab: scoreboard</title><style>{_STYLE}</style>'
-        f"{generate_init_offline_itables_html(options.dt_bundle)}</head><body><h1>Scoreboard</h1><ul>{sentences}</ul>"
+        f"{generate_init_offline_itables_html(options.dt_bundle)}</head><body><h1>Scoreboard</h1><ul>{said}</ul>"
         f'<div class="wide">{table}</div><h2>Runs</h2><div class="wide">{run_table(results).html()}</div></body>'
         "</html>\n"
     )
+
+
+def _html_line(of: Collected) -> str:
+    name, rest = (html.escape(printable(part)) for part in parted(of.paper, of.line))
+    return f"<strong>{name}</strong>{rest}"

@@ -232,7 +232,7 @@ class Session:
 
         tracker = self._trackers.setdefault(title, tracking.Tracker(
             self.experiment, self._tags | {"table": table or title}, self.run_id, self.folder,
-            f"{self.attempt}/{title}"))
+            f"{self.attempt}/{title}", title))
         checkpoint = self._unfinished / file_name(title)
         settings = {"at_once": seeds_at_once(), **settings}
         found = compare(*arguments, checkpoint=checkpoint, observers=[tracker], **settings)

@@ -37,17 +37,19 @@ class Tracker:
         parent: id of the notebook's run that they belong to, as a tag.
         folder: of the notebook; keeps what cannot be sent. Default: that of all runs.
         comparison: an id of what the fits are trained for, by which the seeds of an arm are found together.
+        title: what the fits are trained for, in the names of their runs. Default: the dataset's name.
     """
 
     def __init__(
         self, experiment: str, tags: Mapping[str, str] | None = None, parent: str | None = None,
-        folder: Path | None = None, comparison: str = "",
+        folder: Path | None = None, comparison: str = "", title: str = "",
     ) -> None:
         self.experiment = experiment
         self.tags = dict(tags or {})
         self.parent = parent
         self.folder = folder
         self.comparison = comparison or uuid.uuid4().hex
+        self.title = title
         # Arm → the tags that all its seeds share.
         self._arms: dict[str, dict[str, str]] = {}
         # Whether MLflow took anything yet: what never did is misspelt rather than away.
@@ -77,7 +79,7 @@ class Tracker:
             shared[NOTEBOOK] = self.parent
         self._arms[fit.name] = shared
         tags = shared | {"seed": str(fit.seed)}
-        name = f"{fit.name} · {fit.data.name} · seed {fit.seed}"
+        name = f"{fit.name} · {self.title or fit.data.name} · seed {fit.seed}"
         box = Outbox(self.folder, self.experiment, name, attempt, tags)
         if not self._reached:
             box.open(PATIENCE)
@@ -127,8 +129,8 @@ class Tracker:
                     metrics |= _interval(name, [float(result.final.get(name, math.nan)) for result in results])
             last = max(result.final["timestamp"] for result in results)
             epochs = max(result.final["epoch"] for result in results)
-            box = Outbox(self.folder, self.experiment, f"mean · {arm} · {tags['dataset']}", self._group(arm),
-                         tags | {"kind": "arm"})
+            name = f"mean · {arm} · {self.title or tags['dataset']}"
+            box = Outbox(self.folder, self.experiment, name, self._group(arm), tags | {"kind": "arm"})
             box.add(metrics=[(name, value, last, epochs) for name, value in metrics.items()])
             # The run is made now, so that it does not end before it began.
             box.send()
