@@ -83,7 +83,7 @@ def runs(size: int, folder: Path) -> Iterator[tuple[str, Step]]:
     study.claim(paper.claims[0].id, [1.0, 2.0, 3.0], seeds=[0, 1, 2], conditions={"dataset": "digits"})
     study.finish()
     multiply_runs(folder / "mlflow.db", study.run_id, size)
-    yield "scoreboard", lambda: scoreboard.page(scoreboard.collect([name]))
+    yield "scoreboard", lambda: scoreboard.page(scoreboard.collected([name]))
     yield "publish", cli("publish", name, "--to", folder / "results")
 
 

@@ -187,7 +187,8 @@ def test_a_scoreboard_obeys_no_text_of_a_run(fake, tmp_path):
     (folder / "manifest.json").write_text("[]")
     page = "\n\n".join(run_part(folder, load_paper("fake"), "cpu", [row]))
     read = mistune.create_markdown(plugins=["table", "strikethrough"])
-    pages = [scoreboard.page([row]), read(page.replace("<details>", "")),
+    found = scoreboard.Collected(load_paper("fake"), [row], HOSTILE)
+    pages = [scoreboard.page([found]), read(page.replace("<details>", "")),
              *(read(table([row]).markdown()) for table in (scoreboard.scoreboard_table, scoreboard.run_table))]
     # The page has scripts of its own, which hold its texts, too.
     assert re.sub(r"(?s)<script[^>]*>.*?</script>", "", pages[0]).count("<script") == 0

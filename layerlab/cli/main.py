@@ -150,7 +150,7 @@ def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
     each other.
     """
     from layerlab.base.files import write_atomically
-    from layerlab.reporting.scoreboard import board, collected, page, scoreboard_table
+    from layerlab.reporting.scoreboard import all_rows, board, collected, page, scoreboard_table
 
     if wants_json():
         form = "json"
@@ -161,7 +161,7 @@ def scoreboard(names: tuple[str, ...], form: str, output: Path | None) -> None:
         # A file has no colours; click leaves them out of what goes there.
         text = board(found, form == "markdown", colour=not output) + "\n"
     else:
-        text = getattr(scoreboard_table([row for each in found for row in each.rows]), form)() + "\n"
+        text = getattr(scoreboard_table(all_rows(found)), form)() + "\n"
     if output:
         write_atomically(output, lambda stream: stream.write(text.encode()))
         click.echo(output)

@@ -166,7 +166,12 @@ def _outcome(paper: Paper, run: Any, rows: Sequence[ClaimResult]) -> Outcome:
 
 def collect(names: Sequence[str] = ()) -> list[ClaimResult]:
     """The rows of `collected`, of all papers."""
-    return [row for each in collected(names) for row in each.rows]
+    return all_rows(collected(names))
+
+
+def all_rows(found: Sequence[Collected]) -> list[ClaimResult]:
+    """The rows of several papers, in their order."""
+    return [row for each in found for row in each.rows]
 
 
 def run_table(results: Sequence[ClaimResult]) -> Table:
@@ -202,7 +207,7 @@ def board(found: Sequence[Collected], markdown: bool = False, colour: bool = Fal
         markdown: or text.
         colour: of text, as `Table.text` has it.
     """
-    rows = [row for each in found for row in each.rows]
+    rows = all_rows(found)
     if markdown:
         parts = [sentences(found)]
         for each in found:
@@ -231,7 +236,7 @@ def page(found: Sequence[Collected]) -> str:
     from itables import options, to_html_datatable
     from itables.javascript import generate_init_offline_itables_html
 
-    results = [row for each in found for row in each.rows]
+    results = all_rows(found)
     lines = [{"paper": line.paper, "state": line.state, "claim": line.claim, "where": line.where,
               "published": line.published, "measured": line.measured, "÷ published": line.share,
               "verdict": line.verdict, "why": line.why} for line in claim_lines(results)]
