@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -30,10 +33,45 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(autouse=True)
-def _readable_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session")
+def _imports_shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plugins")
+
+
+@pytest.fixture
+def known_plugins(tmp_path: Path, _imports_shown: Path) -> None:
+    """What an import of the plugins has shown is known from test to test, as it is from command to command."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "plugins").symlink_to(_imports_shown)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _readable_figures() -> Iterator[None]:
     """A notebook that a test runs fails at a figure whose labels overlap, repeat, are cut or lie."""
-    monkeypatch.setenv("LAYERLAB_CHECK_FIGURES", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAYERLAB_CHECK_FIGURES", "1")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _tables_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow makes the tables of a database by all of its migrations, in a second; those of a further one in this
+    process are a copy of the first one's."""
+    from mlflow.store.db import utils
+
+    made, first = utils._initialize_tables, tmp_path_factory.mktemp("mlflow") / "first.db"
+
+    def initialize(engine: Any) -> None:
+        file = Path(engine.url.database)
+        if first.exists():
+            shutil.copyfile(first, file)
+        else:
+            made(engine)
+            shutil.copyfile(file, first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", initialize)
+        yield
 
 
 @pytest.fixture
@@ -107,3 +145,21 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
     yield write
     layerlab.strategies.refresh()
+
+
+def pytest_collection_finish() -> None:
+    """What importing and collecting has left stays: no collection of garbage needs to go through it again."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kept_by_libraries() -> Iterator[None]:
+    """Nor through what a module of tests makes libraries keep, such as compiled code."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries that count what they leave want it back."""
+    gc.unfreeze()

@@ -23,6 +23,7 @@ from layerlab.runs.jobs import Job, told_apart
 from layerlab.runs.record import read_record
 from layerlab.show.interval import mean_interval
 
+pytestmark = pytest.mark.usefixtures("known_plugins")
 # What starts something or writes a plugin, and has nothing to tabulate.
 SILENT = {"new", "lab", "ui", "completion"}
 

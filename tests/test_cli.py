@@ -11,6 +11,8 @@ from helpers import slow
 
 from layerlab.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("known_plugins")
+
 
 def _call(*arguments: str, status: int = 0) -> str:
     result = CliRunner().invoke(main, arguments)

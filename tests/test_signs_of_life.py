@@ -93,17 +93,17 @@ def test_reproduce_ends_with_a_sentence_for_each_paper_and_what_to_type_next(fak
     assert said in text
     assert text.index(said) < text.index("What to type next: ") < text.index("scoreboard every claim, published")
     assert "Table I" not in text
+    longer, profile = next(each for each in load_paper("fake").profiles.items() if each[0] != "quick")
+    assert f"reproduce fake --profile {longer} {' '.join(profile.description.split())}" in text
+    assert " publish " not in text
 
 
-def test_what_to_type_next_is_a_longer_profile_and_then_its_page(fake, tmp_path, monkeypatch):
+def test_after_a_longer_profile_what_to_type_next_is_its_page(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake(OPEN, "study.claim('gain', [2.0], seeds=[0], conditions={'dataset': 'digits'})", FINISH)
     with (load_paper("fake").folder / "paper.toml").open("a") as stream:
         stream.write("\n[headline]\nmethod = 'Fake'\naccuracy = 'gain'\n")
     longer = next(name for name in load_paper("fake").profiles if name != "quick")
-    quick = CliRunner().invoke(main, ["reproduce", "fake"]).stdout
-    assert f"reproduce fake --profile {longer}\n      {load_paper('fake').profiles[longer].description}" in quick
-    assert " publish " not in quick
     done = CliRunner().invoke(main, ["reproduce", "fake", "--profile", longer]).stdout
     assert f"publish {Path('home/runs/fake', longer)}\n" in done
     assert " reproduce " not in done

@@ -74,20 +74,23 @@ def _start(folder: Path) -> tuple[dict[str, str], Path]:
     return {VARIABLE: str(folder / "events")}, folder / "log"
 
 
-@pytest.fixture
-def warmed(notebook, tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Outcome]]:
     """Run a job in a kernel that is forked from a server that has imported everything."""
-    # A server is for one environment, and pytest changes its own from one phase of a test to the next.
-    environment = {"OMP_NUM_THREADS": "2", "LAYERLAB_HOME": str(tmp_path / "home"), "PYTEST_CURRENT_TEST": ""}
-    write = f"open({str(tmp_path / 'warm')!r}, 'w').write(str(warm))"
+    folder = tmp_path_factory.mktemp("warmed")
+    # A server is for one environment, and pytest changes its own from test to test.
+    environment = {"OMP_NUM_THREADS": "2", "LAYERLAB_HOME": str(folder / "home"),
+                   "LAYERLAB_CACHE": str(folder / "cache"), "PYTEST_CURRENT_TEST": ""}
+    write = nbformat.v4.new_code_cell(WARM + f"open({str(folder / 'warm')!r}, 'w').write(str(warm))")
 
     with Runners(IMPORTS) as runners:
         def run(job: Job, start: Start = runners.start) -> Outcome:
             return run_job(job, environment, lambda event: None, Stop(), rerun=uuid.uuid4().hex, start=start, retries=0)
 
         for _ in range(50):
-            assert run(notebook("warms", WARM + write)).status == "finished"
-            if (tmp_path / "warm").read_text() == "True":
+            warms = notebook_job(write_notebook(folder / "home" / "notebooks" / "warms.ipynb", [write]))
+            assert run(warms).status == "finished"
+            if (folder / "warm").read_text() == "True":
                 break
         else:
             pytest.fail("the server has imported nothing")

@@ -9,14 +9,14 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import cloudpickle
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Freezer, Residual
+from helpers import Freezer, Residual, slow
 from torch import nn
 
 from layerlab import LayerlabError, Refused, Run, Split, Strategy, build_model, fit, forward_order, load_dataset
@@ -287,38 +287,29 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    """Jobs that run at once on this machine: one by `launch`, one by torchrun, whose first worker is killed once, and
-    one whose second worker stops.
-
-    No more, because every worker imports torch anew.
-    """
-    folder = tmp_path_factory.mktemp("jobs")
-    (folder / "job.py").write_text(JOB)
-    (folder / "hang.py").write_text(HANG)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-                "--monitor-interval=0.1", str(folder / "job.py"), str(folder)]
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
-                               "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    with (subprocess.Popen([sys.executable, *torchrun], **options) as job,
-          subprocess.Popen([sys.executable, str(folder / "hang.py")], **options) as hang):
-        try:
-            with pytest.raises(LayerlabError) as raised:
-                launch(all_cases, WORKERS, folder, threads=1)
-            output, _ = job.communicate(timeout=180)
-            hung, _ = hang.communicate(timeout=180)
-        finally:
-            job.kill()
-            hang.kill()
-    return {"folder": folder, "error": raised.value, "output": output, "code": job.returncode, "hung": hung}
+def launched(tmp_path_factory) -> tuple[Path, LayerlabError]:
+    """One job for all cases, because every worker imports torch anew: its folder, and the error with which it ends."""
+    folder = tmp_path_factory.mktemp("launched")
+    with pytest.raises(LayerlabError) as raised:
+        launch(all_cases, WORKERS, folder, threads=1)
+    return folder, raised.value
 
 
 @pytest.fixture(scope="module")
-def workers(jobs) -> list[dict]:
+def workers(launched) -> list[dict]:
     """What every worker of the launched job found before one of them failed."""
-    files = [jobs["folder"] / f"{rank}.pt" for rank in range(WORKERS)]
-    assert all(file.exists() for file in files), str(jobs["error"])
+    folder, error = launched
+    files = [folder / f"{rank}.pt" for rank in range(WORKERS)]
+    assert all(file.exists() for file in files), str(error)
     return [torch.load(file) for file in files]
+
+
+def run_script(text: str, folder: Path, *before: str) -> subprocess.CompletedProcess[str]:
+    """A script in a Python of its own, with what it printed on both streams."""
+    (folder / "job.py").write_text(text)
+    return subprocess.run([sys.executable, *before, str(folder / "job.py"), str(folder)], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=180,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -437,27 +428,32 @@ def test_running_statistics_are_the_same_in_all_workers(workers):
 # ------------------------------------------------------------------------------------ jobs that die
 
 
-def test_a_worker_that_fails_ends_the_job_with_its_rank_its_error_and_its_traceback(jobs, workers):
-    assert str(jobs["error"]).startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
-    assert 'raise ValueError("the disk of this machine is full")' in str(jobs["error"].__cause__)
+def test_a_worker_that_fails_ends_the_job_with_its_rank_its_error_and_its_traceback(launched, workers):
+    _, error = launched
+    assert str(error).startswith("Worker 1 of 3 died: ValueError: the disk of this machine is full")
+    assert 'raise ValueError("the disk of this machine is full")' in str(error.__cause__)
 
 
-def test_a_worker_that_stops_ends_the_job_with_its_rank_after_the_time_limit(jobs):
+@slow
+def test_a_worker_that_stops_ends_the_job_with_its_rank_after_the_time_limit(tmp_path):
     # Nothing else is printed: neither the launcher's logs nor the other worker's traceback.
-    first, second = jobs["hung"].splitlines()
+    first, second = run_script(HANG, tmp_path).stdout.splitlines()
     for line in (first, second):
         assert line.startswith("Worker 1 of 2 does not answer: worker 0 waited 4 s for it.")
         assert "CommOverlap(time_limit_s=…)" in line
 
 
-def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(jobs):
-    assert jobs["code"] == 0, jobs["output"]
-    assert "exitcode: -9" in jobs["output"]
+@slow
+def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
+    job = run_script(JOB, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                     "--max-restarts=1", "--monitor-interval=0.1")
+    assert job.returncode == 0, job.stdout
+    assert "exitcode: -9" in job.stdout
     undisturbed = fit(lenet, digits(), epochs=4, batch_size=50, progress=False).model.state_dict()
-    resumed = torch.load(jobs["folder"] / "weights.pt")
+    resumed = torch.load(tmp_path / "weights.pt")
     for key, weight in undisturbed.items():
         torch.testing.assert_close(resumed[key], weight, rtol=2e-4, atol=2e-6)
-    state = torch.load(jobs["folder"] / "state" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / "state" / "state.pt", weights_only=True)
     assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
 
 
