@@ -275,10 +275,12 @@ class _MaxPool(Function):
             part, given = dx[at: at + len(code)], dy[at: at + len(code)]
             at += len(code)
             winner = code.to(torch.int64)
-            if ctx.masks:
-                given = given.masked_fill(winner < 0, 0)
-            # Where a window passes nothing on, any place in the image does; PyTorch's kernel adds the 0 unchecked.
-            winner.add_(ctx.base).clamp_(min=0)
+            nothing = winner < 0 if ctx.masks else None
+            winner.add_(ctx.base)
+            if nothing is not None:
+                given = given.masked_fill(nothing, 0)
+                # Where a window passes nothing on, any place in the image does; PyTorch's kernel adds the 0 unchecked.
+                winner.clamp_(min=0)
             # Only the input's shape counts here, so that what is written may stand for it.
             torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
                 given.contiguous(memory_format=_format(part)), part, *ctx.settings, winner, grad_input=part)
