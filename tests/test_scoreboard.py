@@ -18,7 +18,7 @@ from layerlab.contract.rows import completed
 from layerlab.reporting.claim_lines import claim_lines
 from layerlab.reporting.pages import run_part
 from layerlab.reporting.readable import papers_alone, readable
-from layerlab.reporting.scoreboard import BRIEF, Collected, board, claims_table, page
+from layerlab.reporting.scoreboard import BRIEF, Collected, board, claims_table, page, wrapped
 from layerlab.show.stamp import same_picture, stamped
 
 CPU, OTHER = {"dataset": "cifar10", "network": "small"}, {"dataset": "mnist", "network": "small"}
@@ -59,10 +59,20 @@ def test_it_fits_the_terminal(rows, width, monkeypatch):
     assert ("÷ published" in text) == (width == 200)
 
 
+def test_a_number_stays_in_one_line_with_its_interval_and_its_unit():
+    line = "Mine against plain training: 18 ± 1 % less time and 2.96 ± 0.99 points less accuracy (−2.1 ± 1.7 points)."
+    for width in range(20, 60):
+        lines = wrapped(line, width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert " ".join(each.strip() for each in lines) == line
+        for number in ("18 ± 1 %", "2.96 ± 0.99", "(−2.1 ± 1.7"):
+            assert any(number in each for each in lines)
+
+
 def test_the_page_needs_nothing_else_and_has_a_filter_for_each_column(rows):
     name = paper().headline.method
-    text = page([Collected(paper(), rows, f"{name}: a <b>sentence</b>.")])
-    assert f"<li><strong>{name}</strong>: a &lt;b&gt;sentence&lt;/b&gt;.</li>" in text
+    text = page([Collected(paper(), rows, f"{name} against a <b>sentence</b>.")])
+    assert f"<li><strong>{name}</strong> against a &lt;b&gt;sentence&lt;/b&gt;.</li>" in text
     assert not re.findall(r"""(?:src|href|import)\s*=?\s*["']https?://[^"']+\.(?:js|css)""", text)
     assert "searchList" in text
     assert text.count("weaker (cpu mnist)") >= 1

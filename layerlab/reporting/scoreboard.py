@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import tempfile
 import textwrap
@@ -222,8 +223,10 @@ def board(found: Sequence[Collected], markdown: bool = False, colour: bool = Fal
 
 
 def wrapped(line: str, width: int) -> str:
-    """A sentence in lines, each but the first one indented."""
-    return textwrap.fill(printable(line), width, subsequent_indent="  ", break_on_hyphens=False)
+    """A sentence in lines, each but the first one indented; a number stays with its interval and its unit."""
+    together = re.sub(r" (?=[±%])|(?<=±) ", "\N{NO-BREAK SPACE}", printable(line))
+    lines = textwrap.fill(together, width, subsequent_indent="  ", break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def page(found: Sequence[Collected]) -> str:
@@ -258,5 +261,5 @@ def page(found: Sequence[Collected]) -> str:
 
 
 def _html_line(of: Collected) -> str:
-    name, rest = (html.escape(printable(part)) for part in parted(of.paper, of.line))
+    name, rest = (html.escape(part) for part in parted(of.paper, printable(of.line)))
     return f"<strong>{name}</strong>{rest}"
