@@ -713,6 +713,7 @@ def test_what_a_batch_would_do_is_known_without_pandas():
     assert told[-1] == "[]"
 
 
+@slow
 def test_memory_that_runs_out_is_said_with_the_peak(notebook):
     limit = "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9,) * 2)"
     for cell, kind in (("bytearray(8 * 10**9)", "MemoryError"), ("torch.empty(8 * 10**9)", "RuntimeError")):

@@ -116,6 +116,7 @@ def test_finished_before_says_what_was_compared_and_runs_again_what_changed(job,
     assert [outcome.status for outcome in run_batch([job()])] == ["finished"]
 
 
+@slow
 def test_a_papers_notebook_that_is_tracked_is_finished_before_wherever_it_is_asked_for(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake(OPEN, TRAIN, FINISH)

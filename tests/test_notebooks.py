@@ -91,6 +91,7 @@ def test_an_error_in_a_cell_is_reported_with_its_traceback(fake, tmp_path):
     assert "something broke" in (tmp_path / "out" / "fake.failed.ipynb").read_text()
 
 
+@slow
 def test_a_notebook_that_a_test_runs_fails_at_a_figure_that_cannot_be_read(fake, tmp_path):
     draw = """from layerlab import figures
 figure, ((axis,),) = figures.canvas()

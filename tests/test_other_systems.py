@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from helpers import slow
+
 # Libraries are imported before: which of them need what is their business.
 SCRIPT = """
 import multiprocessing, os, signal, sys
@@ -34,6 +36,7 @@ print(os.listdir(sys.argv[1] + "/skip-seed0"))
 """
 
 
+@slow
 def test_it_imports_trains_resumes_and_saves_without_posix(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     answer = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN
+from helpers import slow
 from nbclient import NotebookClient
 
 from layerlab import load_paper
@@ -98,6 +99,7 @@ def test_reproduce_ends_with_a_sentence_for_each_paper_and_what_to_type_next(fak
     assert " publish " not in text
 
 
+@slow
 def test_after_a_longer_profile_what_to_type_next_is_its_page(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake(OPEN, "study.claim('gain', [2.0], seeds=[0], conditions={'dataset': 'digits'})", FINISH)
