@@ -95,7 +95,7 @@ def test_reproduce_ends_with_a_sentence_for_each_paper_and_what_to_type_next(fak
     assert text.index(said) < text.index("What to type next: ") < text.index("scoreboard every claim, published")
     assert "Table I" not in text
     longer, profile = next(each for each in load_paper("fake").profiles.items() if each[0] != "quick")
-    assert f"reproduce fake --profile {longer} {' '.join(profile.description.split())}" in text
+    assert f"reproduce fake --profile {longer}\n      {profile.description}" in result.stdout
     assert " publish " not in text
 
 
