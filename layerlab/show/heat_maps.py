@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from layerlab.show.canvas import entitle, legend_below, panels
+from layerlab.show.canvas import entitle, legend_below, panels, wrapped
 from layerlab.show.looks import tones
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def _heat_map(
     cells = np.ma.masked_invalid(table.to_numpy(dtype=float))
     drawn = axis.pcolormesh(cells, **options, **lines)
     if states is None:
-        axis.get_figure().colorbar(drawn, ax=axis, label=label, pad=0.02)
+        height = 0.65 * axis.get_figure().get_figheight() / axis.get_gridspec().nrows
+        axis.get_figure().colorbar(drawn, ax=axis, label=wrapped(label, height), pad=0.02)
     entitle(axis, title)
     axis.set(xlabel="epoch", ylabel="")
     axis.grid(False)

@@ -85,7 +85,7 @@ def _panel(axis: Any, title: str, points: pd.DataFrame, kinds: Sequence[str]) ->
         label = f"{method}: {_SAYS[cost]}" if title == OTHER else str(method)
         labels.append((own["x"], 0.0 if math.isnan(own["y"]) else own["y"], label, colour))
     axis.set_title(title, fontsize=11)
-    axis.set(xlabel="share of what it is without the method", ylabel="points of accuracy gained")
+    axis.set(xlabel="share of what it is\nwithout the method", ylabel="points of accuracy gained")
     axis.margins(x=0.22, y=0.28)
     low, high = axis.get_xlim()
     axis.set_xlim(max(0.0, min(low, 0.8)), max(high, 1.12))

@@ -162,16 +162,17 @@ class Split:
         shifts = self._draw(n, order, generator) if generator is not None else None
         first, last = batch_size * index // workers, batch_size * (index + 1) // workers
         places = [slice(i * batch_size + first, i * batch_size + last) for i in range(count)]
+        numbers = [order[here] for here in places]
         if isinstance(self.images, Streamed):
-            raw = self.images.stream([order[here] for here in places])
+            raw = self.images.stream(numbers)
         else:
             images = self.images
-            raw = (images[order[here]] for here in places)
-        for here, batch in zip(places, raw, strict=True):
+            raw = (images[chosen] for chosen in numbers)
+        for here, chosen, batch in zip(places, numbers, raw, strict=True):
             batch = self._resized(batch.to(device, non_blocking=True))
             if shifts is not None:
                 batch = self._shift(batch, *(part[here] for part in shifts))
-            yield self.normalise(batch, dtype).contiguous(memory_format=memory_format), self.labels[order[here]]
+            yield self.normalise(batch, dtype).contiguous(memory_format=memory_format), self.labels[chosen]
 
     def _draw(self, n: int, order: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor] | None:
         """An epoch's augmentation, drawn at once: rows, columns (0 … 2·padding) and whether to mirror, (n,) each.
@@ -195,8 +196,7 @@ class Split:
 
     def _resized(self, images: Tensor) -> Tensor:
         """The images at the side that the moment asks for."""
-        sides = self.shape[1:]
-        if images.shape[-2:] == sides:
+        if self.moment.side is None or images.shape[-2:] == (sides := self.shape[1:]):
             return images
         if images.device.type == "cpu":
             return torch.nn.functional.interpolate(images, sides, mode="bilinear", antialias=True)
