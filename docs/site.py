@@ -30,6 +30,8 @@ GITHUB_ONLY = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n*", re.S)
 # An address that names the repository, and what tells readers to put its name there: where it is known, a link.
 ADDRESS = re.compile(r"`?https://[^\s`]*\bOWNER\b[^\s`]*`?")
 UNKNOWN = re.compile(r"<!-- repository -->.*?<!-- /repository -->\n*", re.S)
+# Code (left alone), or a space within a number with its interval and unit.
+WITHIN = re.compile(r"<(?P<code>pre|code)\b.*?</(?P=code)>|(?<=\d) (?=[±%×]|points\b)|(?<=±) ", re.S)
 
 
 def site_place(file: str) -> str:
@@ -148,6 +150,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     text = LINK.sub(rewritten, GITHUB_ONLY.sub("", markdown)).replace("<details>", '<details markdown="1">')
     repository = os.environ.get("GITHUB_REPOSITORY")
     return named(text, repository) if repository else text
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """No line of the site ends within a number with its interval and unit."""
+    return WITHIN.sub(lambda match: match[0] if match["code"] else "\N{NO-BREAK SPACE}", html)
 
 
 def named(text: str, repository: str) -> str:

@@ -73,6 +73,17 @@ def test_a_page_says_how_to_begin(page):
     assert names >= {"README.md": {"list", "describe", "reproduce"}, "plugins/README.md": {"new", "check"}}[page]
 
 
+# Letters of code in a page's column, on the site and on GitHub: what is behind them has to be scrolled to.
+WIDTH = 90
+
+
+@pytest.mark.parametrize("page", [page for page in WRITTEN if page != "docs/contract.md"])
+def test_code_is_no_wider_than_its_column(page):
+    for block in blocks(page):
+        if block.language in ("python", "sh", "yaml"):
+            assert [line for line in block.text.splitlines() if len(line) > WIDTH] == [], str(block)
+
+
 def test_each_page_of_the_folder_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     for page in (ROOT / "docs").rglob("*.md"):
