@@ -109,6 +109,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "A line crosses the legend": legend_on_data,
     "pixels high in a column": lambda axis: axis.text(0.0, 0.985, "tiny", fontsize=3),
     "has no label": lambda axis: axis.set_xlabel(""),
+    "is longer than the y axis": lambda axis: axis.set_ylabel("what a method needs a line and a half to say of it"),
     "stands apart from the numbers": lambda axis: (axis.set_ylim(1e9, 3e9), axis.ticklabel_format(useOffset=True,
                                                                                                scilimits=(0, 0))),
     "differ by colour alone": two_alike,

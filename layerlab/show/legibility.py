@@ -25,6 +25,8 @@ COLUMN, SMALLEST = 850, 8
 _RESOLUTION = 144
 # Pixels (at the figure's own resolution) by which boxes may touch: letters are smaller than their boxes.
 _TOUCH = 1.5
+# Times the length of its axis that a label may have.
+_LONGER = 1.1
 _LETTERS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "m": 1e-3, "µ": 1e-6, "n": 1e-9, "": 1.0}
 _NUMBER = re.compile(r"(-?[\d,]*\.?\d+(?:e[+-]?\d+)?)\s*(%|[kMGTmµn]?)")
 _POWER = re.compile(r"(?:(-?[\d.]+)\\times)?(-?\d+)\^\{(-?\d+)\}")
@@ -39,8 +41,8 @@ def check_figure(figure: Figure) -> list[str]:
     Returns:
         Of its texts, which overlap each other or are crossed by a line, which are cut, which would be too small in a
         column of 850 pixels; of its axes, which have two ticks with one label, a label that is not its tick's value, a
-        factor apart from the numbers, or no label; curves of one panel that differ by colour alone; and entries of a
-        legend that look the same.
+        factor apart from the numbers, no label, or one that is longer than the axis; curves of one panel that differ
+        by colour alone; and entries of a legend that look the same.
 
     Example:
         >>> from layerlab import figures
@@ -58,7 +60,7 @@ def check_figure(figure: Figure) -> list[str]:
         faults += _alike(axes, number)
         for axis in (axes.xaxis, axes.yaxis):
             where = f"the {axis.axis_name} axis of panel {number}"
-            faults += [f"{fault.format(where)}" for fault in _ticks(axis)]
+            faults += [f"{fault.format(where)}" for fault in (*_ticks(axis), *_long(axes, axis))]
             if _lacks_label(axes, axis, panels):
                 faults.append(f"The {axis.axis_name} axis of panel {number} has no label.")
     return list(dict.fromkeys(faults))
@@ -225,6 +227,15 @@ def _ticks(axis: Any) -> Iterator[str]:
         meant = [number, number / 100] if text.endswith("%") else [number]
         if all(abs(each - place) > allowed for each in meant):
             yield f"{text!r} stands at {place:.6g} of {{}}."
+
+
+def _long(axes: Any, axis: Any) -> Iterator[str]:
+    """An axis' label that is longer than the axis by a tenth or more, and so stands beside others' as well."""
+    side = "width" if axis.axis_name == "x" else "height"
+    if axis.get_visible() and axis.label.get_visible() and axis.label.get_text():
+        box, room = axis.label.get_window_extent(), getattr(axes.bbox, side)
+        if getattr(box, side) > _LONGER * room:
+            yield f"{axis.label.get_text()!r} is longer than {{}}."
 
 
 def _is_number_axis(axis: Any) -> bool:
