@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,24 @@ def test_a_logarithmic_axis_has_ticks_with_their_numbers(low, high):
     assert check_figure(figure) == []
     shown = [place for place in axis.get_xticks() if low <= place <= high]
     assert 2 <= len(shown) <= 9
+
+
+def test_curves_show_time_as_a_multiple_of_the_first_arm_s_under_the_same_seed():
+    # In seed 1 the machine is ten times as slow from the third epoch on; `half` takes half of an epoch, three times as
+    # many of them; `alone` took no turns.
+    seconds = {("plain", 0): [1, 2, 3, 4], ("plain", 1): [1, 2, 12, 22],
+               ("half", 0): [0.5, 1, 1.5, 2, 2.5, 3], ("half", 1): [0.5, 1, 6, 11, 16.5, 22],
+               ("alone", 0): [math.nan] * 4, ("alone", 1): [math.nan] * 4}
+    frame = pd.concat([
+        pd.DataFrame({"arm": arm, "seed": seed, "epoch": range(1, len(each) + 1), "seconds": each, "test/top1": 0.5})
+        for (arm, seed), each in seconds.items()])
+    axis = figures.curves(frame, "test/top1").axes[1]
+    assert axis.get_xlabel() == "training time, in epochs of plain"
+    lines = [line.get_xdata() for line in axis.lines]
+    half = [0.5, 1, 1.5, 2, 2.5, 3]
+    wanted = [[1, 2, 3, 4]] * 3 + [half, [0.5, 1, 1.5, 2, 3, 4], [0.5, 1, 1.5, 2, 2.75, 3.5]] + [[math.nan] * 4] * 3
+    for drawn, each in zip(lines, wanted, strict=True):
+        np.testing.assert_allclose(drawn, each)
 
 
 def test_an_arm_looks_the_same_in_every_figure_and_whatever_else_is_drawn():

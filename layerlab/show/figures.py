@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from layerlab.show.canvas import legend_below as legend_below
 from layerlab.show.canvas import panels as panels
 from layerlab.show.canvas import picture as picture
 from layerlab.show.canvas import png as png
+from layerlab.show.canvas import wrapped
 from layerlab.show.heat_maps import layer_epoch_map as layer_epoch_map
 from layerlab.show.heat_maps import layer_maps as layer_maps
 from layerlab.show.heat_maps import name_rows as name_rows
@@ -43,20 +45,26 @@ _BANDS = 5
 _ASIDE = 0.11
 
 
-def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"), title: str = "") -> Figure:
+def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "time"), title: str = "") -> Figure:
     """Learning curves of the arms of a comparison: mean over seeds with the 95 % band, each seed thin.
 
     Args:
         frame: `Comparison.frame`.
         y: the metric.
-        x: one panel each; over `seconds` the mean is taken epoch by epoch.
+        x: one panel each, a column or `time`: the seconds of training as a multiple of those that the first arm took
+            for as many epochs, which a machine that is busy at times leaves as it is. The mean over seeds is taken
+            epoch by epoch.
     """
+    first = str(frame["arm"].iloc[0])
+    if "time" in x:
+        frame = frame.assign(time=_relative_time(frame, first))
+    labels = LABELS | {"time": wrapped(f"training time, in epochs of {first}", 4.2)}
     figure, axes = panels(len(x), height=3.6)
     drawn = looks(list(frame["arm"]))
     for panel, axis in zip(x, axes, strict=True):
         for arm, each in drawn.items():
             _curve(axis, frame[frame["arm"] == arm], panel, y, each, bands=len(drawn) <= _BANDS)
-        axis.set(xlabel=LABELS.get(panel, panel), ylabel=LABELS.get(y, y))
+        axis.set(xlabel=labels.get(panel, panel), ylabel=labels.get(y, y))
         if panel == "epoch":
             ticks.whole(axis.xaxis)
         if y.startswith("test/top"):
@@ -68,6 +76,21 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "seconds"),
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _relative_time(frame: pd.DataFrame, first: str) -> list[float]:
+    """Epochs of the arm `first` that take as long as each row's training up to its epoch, under the same seed.
+
+    Both took turns epoch by epoch, so that whatever slows the machine is in both. Behind the last epoch of `first`, its
+    mean epoch counts. NaN where an arm has no seconds, or `first` has none with that seed.
+    """
+    reference = frame[frame["arm"] == first].set_index(["seed", "epoch"])["seconds"]
+    last = {seed: part["epoch"].max() for seed, part in frame[frame["arm"] == first].groupby("seed")}
+    times = []
+    for seed, epoch, seconds in frame[["seed", "epoch", "seconds"]].itertuples(index=False):
+        known = min(epoch, last.get(seed, 0))
+        times.append(known * seconds / reference.get((seed, known), math.nan))
+    return times
 
 
 def _curve(axis: Any, part: pd.DataFrame, x: str, y: str, each: Look, bands: bool) -> None:
