@@ -185,8 +185,8 @@ def test_a_logarithmic_axis_has_ticks_with_their_numbers(low, high):
 
 
 def test_curves_show_time_as_a_multiple_of_the_first_arm_s_under_the_same_seed():
-    # In seed 1 the machine is ten times as slow from the third epoch on; `half` takes half of an epoch, three times as
-    # many of them; `alone` took no turns.
+    # In seed 1 the machine is ten times as slow from the third epoch on; `half` takes half of an epoch, and half as
+    # many again; `alone` took no turns.
     seconds = {("plain", 0): [1, 2, 3, 4], ("plain", 1): [1, 2, 12, 22],
                ("half", 0): [0.5, 1, 1.5, 2, 2.5, 3], ("half", 1): [0.5, 1, 6, 11, 16.5, 22],
                ("alone", 0): [math.nan] * 4, ("alone", 1): [math.nan] * 4}

@@ -60,7 +60,8 @@ def check_figure(figure: Figure) -> list[str]:
         faults += _alike(axes, number)
         for axis in (axes.xaxis, axes.yaxis):
             where = f"the {axis.axis_name} axis of panel {number}"
-            faults += [f"{fault.format(where)}" for fault in (*_ticks(axis), *_long(axes, axis))]
+            faults += [f"{fault.format(where)}" for fault in _ticks(axis)]
+            faults += _long(axes, axis, where)
             if _lacks_label(axes, axis, panels):
                 faults.append(f"The {axis.axis_name} axis of panel {number} has no label.")
     return list(dict.fromkeys(faults))
@@ -229,13 +230,13 @@ def _ticks(axis: Any) -> Iterator[str]:
             yield f"{text!r} stands at {place:.6g} of {{}}."
 
 
-def _long(axes: Any, axis: Any) -> Iterator[str]:
+def _long(axes: Any, axis: Any, where: str) -> Iterator[str]:
     """An axis' label that is longer than the axis by a tenth or more, and so stands beside others' as well."""
     side = "width" if axis.axis_name == "x" else "height"
     if axis.get_visible() and axis.label.get_visible() and axis.label.get_text():
         box, room = axis.label.get_window_extent(), getattr(axes.bbox, side)
         if getattr(box, side) > _LONGER * room:
-            yield f"{axis.label.get_text()!r} is longer than {{}}."
+            yield f"{axis.label.get_text()!r} is longer than {where}."
 
 
 def _is_number_axis(axis: Any) -> bool:
