@@ -90,6 +90,11 @@ def two_alike(axis: Any) -> None:
     axis.plot([0, 0.2, 0.4], [0.9, 0.9, 0.9], label="two")
 
 
+def repeat_a_formula(axis: Any) -> None:
+    axis.yaxis.set_major_locator(FixedLocator([0.96, 0.97, 0.98]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda *_: "$10^{-2}$"))
+
+
 def legend_on_data(axis: Any) -> None:
     axis.lines[0].set_label("a long name")
     axis.legend(loc="center")
@@ -103,6 +108,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     r"'0.21' stands at 0.2 of the x axis": lie,
     "'96%' stands at 2 ticks of the y axis": hide_the_step,
     "'98%' stands at 0.975 of the y axis": hide_the_step,
+    r"10\^\{-2\}\$' stands at 3 ticks of the y axis": repeat_a_formula,
     "overlap": lambda axis: (axis.text(0.2, 0.985, "one text"), axis.text(0.21, 0.985, "another text")),
     "is cut by the edge": lambda axis: axis.annotate("beyond", (1.05, 0.5), xycoords="figure fraction"),
     "'inside' is cut": lambda axis: axis.text(0.4, 0.98, "inside", clip_on=True),

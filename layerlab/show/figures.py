@@ -84,8 +84,9 @@ def _relative_time(frame: pd.DataFrame, first: str) -> list[float]:
     Both took turns epoch by epoch, so that whatever slows the machine is in both. Behind the last epoch of `first`, its
     mean epoch counts. NaN where an arm has no seconds, or `first` has none with that seed.
     """
-    reference = frame[frame["arm"] == first].set_index(["seed", "epoch"])["seconds"]
-    last = {seed: part["epoch"].max() for seed, part in frame[frame["arm"] == first].groupby("seed")}
+    own = frame[frame["arm"] == first]
+    reference = own.set_index(["seed", "epoch"])["seconds"]
+    last = own.groupby("seed")["epoch"].max()
     times = []
     for seed, epoch, seconds in frame[["seed", "epoch", "seconds"]].itertuples(index=False):
         known = min(epoch, last.get(seed, 0))

@@ -60,8 +60,7 @@ def check_figure(figure: Figure) -> list[str]:
         faults += _alike(axes, number)
         for axis in (axes.xaxis, axes.yaxis):
             where = f"the {axis.axis_name} axis of panel {number}"
-            faults += [f"{fault.format(where)}" for fault in _ticks(axis)]
-            faults += _long(axes, axis, where)
+            faults += [*_ticks(axis, where), *_long(axes, axis, where)]
             if _lacks_label(axes, axis, panels):
                 faults.append(f"The {axis.axis_name} axis of panel {number} has no label.")
     return list(dict.fromkeys(faults))
@@ -205,17 +204,17 @@ def _appearance(handle: Any) -> tuple[Any, ...]:
     return ()
 
 
-def _ticks(axis: Any) -> Iterator[str]:
+def _ticks(axis: Any, where: str) -> Iterator[str]:
     if not axis.get_visible():
         return
     if offset := axis.get_offset_text().get_text():
-        yield f"{offset!r} stands apart from the numbers of {{}}."
+        yield f"{offset!r} stands apart from the numbers of {where}."
     shown = [(tick.get_loc(), tick.label1.get_text().strip()) for tick in _in_view(axis)]
     shown = [(place, text) for place, text in shown if text]
     texts = [text for _, text in shown]
     for text in dict.fromkeys(texts):
         if texts.count(text) > 1:
-            yield f"{text!r} stands at {texts.count(text)} ticks of {{}}."
+            yield f"{text!r} stands at {texts.count(text)} ticks of {where}."
     if not _is_number_axis(axis):
         return
     steps = [after - before for before, after in itertools.pairwise(sorted(place for place, _ in shown))]
@@ -227,7 +226,7 @@ def _ticks(axis: Any) -> Iterator[str]:
         # Per cent stand for shares, or for themselves.
         meant = [number, number / 100] if text.endswith("%") else [number]
         if all(abs(each - place) > allowed for each in meant):
-            yield f"{text!r} stands at {place:.6g} of {{}}."
+            yield f"{text!r} stands at {place:.6g} of {where}."
 
 
 def _long(axes: Any, axis: Any, where: str) -> Iterator[str]:
