@@ -237,17 +237,18 @@ def comm_overlap() -> dict[str, Callable[[], Figure]]:
 def network_with_subnetworks() -> dict[str, Callable[[], Figure]]:
     pictures = pictures_of("network-with-subnetworks")
     models = [f"model{number}" for number in range(3)]
-    arms = [*(f"ref-{model}" for model in models), *(f"ref-tuned-{model}" for model in models),
-            *(f"{model} of model0-1-2" for model in models), *(f"{model} of model0-1" for model in models[:2])]
+    families = ("trained separately", "trained separately, own rate", "model0-1-2, trained at once",
+                "model0-1, trained at once")
+    by_size = pd.concat([learning(families[:3 if model == "model2" else 4], 40).assign(panel=model)
+                         for model in models])
     frame = pd.DataFrame([{"family": family, "model": model, "parameters": parameters,
                            "latency": parameters / 4000 * RANDOM.uniform(0.9, 1.1), "top-1": RANDOM.uniform(0.9, 0.98),
                            "top-1 ±": 0.003}
-                          for family in ("trained separately", "trained separately, own rate",
-                                         "model0-1-2, trained at once", "model0-1, trained at once")
+                          for family in families
                           for model, parameters in zip(models, (7850, 623290, 1238730), strict=True)])
     bars = pd.DataFrame([{"setting": f"{setting}\nchanged", "model": model, "points": RANDOM.normal(0, 8)}
                          for setting in ("TensorFlow", "mean of", "L2 on all", "no", "dropout by") for model in models])
-    return {"curves": lambda: pictures.curves(learning(arms, 40), "Test accuracy on mnist"),
+    return {"curves": lambda: pictures.curves(by_size, "Test accuracy on mnist"),
             "choice": lambda: pictures.choice(frame, "NSN and networks trained separately, mnist"),
             "settings": lambda: pictures.settings(bars, "Change against the paper's settings")}
 

@@ -208,6 +208,18 @@ def test_curves_show_time_as_a_multiple_of_the_first_arm_s_under_the_same_seed()
         np.testing.assert_allclose(drawn, each)
 
 
+def test_curves_of_panels_have_their_own_ranges_and_one_legend():
+    low = drawn_figures.learning(["conventional", "mine"], 4).assign(panel="small")
+    high = low[low["arm"] == "mine"].assign(panel="large", **{"test/top1": 0.99})
+    figure = figures.curves(pd.concat([low, high]), "test/top1")
+    large, small = figure.axes
+    assert [axis.get_title() for axis in (large, small)] == ["large", "small"]
+    assert large.get_ylim()[0] > small.get_ylim()[1]
+    assert {axis.get_xlabel() for axis in (large, small)} == {"epoch"}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["mine", "conventional"]
+
+
 def test_an_arm_looks_the_same_in_every_figure_and_whatever_else_is_drawn():
     frame = drawn_figures.learning(["conventional", "mine", "mine · equal flops", "mine · placebo", "other"], 4)
     def colours(part: pd.DataFrame) -> dict[str, Any]:

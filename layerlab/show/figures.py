@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -49,33 +50,43 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "time"), ti
     """Learning curves of the arms of a comparison: mean over seeds with the 95 % band, each seed thin.
 
     Args:
-        frame: `Comparison.frame`.
+        frame: `Comparison.frame`. With a column `panel`, each of its values has a panel of that title, over epochs and
+            with a range of its own, so that arms which are far apart do not flatten each other.
         y: the metric.
         x: one panel each, a column or `time`: the seconds of training as a multiple of those that the first arm took
             for as many epochs, which a machine that is busy at times leaves as it is. The mean over seeds is taken
             epoch by epoch.
     """
     first = str(frame["arm"].iloc[0])
-    if "time" in x:
-        frame = frame.assign(time=_relative_time(frame, first))
     labels = LABELS | {"time": wrapped(f"training time, in epochs of {first}", 4.2)}
-    figure, axes = panels(len(x), height=3.6)
     drawn = looks(list(frame["arm"]))
-    for panel, axis in zip(x, axes, strict=True):
-        for arm, each in drawn.items():
-            _curve(axis, frame[frame["arm"] == arm], panel, y, each, bands=len(drawn) <= _BANDS)
-        axis.set(xlabel=labels.get(panel, panel), ylabel=labels.get(y, y))
-        if panel == "epoch":
-            ticks.whole(axis.xaxis)
-        if y.startswith("test/top"):
-            ticks.percent(axis.yaxis)
-            low, high = frame[y].min(), frame[y].max()
-            margin = 0.06 * (high - low) or 0.01
-            axis.set_ylim(max(-0.004, low - margin), min(1.004, high + margin))
-    legend_below(figure, *axes[0].get_legend_handles_labels(), handlelength=3.2)
+    parts = dict(list(frame.groupby("panel"))) if "panel" in frame else {"": frame}
+    x = x if len(parts) == 1 else ("epoch",)
+    figure, axes = panels(len(parts) * len(x), max(2, len(parts)), width=min(5.2, 12 / len(parts)), height=3.6)
+    for axis, ((name, part), along) in zip(axes, product(parts.items(), x), strict=True):
+        if along == "time":
+            part = part.assign(time=_relative_time(part, first))
+        _curves_of(axis, part, along, y, drawn)
+        axis.set(xlabel=labels.get(along, along), ylabel=labels.get(y, y), title=name)
+    handles = {label: handle for axis in axes
+               for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    legend_below(figure, list(handles.values()), list(handles), handlelength=3.2)
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _curves_of(axis: Any, part: pd.DataFrame, x: str, y: str, drawn: Mapping[str, Look]) -> None:
+    own = [arm for arm in drawn if arm in set(part["arm"])]
+    for arm in own:
+        _curve(axis, part[part["arm"] == arm], x, y, drawn[arm], bands=len(own) <= _BANDS)
+    if x == "epoch":
+        ticks.whole(axis.xaxis)
+    if y.startswith("test/top"):
+        ticks.percent(axis.yaxis)
+        low, high = part[y].min(), part[y].max()
+        margin = 0.06 * (high - low) or 0.01
+        axis.set_ylim(max(-0.004, low - margin), min(1.004, high + margin))
 
 
 def _relative_time(frame: pd.DataFrame, first: str) -> list[float]:
