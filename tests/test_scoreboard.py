@@ -43,6 +43,12 @@ def test_a_claim_is_one_line_with_its_runs_beside_each_other(rows):
     assert (faster.measured, faster.verdict, saving.measured) == ("—", "not run", "cpu, 2 seeds: 50 %")
 
 
+def test_numbers_below_zero_have_a_minus_sign():
+    (line,) = claim_lines([row("gain", [-2.9, -3.0, -3.1], "gpu-2", conditions=CPU)])
+    assert line.measured == "gpu-2, 3 seeds: −3.00 ± 0.25 points"
+    assert line.share == "−1"
+
+
 def test_settled_open_and_modelled_claims_stand_apart(rows):
     shown = [cells[0] if isinstance(cells[0], str) else cells[0].text for cells in claims_table(rows).rows]
     assert shown == ["Settled", "more top-1", "Open", "times faster", "share of the size", "By a model, apart",

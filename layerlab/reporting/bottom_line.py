@@ -12,6 +12,7 @@ from layerlab.contract.paper import Paper
 from layerlab.contract.rows import sentence
 from layerlab.reporting.findings import Finding, Interval, Outcome, finding, outcome
 from layerlab.reporting.wording import EQUAL, PLACEBO, over, points_text
+from layerlab.show.interval import with_minus
 from layerlab.show.table import markdown_text
 
 # Of a run at this profile no more is said than that the notebook runs.
@@ -114,7 +115,7 @@ def _saved(cost: Cost, share: Interval) -> str:
 def _per_cent(mean: float, half: float) -> str:
     """To one decimal, or to none where that is within the interval."""
     decimals = 0 if half >= 1 else 1
-    number = f"{mean:.{decimals}f}".replace("-", "−")
+    number = with_minus(f"{mean:.{decimals}f}")
     return f"{number} ± {half:.{decimals}f} %" if half >= 0.05 else f"{number} %"
 
 
@@ -134,11 +135,11 @@ def _how_sure(found: Finding) -> str:
     if row.profile == QUICK:
         return f"the quick profile on {where}, which settles nothing"
     if row.verdict == "not tested":
-        return f"this settles nothing ({where}): {row.reason}"
+        return f"this settles nothing ({where}): {with_minus(row.reason)}"
     if row.verdict in ("reproduced", "differs"):
         return f"{row.verdict} under the paper's conditions ({where})"
     if row.verdict == "undecided":
-        return f"undecided ({where}): {row.reason}"
+        return f"undecided ({where}): {with_minus(row.reason)}"
     return f"not tested at the paper's scale (here {where})"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from layerlab.contract.claims import OLDER, ClaimResult, Verdict
+from layerlab.show.interval import with_minus
 
 State = Literal["settled", "open", "by a model"]
 STATES: dict[State, str] = {"settled": "Settled", "open": "Open", "by a model": "By a model, apart"}
@@ -66,9 +67,10 @@ def _line(rows: Sequence[ClaimResult]) -> ClaimLine:
     said = [verdict if len(verdicts) == 1 else f"{verdict} ({', '.join(dict.fromkeys(those))})"
             for verdict, those in verdicts.items()]
     why = dict.fromkeys(row.reason for row in counting if row.reason)
-    return ClaimLine(first.paper, _state(counting), f"{first.statement}{' (our own target)' if first.ours else ''}",
-                     first.where, f"{first.paper_value:g} {first.unit}", "; ".join(measured) or "—", "; ".join(shares),
-                     ", ".join(said) or "not run", "; ".join(why))
+    return ClaimLine(
+        first.paper, _state(counting), f"{first.statement}{' (our own target)' if first.ours else ''}", first.where,
+        with_minus(f"{first.paper_value:g} {first.unit}"), with_minus("; ".join(measured)) or "—",
+        with_minus("; ".join(shares)), ", ".join(said) or "not run", with_minus("; ".join(why)))
 
 
 def _state(rows: Sequence[ClaimResult]) -> State:

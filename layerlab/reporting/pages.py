@@ -26,6 +26,7 @@ from layerlab.reporting.readable import papers_alone, readable
 from layerlab.reporting.scoreboard import claims_table, scoreboard_table
 from layerlab.runs.manifest import read_manifest
 from layerlab.runs.record import read_parameters
+from layerlab.show.interval import with_minus
 from layerlab.show.stamp import same_picture
 from layerlab.show.table import Cell, Table, markdown_text
 
@@ -105,7 +106,7 @@ def paper_page(folder: Path, paper: Paper) -> str:
         card = f"[method card](../../{CARD.format(paper.strategy)})"
         text.append(f"What was tried, and what was difficult to reproduce: the {card}.")
     text.append(f"**{markdown_text(kept_line(paper, profiles))}**")
-    text += ["## Claims", scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown()]
+    text += ["## Claims", with_minus(scoreboard_table(merged(chain.from_iterable(profiles.values()))).markdown())]
     before: dict[Path, str] = {}
     for profile, rows in profiles.items():
         text += run_part(profile, paper, profile.name, rows, before)
@@ -223,7 +224,7 @@ def _entry(file: Path, address: str, paper: Paper) -> str:
     frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
     if papers_alone(frame, file.stem, paper):
         return ""
-    table = Table.from_frame(readable(frame.loc[:, frame.notna().any()])).markdown()
+    table = with_minus(Table.from_frame(readable(frame.loc[:, frame.notna().any()])).markdown())
     if len(frame) > LONG:
         table = f"<details><summary>{len(frame)} rows</summary>\n\n{table}\n\n</details>"
     return f"Table [{_plain(file.stem)}]({address}):\n\n{table}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from layerlab.show.interval import signed, spread
+from layerlab.show.interval import signed, spread, with_minus
 
 Interval = tuple[float, float]
 EQUAL, PLACEBO = "plain training of the same cost", "its placebo"
@@ -23,7 +23,7 @@ def points_text(points: Interval, sign: bool = True) -> str:
         text = signed(points) if sign else spread(*points)
     else:
         text = f"{mean:{'+' if sign else ''}.2f}"
-    return f"{text.replace('-', '−')} points"
+    return f"{with_minus(text)} points"
 
 
 def over(points: Interval, what: str) -> str:

@@ -25,7 +25,7 @@ from layerlab.show.canvas import wrapped
 from layerlab.show.heat_maps import layer_epoch_map as layer_epoch_map
 from layerlab.show.heat_maps import layer_maps as layer_maps
 from layerlab.show.heat_maps import name_rows as name_rows
-from layerlab.show.interval import mean_interval
+from layerlab.show.interval import mean_interval, with_minus
 from layerlab.show.looks import EQUAL, PLACEBO
 from layerlab.show.looks import Look as Look
 from layerlab.show.looks import bind as bind
@@ -320,7 +320,7 @@ def grouped_bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, per
 
 def _short(value: float, percent: bool) -> str:
     """A number to three digits, for a bar."""
-    return (f"{100 * value:.3g}%" if percent else f"{value:.3g}").replace("-", "−")
+    return with_minus(f"{100 * value:.3g}%" if percent else f"{value:.3g}")
 
 
 def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, panel: str, xlabel: str, ylabel: str,

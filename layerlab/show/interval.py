@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
+# A hyphen in the place of a sign: before a number, and after nothing, a space or a bracket.
+_HYPHEN = re.compile(r"(?<![^\s(\[])-(?=\.?\d)")
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -36,6 +39,16 @@ def spread(mean: float, half: float = math.nan) -> str:
         decimals = min(4, max(0, 1 - math.floor(math.log10(half))))
         return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
     return f"{mean:,.0f}" if abs(mean) >= 999.95 else f"{mean:#.4g}"
+
+
+def with_minus(text: str) -> str:
+    """A text to be read, with minus signs before its numbers; names, dates and powers of ten keep their hyphens.
+
+    Example:
+        >>> with_minus("gpu-2, 3 seeds: -0.40 ± 0.10 (of 2026-11-27)")
+        'gpu-2, 3 seeds: −0.40 ± 0.10 (of 2026-11-27)'
+    """
+    return _HYPHEN.sub("−", text)
 
 
 def signed(interval: tuple[float, float]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from layerlab.show.interval import Estimate
+from layerlab.show.interval import Estimate, signed, with_minus
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Pays:
         return "undecided"
 
     def __str__(self) -> str:
-        text = str(self.points)
-        signed = f"−{text[1:]}" if text.startswith("-") else f"+{text}"
+        points = f"{with_minus(signed(self.points.interval))} {self.points.unit}"
         seeds = ", one seed" if len(self.points.values) == 1 else ""
-        return f"pays: {self.verdict} ({signed} against training {100 * self.length:.0f} % as long{seeds})"
+        return f"pays: {self.verdict} ({points} against training {100 * self.length:.0f} % as long{seeds})"
