@@ -21,6 +21,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from layerlab.show.interval import unbroken
+
 ROOT = Path(__file__).resolve().parents[1]
 # A fenced block (left alone), or a link or image with its target.
 LINK = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<before>\]\()(?P<target>[^)\s]+)(?=[)\s])", re.M | re.S)
@@ -30,8 +32,8 @@ GITHUB_ONLY = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n*", re.S)
 # An address that names the repository, and what tells readers to put its name there: where it is known, a link.
 ADDRESS = re.compile(r"`?https://[^\s`]*\bOWNER\b[^\s`]*`?")
 UNKNOWN = re.compile(r"<!-- repository -->.*?<!-- /repository -->\n*", re.S)
-# Code (left alone), or a space within a number with its interval and unit.
-WITHIN = re.compile(r"<(?P<code>pre|code)\b.*?</(?P=code)>|(?<=\d) (?=[±%×]|points\b)|(?<=±) ", re.S)
+# Code, which is left alone where lines are kept from being broken.
+CODE = re.compile(r"(<pre\b.*?</pre>|<code\b.*?</code>)", re.S)
 
 
 def site_place(file: str) -> str:
@@ -154,7 +156,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """No line of the site ends within a number with its interval and unit."""
-    return WITHIN.sub(lambda match: match[0] if match["code"] else "\N{NO-BREAK SPACE}", html)
+    parts = CODE.split(html)
+    # Every second part is code.
+    parts[::2] = map(unbroken, parts[::2])
+    return "".join(parts)
 
 
 def named(text: str, repository: str) -> str:

@@ -79,6 +79,17 @@ def test_at_any_width_each_word_is_there_and_no_line_is_longer(width):
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
+@pytest.mark.parametrize("width", range(40, 90, 7))
+def test_no_line_ends_within_a_number_wherever_it_stands(width):
+    numbers = ["0.5563 ± 0.0025 ×", "−1.12 ± 0.82 points", "44.4 ± 0.2 %"]
+    rows = [["it is smaller than before", f"cpu, 3 seeds: {number}"] for number in numbers]
+    table = Table(["claim", "measured"], rows)
+    lines = table.text(width).splitlines()
+    assert max(map(len, lines)) <= width
+    for number in numbers:
+        assert any(number in line for line in lines)
+
+
 def test_where_columns_have_no_room_side_by_side_each_value_stands_behind_its_heading():
     table = Table(["name", "path", "note"], [["one", "/a/long/path/to/something", ""], ["two", "/another", "a note"],
                                              ["three", "left out"]])

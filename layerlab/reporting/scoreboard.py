@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import re
 import shutil
 import tempfile
 import textwrap
@@ -30,6 +29,7 @@ from layerlab.reporting.kept import kept_profiles
 from layerlab.runs import tracking
 from layerlab.runs.answer import ANSWERS_FILE
 from layerlab.runs.record import IDENTITY, workbook_folder
+from layerlab.show.interval import unbroken
 from layerlab.show.table import Cell, Table, Tone
 
 WIDE = ("claim", "where", "published", "measured", "÷ published", "verdict")
@@ -224,8 +224,7 @@ def board(found: Sequence[Collected], markdown: bool = False, colour: bool = Fal
 
 def wrapped(line: str, width: int) -> str:
     """A sentence in lines, each but the first one indented; a number stays with its interval and its unit."""
-    together = re.sub(r" (?=[±%])|(?<=±) ", "\N{NO-BREAK SPACE}", printable(line))
-    lines = textwrap.fill(together, width, subsequent_indent="  ", break_on_hyphens=False)
+    lines = textwrap.fill(unbroken(printable(line)), width, subsequent_indent="  ", break_on_hyphens=False)
     return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -241,7 +240,7 @@ def page(found: Sequence[Collected]) -> str:
 
     results = all_rows(found)
     lines = [{"paper": line.paper, "state": line.state, "claim": line.claim, "where": line.where,
-              "published": line.published, "measured": line.measured, "÷ published": line.share,
+              "published": line.published, "measured": unbroken(line.measured), "÷ published": line.share,
               "verdict": line.verdict, "why": line.why} for line in claim_lines(results)]
     frame = pd.DataFrame(lines, columns=["paper", "state", "claim", "where", "published", "measured", "÷ published",
                                          "verdict", "why"])
@@ -262,4 +261,4 @@ def page(found: Sequence[Collected]) -> str:
 
 def _html_line(of: Collected) -> str:
     name, rest = (html.escape(part) for part in parted(of.paper, printable(of.line)))
-    return f"<strong>{name}</strong>{rest}"
+    return f"<strong>{name}</strong>{unbroken(rest)}"

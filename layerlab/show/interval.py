@@ -28,6 +28,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 # A hyphen in the place of a sign: before a number, and after nothing, a space or a bracket.
 _HYPHEN = re.compile(r"(?<![^\s(\[])-(?=\.?\d)")
+# A space within a number with its interval and unit.
+_WITHIN = re.compile(r"(?<=\d) (?=[±%×]|points\b)|(?<=±) ")
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
@@ -49,6 +51,20 @@ def with_minus(text: str) -> str:
         'gpu-2, 3 seeds: −0.40 ± 0.10 (of 2026-11-27)'
     """
     return _HYPHEN.sub("−", text)
+
+
+def unbroken(text: str, space: str = "\N{NO-BREAK SPACE}") -> str:
+    """A text in which no line ends within a number with its interval and unit.
+
+    Args:
+        text: of any length.
+        space: that stands in the place of such a number's own.
+
+    Example:
+        >>> unbroken("less by 0.40 ± 0.10 points", "_")
+        'less by 0.40_±_0.10_points'
+    """
+    return _WITHIN.sub(space, text)
 
 
 def signed(interval: tuple[float, float]) -> str:

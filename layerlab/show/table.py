@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from layerlab.base.errors import LayerlabError
 from layerlab.base.screen import printable
+from layerlab.show.interval import unbroken
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,8 @@ TONES: dict[Tone, tuple[str, str]] = {
     "": ("", ""), "good": ("green", "#c7e9c0"), "fair": ("cyan", "#c6dbef"), "warning": ("yellow", "#fdd0a2"),
     "bad": ("red", "#fcbba1"), "faint": ("bright_black", "#eeeeee"), "strong": ("bold", ""),
 }
+# Stands for a space at which a terminal's line does not end; rich breaks lines at every space that Unicode has.
+_JOINT = "\uE000"
 # Columns between two columns of a table at a terminal.
 GAP = 2
 # A cell with several columns to itself has to have that many characters a line.
@@ -166,8 +169,10 @@ class Table:
             force_jupyter=False, color_system="standard" if colour else None, highlight=False, markup=False,
             emoji=False,
         )
-        self._draw(console)
-        return "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").split("\n"))
+        rows = [[replace(cell, text=unbroken(cell.text, _JOINT)) for cell in row] for row in self._cells]
+        replace(self, rows=rows)._draw(console)
+        drawn = stream.getvalue().strip("\n").replace(_JOINT, " ")
+        return "\n".join(line.rstrip() for line in drawn.split("\n"))
 
     def _draw(self, console: Console) -> None:
         from rich.text import Text
@@ -219,12 +224,12 @@ class Table:
     def _widths(self, width: int) -> list[int] | None:
         """The width of each column, the widest giving way first; None where their longest words have no room.
 
-        A number with its interval stays in one line; headings and words may be wrapped. Words are broken after a dash
-        only where that saves the columns.
+        A number stays in one line with its interval and unit; headings and words may be wrapped. Words are broken after
+        a dash only where that saves the columns.
         """
         return self._fitted(width, _WORD) or self._fitted(width, _PART)
 
-    def _fitted(self, width: int, unbroken: re.Pattern[str]) -> list[int] | None:
+    def _fitted(self, width: int, whole_part: re.Pattern[str]) -> list[int] | None:
         """As `_widths`, where what the pattern finds in a text is not broken, unless it has _SPAN characters a line."""
         from rich.cells import cell_len
 
@@ -234,7 +239,7 @@ class Table:
         for index, (name, number) in enumerate(zip(self._headings, self._numeric, strict=True)):
             texts = [row[index].text for row in [*whole, *before] if index < len(row)]
             words = [word for text in [name, *texts] for word in text.split()]
-            parts = [part for word in words for part in unbroken.findall(word)]
+            parts = [part for word in words for part in whole_part.findall(word)]
             longest = max(map(cell_len, words), default=0)
             # A column that is narrower than its longest word would look like a column of syllables.
             least_room = min(longest, max(_SPAN, max(map(cell_len, parts), default=0)))
