@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from fake_paper import FINISH, OPEN, TRAIN
 from helpers import Freezer, Residual, slow
+from test_bottom_line import row
 
 from layerlab import Session
 from layerlab.base.files import write_json
@@ -19,8 +20,10 @@ from layerlab.runs import tracking
 from layerlab.runs.answer import Against, Answer, answer_metrics, answers_of
 from layerlab.runs.batch.local import run_batch
 from layerlab.runs.batch.plans import Entry, Plan, jobs_of
+from layerlab.runs.description import answer_tags
 from layerlab.runs.jobs import Job, told_apart
 from layerlab.runs.record import read_record
+from layerlab.runs.tracking import LONGEST_TAG
 from layerlab.show.interval import mean_interval
 
 pytestmark = pytest.mark.usefixtures("known_plugins")
@@ -89,7 +92,8 @@ def test_a_batch_ends_with_its_answers_which_the_table_and_mlflow_have_too(fake,
     shown = _call("batch", str(plan), "--workers", "1")
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
-    rows = [line.split() for line in lines if line.startswith("epochs=")]
+    # The rows of the answers, below those of the files.
+    rows = [line.split() for line in lines if line.startswith("epochs=") and "·" not in line]
     assert [row[:2] for row in rows[:2]] == [["epochs=1", "frozen"], ["epochs=2", "frozen"]]
 
     (found,) = [line.split()[1] for line in lines if line.startswith("Batch ")]
@@ -113,6 +117,9 @@ def test_a_batch_ends_with_its_answers_which_the_table_and_mlflow_have_too(fake,
         (row,) = [row for row in table if row["run"] == run.info.run_id]
         assert run.data.params == {"epochs": row["epochs"]}
         assert run.data.tags["answer"] == row["answer"]
+        described = run.data.tags["mlflow.note.content"]
+        assert described.startswith(row["answer"])
+        assert "| undecided" in described
         assert run.data.metrics["frozen/compute"] == pytest.approx(float(row["compute"]), rel=1e-5)
 
     # Run again, nothing is trained, and the batch is the same with the same answers.
@@ -182,3 +189,15 @@ def test_the_conclusion_s_word_on_an_arm_counts_more_than_its_own_interval(digit
     assert (answer.sentence, [(arm.arm, arm.pays) for arm in answer.arms]) == (
         "No, frozen does not pay.", [("frozen", "no")])
     assert (tmp_path / "answer.html").read_text() == "<p>a page</p>"
+
+
+def test_a_run_s_description_is_its_answer_with_every_claim_and_short_enough_for_mlflow():
+    claims = [row("gain", [-2.9, -3.0, -3.1])]
+    tags = answer_tags("It pays: 1 | 2.", claims)
+    assert tags["answer"] == "It pays: 1 | 2."
+    above, below = tags["mlflow.note.content"].split("\n\n")
+    assert above == r"It pays: 1 \| 2."
+    assert "| −3.00 ± 0.25 points |" in below
+    assert answer_tags("Mine.")["mlflow.note.content"] == "Mine."
+    assert answer_tags("Mine.", claims * 100)["mlflow.note.content"] == "Mine."
+    assert {len(text) for text in answer_tags("m" * 9000).values()} == {LONGEST_TAG}

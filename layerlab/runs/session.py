@@ -28,6 +28,7 @@ from layerlab.base.text import as_json, assigned
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.identity import Identity, identity_of
 from layerlab.contract.paper import Paper, load_paper
+from layerlab.contract.rows import scoreboard, sentence
 from layerlab.runs import tracking
 from layerlab.runs.answer import (
     ANSWERS,
@@ -40,6 +41,7 @@ from layerlab.runs.answer import (
     append_answer,
 )
 from layerlab.runs.basis import paper_basis
+from layerlab.runs.description import answer_tags
 from layerlab.runs.manifest import Kind, Manifest
 from layerlab.runs.measured import measured
 from layerlab.runs.own_folder import OwnFolder
@@ -175,6 +177,7 @@ class Session:
         differs = _differing()
         self._arms: list[Against] = []
         self._answer = Answer()
+        self._claims: Sequence[ClaimResult] = ()
         self._pays: dict[str, str] = {}
         self._trackers: dict[str, tracking.Tracker] = {}
         record = read_record(self.folder)
@@ -340,7 +343,7 @@ class Session:
         now = time.time_ns() // 1_000_000
         self._outbox.add(metrics=[(name, value, now, 0) for name, value in answer_metrics(answer).items()])
         if answer.sentence:
-            self._outbox.add(tags={"answer": answer.sentence[:tracking.LONGEST_TAG]})
+            self._outbox.add(tags=answer_tags(answer.sentence, self._claims))
         self._outbox.add(result=identity.id)
         self._outbox.add(**tracking.ended("FINISHED"))
         self._outbox.send(last=True)
@@ -480,8 +483,6 @@ class Study(Session):
 
     def finish(self) -> pd.DataFrame:
         """Write the claims' results, close the session, and give the scoreboard for display."""
-        from layerlab.contract.rows import scoreboard, sentence
-
         identity = self.identity().id
         results = [result.model_copy(update={"result": identity}) for result in self.results]
         now = time.time_ns() // 1_000_000
@@ -489,6 +490,7 @@ class Study(Session):
         # Each row as a tag, too, so that the database alone holds the scoreboard wherever it is copied to.
         self._outbox.add(tags=tracking.claim_tags(result.model_dump_json() for result in results))
         self._keep_json(RESULTS, [result.model_dump() for result in results])
+        self._claims = results
         if not self._answer.sentence:
             self.conclude(sentence(self.paper.strategy, results))
         self.close()
