@@ -8,7 +8,8 @@ from layerlab import LayerlabError
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper
 from layerlab.reporting.bottom_line import bottom_line
-from layerlab.reporting.findings import Outcome, finding
+from layerlab.reporting.findings import Finding, Outcome, finding
+from layerlab.reporting.overall import overall
 from layerlab.runs.answer import Against
 from layerlab.show.interval import mean_interval
 
@@ -196,3 +197,18 @@ def test_a_paper_without_a_headline_counts_its_verdicts():
     assert bottom_line(without, [Outcome([row("gain", [1.0, 1.1, 1.2])])]) == "fake: 1 weaker of 1 claims."
     with pytest.raises(LayerlabError, match="has no headline"):
         finding(without, [])
+
+
+def test_papers_together_say_how_many_comparisons_are_won():
+    def found(above: str, placebo: str = "", profile: str = "cpu") -> Finding:
+        columns = {"above it [points]": above, "above the placebo [points]": placebo}
+        return finding(paper(), [Outcome([row("gain", LOST, profile)], pays(**columns))])
+
+    better, worse, undecided = "+0.50 ± 0.40", "-0.50 ± 0.40", "+0.10 ± 0.40"
+    several = [found(worse), found(undecided, better), found(undecided), None]
+    assert overall(several) == (
+        "Taken together: of 3 comparisons with plain training of the same cost, none shows the method to be better, "
+        "1 shows it to be worse (Fake) and 2 show no measurable difference; of 1 with its placebo, 1 shows the method "
+        "to be better (Fake), none shows it to be worse and none shows no measurable difference.")
+    # One seed, and the profile quick, settle nothing.
+    assert overall([found("+0.50"), found(better, better, "quick")]) == ""

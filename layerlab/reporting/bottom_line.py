@@ -31,21 +31,36 @@ def bottom_line(paper: Paper, runs: Iterable[Outcome]) -> str:
         runs: what its runs left, those alone that count: the profiles' own parameters, today's code. Where one goes
             beyond the profile `quick`, `quick` is left out.
     """
+    runs = list(runs)
+    found = headline_finding(paper, runs)
+    if found is None:
+        return sentence(paper.strategy, [row for run in _telling(runs) for row in run.rows])
+    return said(found)
+
+
+def headline_finding(paper: Paper, runs: Iterable[Outcome]) -> Finding | None:
+    """What the sentence of a paper says; None for a paper without a headline. The arguments are `bottom_line`'s."""
+    return None if paper.headline is None else finding(paper, _telling(runs))
+
+
+def _telling(runs: Iterable[Outcome]) -> list[Outcome]:
+    """The runs beyond the profile `quick`; where there are none, `quick`."""
     runs = [run for run in runs if run.rows]
-    beyond = [run for run in runs if run.rows[0].profile != QUICK]
-    if paper.headline is None:
-        return sentence(paper.strategy, [row for run in beyond or runs for row in run.rows])
-    return said(finding(paper, beyond or runs))
+    return [run for run in runs if run.rows[0].profile != QUICK] or runs
+
+
+def kept_outcomes(profiles: Mapping[Path, Sequence[ClaimResult]]) -> list[Outcome]:
+    """What is kept of a paper and counts: what has other parameters or older code stays out.
+
+    Args:
+        profiles: folder → its rows.
+    """
+    return [outcome(folder, rows) for folder, rows in profiles.items() if counting(rows)]
 
 
 def kept_line(paper: Paper, profiles: Mapping[Path, Sequence[ClaimResult]]) -> str:
-    """The sentence of a paper from what is kept of it: what has other parameters or older code stays out.
-
-    Args:
-        paper: the paper.
-        profiles: folder → its rows.
-    """
-    return bottom_line(paper, [outcome(folder, rows) for folder, rows in profiles.items() if counting(rows)])
+    """The sentence of a paper from its `kept_outcomes`."""
+    return bottom_line(paper, kept_outcomes(profiles))
 
 
 def parted(paper: Paper, line: str) -> tuple[str, str]:

@@ -18,9 +18,10 @@ from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import counts, merged
-from layerlab.reporting.bottom_line import kept_line, markdown_line
+from layerlab.reporting.bottom_line import headline_finding, kept_line, kept_outcomes, markdown_line
 from layerlab.reporting.freshness import Age, age
 from layerlab.reporting.kept import kept, kept_profiles
+from layerlab.reporting.overall import overall
 from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
 from layerlab.reporting.readable import papers_alone, readable
 from layerlab.reporting.scoreboard import claims_table, scoreboard_table
@@ -45,6 +46,12 @@ def lines(target: Path) -> list[tuple[Paper, str]]:
     return [(paper, kept_line(paper, kept_profiles(target / paper.strategy, paper))) for paper in readable_papers()]
 
 
+def overall_line(target: Path) -> str:
+    """What all installed papers' comparisons say together, from what is kept; empty where nothing was compared."""
+    return overall(headline_finding(paper, kept_outcomes(kept_profiles(target / paper.strategy, paper)))
+                   for paper in readable_papers())
+
+
 def scoreboard_page(target: Path) -> str:
     """The sentence of every installed paper, their figure, and every claim, in Markdown."""
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
@@ -56,14 +63,14 @@ def scoreboard_page(target: Path) -> str:
         "MLflow holds. [docs/verdicts.md](../docs/verdicts.md) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = [MARK, "# Results", said, _picture(target, ""), "## Claims by verdict", about,
-            Table(("paper", *get_args(Verdict)), counted).markdown()]
+    text = [MARK, "# Results", markdown_text(overall_line(target)), said, _picture(target, ""), "## Claims by verdict",
+            about, Table(("paper", *get_args(Verdict)), counted).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
         if (target / paper.strategy / "README.md").exists():
             text[-1] += f" [Tables and figures]({paper.strategy}/README.md)."
         text.append(claims_table(rows).markdown())
-    return "\n\n".join(text) + "\n"
+    return "\n\n".join(filter(None, text)) + "\n"
 
 
 def _picture(target: Path, folder: str) -> str:
@@ -87,7 +94,8 @@ def with_results(readme: str, target: Path) -> str | None:
             links.append(f"[claims and figures]({target.name}/{name}/README.md)")
         source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
         told.append(f"- {markdown_line(paper, line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
-    blocks = {SUMMARY: "\n".join(told), PICTURE: _picture(target, f"{target.name}/")}
+    said = "\n\n".join(filter(None, [markdown_text(overall_line(target)), "\n".join(told)]))
+    blocks = {SUMMARY: said, PICTURE: _picture(target, f"{target.name}/")}
     found = None
     for (begin, end), block in blocks.items():
         before, mark, rest = readme.partition(begin)

@@ -21,16 +21,17 @@ from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper, load_paper, readable_papers
 from layerlab.contract.rows import SCOREBOARD, completed, scoreboard_texts
 from layerlab.contract.rows import tally as tally
-from layerlab.reporting.bottom_line import bottom_line, counting, markdown_line, parted
+from layerlab.reporting.bottom_line import bottom_line, counting, headline_finding, markdown_line, parted
 from layerlab.reporting.claim_lines import STATES, State, claim_lines
-from layerlab.reporting.findings import PAYS, Outcome, outcome
+from layerlab.reporting.findings import PAYS, Finding, Outcome, outcome
 from layerlab.reporting.freshness import age
 from layerlab.reporting.kept import kept_profiles
+from layerlab.reporting.overall import overall
 from layerlab.runs import tracking
 from layerlab.runs.answer import ANSWERS_FILE
 from layerlab.runs.record import IDENTITY, workbook_folder
 from layerlab.show.interval import unbroken
-from layerlab.show.table import Cell, Table, Tone
+from layerlab.show.table import Cell, Table, Tone, markdown_text
 
 WIDE = ("claim", "where", "published", "measured", "÷ published", "verdict")
 # Columns of a terminal that has room for them.
@@ -104,11 +105,13 @@ class Collected(NamedTuple):
         paper: the paper.
         rows: every claim with what was measured of it.
         line: the paper's sentence.
+        found: what it says, where the paper has a headline.
     """
 
     paper: Paper
     rows: list[ClaimResult]
     line: str
+    found: Finding | None = None
 
 
 def collected(names: Sequence[str] = (), published: Path | None = None) -> list[Collected]:
@@ -136,7 +139,8 @@ def collected(names: Sequence[str] = (), published: Path | None = None) -> list[
             newest.setdefault(_experiment(rows[0].profile, rows), outcome(folder, rows))
         results = [row for each in newest.values() for row in each.rows]
         counted = [each for each in newest.values() if counting(each.rows)]
-        found.append(Collected(paper, completed(paper, results), bottom_line(paper, counted)))
+        found.append(Collected(paper, completed(paper, results), bottom_line(paper, counted),
+                               headline_finding(paper, counted)))
     return found
 
 
@@ -195,13 +199,20 @@ def run_table(results: Sequence[ClaimResult]) -> Table:
     return Table(("paper", "profile", "machine", "commit", "run"), list(rows.values()))
 
 
+def together(found: Sequence[Collected]) -> str:
+    """What several papers' comparisons say together; empty where there are none."""
+    return overall(each.found for each in found) if len(found) > 1 else ""
+
+
 def sentences(found: Sequence[Collected]) -> str:
-    """The sentences of papers as a list in Markdown."""
-    return "\n".join(f"- {markdown_line(each.paper, each.line)}" for each in found)
+    """What papers say together, and the sentence of each in a list, in Markdown."""
+    lines = "\n".join(f"- {markdown_line(each.paper, each.line)}" for each in found)
+    return "\n\n".join(filter(None, [markdown_text(together(found)), lines]))
 
 
 def board(found: Sequence[Collected], markdown: bool = False, colour: bool = False) -> str:
-    """The sentences of papers, then of each its claims, then the runs behind them, for a terminal or in Markdown.
+    """What papers say together and each by itself, then of each its claims, then the runs behind them, for a terminal
+    or in Markdown.
 
     Args:
         found: of `collected`.
@@ -215,7 +226,7 @@ def board(found: Sequence[Collected], markdown: bool = False, colour: bool = Fal
             parts += [f"## {each.paper.strategy}", claims_table(each.rows).markdown()]
         return "\n\n".join([*parts, "## Runs", run_table(rows).markdown()])
     width = shutil.get_terminal_size((100, 24)).columns
-    parts = [wrapped(each.line, width) for each in found]
+    parts = [wrapped(line, width) for line in (together(found), *(each.line for each in found)) if line]
     for each in found:
         table = replace(claims_table(each.rows, wide=width >= _WIDE), caption=f"── {each.paper.strategy} ──")
         parts.append(table.text(colour=colour))
@@ -250,10 +261,11 @@ def page(found: Sequence[Collected]) -> str:
         layout={"topStart": "info", "topEnd": "search", "bottomStart": None, "bottomEnd": None}, maxBytes=0,
         style="width:100%; max-width:100%", display_logo_when_loading=False)
     said = "".join(f"<li>{_html_line(each)}</li>" for each in found)
+    first = f"<p>{html.escape(unbroken(together(found)))}</p>" if together(found) else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>layerlab: scoreboard</title><style>{_STYLE}</style>'
-        f"{generate_init_offline_itables_html(options.dt_bundle)}</head><body><h1>Scoreboard</h1><ul>{said}</ul>"
+        f"{generate_init_offline_itables_html(options.dt_bundle)}</head><body><h1>Scoreboard</h1>{first}<ul>{said}</ul>"
         f'<div class="wide">{table}</div><h2>Runs</h2><div class="wide">{run_table(results).html()}</div></body>'
         "</html>\n"
     )

@@ -4,10 +4,13 @@ paper's sentence and in the answer for a network of one's own."""
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from layerlab.show.interval import signed, spread, with_minus
 
 Interval = tuple[float, float]
+# Open: the interval includes zero. One seed has no interval.
+Standing = Literal["better", "worse", "open", "one seed"]
 EQUAL, PLACEBO = "plain training of the same cost", "its placebo"
 
 
@@ -26,8 +29,23 @@ def points_text(points: Interval, sign: bool = True) -> str:
     return f"{with_minus(text)} points"
 
 
+def standing(points: Interval) -> Standing:
+    """What the points above something mean, of whole intervals.
+
+    Example:
+        >>> standing((-0.1, 0.4)), standing((1.0, 0.4))
+        ('open', 'better')
+    """
+    mean, half = points
+    if not math.isfinite(half):
+        return "one seed"
+    if mean - half > 0:
+        return "better"
+    return "worse" if mean + half < 0 else "open"
+
+
 def over(points: Interval, what: str) -> str:
-    """What the points above something mean, where `better` and `worse` are said of whole intervals.
+    """The same in words.
 
     Example:
         >>> over((-0.1, 0.4), EQUAL)
@@ -36,13 +54,10 @@ def over(points: Interval, what: str) -> str:
     mean, half = points
     if mean == 0 and half == 0:
         return f"the same as {what} with every seed"
-    if not math.isfinite(half):
+    stands = standing(points)
+    if stands == "one seed":
         return f"{points_text(points)} against {what}, with one seed"
-    if mean - half > 0:
-        return f"better than {what} ({points_text(points)})"
-    if mean + half < 0:
-        return f"worse than {what} ({points_text(points)})"
-    return f"not measurably better than {what} ({points_text(points)})"
+    return f"{'not measurably better' if stands == 'open' else stands} than {what} ({points_text(points)})"
 
 
 def over_placebo(points: Interval, above: bool) -> str:
