@@ -60,8 +60,9 @@ def curves(frame: pd.DataFrame, y: str, x: Sequence[str] = ("epoch", "time"), ti
     first = str(frame["arm"].iloc[0])
     labels = LABELS | {"time": wrapped(f"training time, in epochs of {first}", 4.2)}
     drawn = looks(list(frame["arm"]))
-    parts = dict(list(frame.groupby("panel"))) if "panel" in frame else {"": frame}
-    x = x if len(parts) == 1 else ("epoch",)
+    parts = {"": frame}
+    if "panel" in frame:
+        parts, x = dict(list(frame.groupby("panel"))), ("epoch",)
     figure, axes = panels(len(parts) * len(x), max(2, len(parts)), width=min(5.2, 12 / len(parts)), height=3.6)
     for axis, ((name, part), along) in zip(axes, product(parts.items(), x), strict=True):
         if along == "time":
