@@ -321,15 +321,19 @@ class Environment:
         subprocess.run(
             [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "-q", "--no-deps",
              "--no-index", "--no-build-isolation", "--disable-pip-version-check", *map(str, what)], check=True,
-            capture_output=True)
+            capture_output=True, env=self.variables)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Without those in which pip or a command would find the workbook's own packages."""
+        hidden = ("PYTHON", "JUPYTER", "LAYERLAB", "MLFLOW", "VIRTUAL_ENV", "COV", "PYTEST")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        return kept | {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
 
     def run(self, *words: str, status: int = 0, folder: Path | None = None) -> str:
         """Run a command of the environment; gives what it wrote."""
-        hidden = ("PYTHON", "JUPYTER", "LAYERLAB", "MLFLOW", "VIRTUAL_ENV", "COV", "PYTEST")
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        variables |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run([str(self.bin / words[0]), *words[1:]], capture_output=True, text=True, env=variables,
-                               cwd=folder or self.home)
+        ended = subprocess.run([str(self.bin / words[0]), *words[1:]], capture_output=True, text=True,
+                               env=self.variables, cwd=folder or self.home)
         assert ended.returncode == status, ended.stdout + ended.stderr
         return ended.stdout + ended.stderr
 

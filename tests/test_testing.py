@@ -32,7 +32,10 @@ def test_a_broken_strategy_fails_its_check(kind):
 def test_a_broken_strategy_fails_its_check_alone(kind):
     results = check_strategy(kind, on_fail=None, others=[Freezer()])
     failed = {result["check_name"]: str(result["exception"]) for result in results if result["status"] == "failed"}
-    assert list(failed) == [kind.name.replace("-", "_")], failed
+    own = kind.name.replace("-", "_")
+    assert own in failed
+    # What does not train, or does not resume, in `fit` does not do so in a loop of one's own either.
+    assert set(failed) <= {own, "attaches"}, failed
 
 
 @parametrize_with_checks([Freezer()])

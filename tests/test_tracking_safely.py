@@ -15,6 +15,7 @@ import pytest
 from layerlab import LayerlabError, LayerlabWarning, Study, fit, track
 from layerlab.reporting.scoreboard import collect
 from layerlab.runs import tracking
+from layerlab.runs.description import DESCRIPTION
 from layerlab.runs.record import workbook_folder
 
 OPTIONS = dict(epochs=3, batch_size=256)
@@ -72,8 +73,8 @@ def test_what_cannot_be_tracked_is_found_before_anything_is_trained(fake, digits
     before = {tag.key for content in logged for tag in content.get("tags", ())}
     study.claim("gain", [1.0], seeds=[0])
     study.finish()
-    # An answer's name and length are such that every store takes it.
-    after = {tag.key for content in logged for tag in content.get("tags", ())} - {"answer"}
+    # The names and lengths of an answer and of a run's description are such that every store takes them.
+    after = {tag.key for content in logged for tag in content.get("tags", ())} - {"answer", DESCRIPTION}
     assert before == after != set()
 
 

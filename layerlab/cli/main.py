@@ -293,11 +293,11 @@ def check(name: str, settings: dict[str, Any]) -> None:
     finally:
         bars.close()
         failed = sum(result["status"] == "failed" for result in results)
-        said = (f"{len(results) - failed} of {len(results)} checks hold." if failed else
-                f"The contract holds. For the plugin's README.md:\n{badge(results)}")
+        said = ([f"{len(results) - failed} of {len(results)} checks hold."] if failed else
+                ["The contract holds. For the plugin's README.md:", badge(results)])
         # Where the checks were broken off, the last word is the error's.
         show(Table(("result", "check", "finding"), [_check_row(result) for result in results],
-                   notes=(said,) if whole else ()))
+                   notes=said if whole else ()))
     if failed:
         raise SystemExit(1)
 
