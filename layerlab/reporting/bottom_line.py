@@ -87,12 +87,12 @@ def said(found: Finding) -> str:
     if found.anchor is None:
         id = next(filter(None, headline.costs.values()), headline.accuracy)
         claim = found.paper.claim(id)
-        return (f"{headline.method}: not measured with today's code; the paper claims {claim.value:g} {claim.unit} "
-                f"({claim.statement}).")
+        return with_minus(f"{headline.method}: not measured with today's code; the paper claims {claim.value:g} "
+                          f"{claim.unit} ({claim.statement}).")
     text = f"{headline.method} against {headline.against}: {_what(found)}; {_how_sure(found)}."
     for other in found.elsewhere:
         text += f" On {_where(other)}: {_what(other)}."
-    return printable(text)
+    return printable(with_minus(text))
 
 
 def _what(found: Finding) -> str:
@@ -130,8 +130,7 @@ def _saved(cost: Cost, share: Interval) -> str:
 def _per_cent(mean: float, half: float) -> str:
     """To one decimal, or to none where that is within the interval."""
     decimals = 0 if half >= 1 else 1
-    number = with_minus(f"{mean:.{decimals}f}")
-    return f"{number} ± {half:.{decimals}f} %" if half >= 0.05 else f"{number} %"
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f} %" if half >= 0.05 else f"{mean:.{decimals}f} %"
 
 
 def _accuracy(points: Interval) -> str:
@@ -150,11 +149,11 @@ def _how_sure(found: Finding) -> str:
     if row.profile == QUICK:
         return f"the quick profile on {where}, which settles nothing"
     if row.verdict == "not tested":
-        return f"this settles nothing ({where}): {with_minus(row.reason)}"
+        return f"this settles nothing ({where}): {row.reason}"
     if row.verdict in ("reproduced", "differs"):
         return f"{row.verdict} under the paper's conditions ({where})"
     if row.verdict == "undecided":
-        return f"undecided ({where}): {with_minus(row.reason)}"
+        return f"undecided ({where}): {row.reason}"
     return f"not tested at the paper's scale (here {where})"
 
 

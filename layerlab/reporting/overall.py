@@ -35,11 +35,10 @@ def _places(found: Finding) -> list[tuple[str, Finding]]:
     """The finding and those elsewhere, with the method's name and, of several, the data."""
     headline = found.paper.headline
     assert headline is not None
-    places = [each for each in (found, *found.elsewhere) if each.anchor is not None and each.anchor.profile != QUICK]
-    if len(places) < 2:
-        return [(headline.method, each) for each in places]
-    return [(f"{headline.method} on {each.anchor.conditions.get('dataset', '')}", each)
-            for each in places if each.anchor is not None]
+    places = [(each.anchor, each) for each in (found, *found.elsewhere) if each.anchor and each.anchor.profile != QUICK]
+    several = len(places) > 1
+    return [(f"{headline.method} on {anchor.conditions.get('dataset', '')}" if several else headline.method, each)
+            for anchor, each in places]
 
 
 def _counted(what: str, compared: Sequence[tuple[str, Companion]]) -> str:

@@ -12,8 +12,8 @@ import pandas as pd
 from layerlab.base.files import write_atomically
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper
-from layerlab.reporting.bottom_line import counting
-from layerlab.reporting.findings import Finding, finding, outcome
+from layerlab.reporting.bottom_line import kept_outcomes
+from layerlab.reporting.findings import Finding, finding
 from layerlab.reporting.wording import EQUAL, PLACEBO
 
 # Name of the figure's and its numbers' files.
@@ -45,8 +45,7 @@ def overview(papers: Iterable[tuple[Paper, Mapping[Path, Sequence[ClaimResult]]]
     rows: list[dict[str, Any]] = []
     for tone, (paper, runs) in enumerate(papers):
         if paper.headline is not None:
-            left = [outcome(folder, each) for folder, each in runs.items() if counting(each)]
-            rows += [{"tone": tone, **point} for point in _points(finding(paper, left))]
+            rows += [{"tone": tone, **point} for point in _points(finding(paper, kept_outcomes(runs)))]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

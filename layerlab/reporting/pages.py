@@ -18,7 +18,7 @@ from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import OLDER, ClaimResult, Verdict
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import counts, merged
-from layerlab.reporting.bottom_line import headline_finding, kept_line, kept_outcomes, markdown_line
+from layerlab.reporting.bottom_line import bottom_line, headline_finding, kept_line, kept_outcomes, markdown_line
 from layerlab.reporting.freshness import Age, age
 from layerlab.reporting.kept import kept, kept_profiles
 from layerlab.reporting.overall import overall
@@ -41,15 +41,12 @@ CARD = "plugins/{}/README.md"
 LONG = 20
 
 
-def lines(target: Path) -> list[tuple[Paper, str]]:
-    """Every installed paper with its sentence, from what is kept of it."""
-    return [(paper, kept_line(paper, kept_profiles(target / paper.strategy, paper))) for paper in readable_papers()]
-
-
-def overall_line(target: Path) -> str:
-    """What all installed papers' comparisons say together, from what is kept; empty where nothing was compared."""
-    return overall(headline_finding(paper, kept_outcomes(kept_profiles(target / paper.strategy, paper)))
-                   for paper in readable_papers())
+def lines(target: Path) -> tuple[str, list[tuple[Paper, str]]]:
+    """From what is kept: what all installed papers say together, empty where nothing was compared; and each of them
+    with its sentence."""
+    runs = [(paper, kept_outcomes(kept_profiles(target / paper.strategy, paper))) for paper in readable_papers()]
+    together = overall(headline_finding(paper, left) for paper, left in runs)
+    return together, [(paper, bottom_line(paper, left)) for paper, left in runs]
 
 
 def scoreboard_page(target: Path) -> str:
@@ -57,13 +54,14 @@ def scoreboard_page(target: Path) -> str:
     claims = [(paper, kept(target, paper)) for paper in readable_papers()]
     counted: list[list[str | Cell]] = [
         [Cell(paper.strategy, link=f"#{paper.strategy}"), *counts(rows).values()] for paper, rows in claims]
-    said = "\n".join(f"- {markdown_line(paper, line)}" for paper, line in lines(target))
+    together, sentences = lines(target)
+    said = "\n".join(f"- {markdown_line(paper, line)}" for paper, line in sentences)
     about = (
         "Every claim of every paper, published beside measured, as `layerlab publish` takes it from the runs that "
         "MLflow holds. [docs/verdicts.md](../docs/verdicts.md) says what the verdicts mean; a measured value is "
         "the mean over seeds ± the half-width of its 95 % interval."
     )
-    text = [MARK, "# Results", markdown_text(overall_line(target)), said, _picture(target, ""), "## Claims by verdict",
+    text = [MARK, "# Results", markdown_text(together), said, _picture(target, ""), "## Claims by verdict",
             about, Table(("paper", *get_args(Verdict)), counted).markdown()]
     for paper, rows in claims:
         text += [f"## {paper.strategy}", f"{paper.citation}."]
@@ -86,15 +84,16 @@ def _card(target: Path, name: str) -> bool:
 
 def with_results(readme: str, target: Path) -> str | None:
     """A README with the figure of all papers and their sentences between its marks anew; None if it has neither."""
+    together, sentences = lines(target)
     told = []
-    for paper, line in lines(target):
+    for paper, line in sentences:
         name = paper.strategy
         links = [f"[what was tried]({CARD.format(name)})"] if _card(target, name) else []
         if (target / name / "README.md").exists():
             links.append(f"[claims and figures]({target.name}/{name}/README.md)")
         source = f"{markdown_text(paper.short_authors)}, *{markdown_text(paper.title)}*, {paper.year}"
         told.append(f"- {markdown_line(paper, line)}  \n  <sub>`{name}`: {'; '.join([source, *links])}</sub>")
-    said = "\n\n".join(filter(None, [markdown_text(overall_line(target)), "\n".join(told)]))
+    said = "\n\n".join(filter(None, [markdown_text(together), "\n".join(told)]))
     blocks = {SUMMARY: said, PICTURE: _picture(target, f"{target.name}/")}
     found = None
     for (begin, end), block in blocks.items():

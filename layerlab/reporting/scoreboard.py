@@ -261,7 +261,8 @@ def page(found: Sequence[Collected]) -> str:
         layout={"topStart": "info", "topEnd": "search", "bottomStart": None, "bottomEnd": None}, maxBytes=0,
         style="width:100%; max-width:100%", display_logo_when_loading=False)
     said = "".join(f"<li>{_html_line(each)}</li>" for each in found)
-    first = f"<p>{html.escape(unbroken(together(found)))}</p>" if together(found) else ""
+    overall_line = together(found)
+    first = f"<p>{html.escape(unbroken(overall_line))}</p>" if overall_line else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>layerlab: scoreboard</title><style>{_STYLE}</style>'
