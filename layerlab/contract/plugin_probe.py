@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from layerlab.base.errors import LayerlabError, brief, reason
+from layerlab.base.errors import LayerlabError, brief, reason, refusal
 from layerlab.base.files import cache_folder, write_json
 from layerlab.base.processes import end_marked, import_path
 from layerlab.base.provenance import package_folders
@@ -129,14 +129,21 @@ class PluginProbe:
 
     def answers(self, asked: Sequence[tuple[Plugin, Sequence[Any]]], limit: float) -> list[dict[str, Any]]:
         """For each plugin `broken`, its `settings`, the `stamps` of what its import rests on, and `refused`: for each
-        of its (profile, changed) why that is refused, or an empty string."""
+        of its (profile, changed) why that is refused, or an empty string.
+
+        Raises:
+            LayerlabError: torch or the contract cannot be imported, and why.
+        """
         if not asked:
             return []
         plugins = [[asdict(plugin), as_json(changes)] for plugin, changes in asked]
         text, _ = self._process.communicate(json.dumps([limit, plugins]))
         if self._process.returncode:
             raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
-        return json.loads(text)
+        answer = json.loads(text)
+        if isinstance(answer, str):
+            raise LayerlabError(f"No plugin can be imported: {answer}.")
+        return answer
 
 
 def probe(plugins: Sequence[Plugin], limit: float = LIMIT) -> list[Probe]:
@@ -221,9 +228,14 @@ def _stamp(file: str) -> list[int]:
 
 
 def main() -> None:
-    """Read a limit and plugins with changes as JSON, write what their imports show as JSON."""
+    """Read a limit and plugins with changes as JSON, write what their imports show as JSON, or why none can be."""
     # Before the first fork, so that it is imported once. The version of torch is known to the cache, files are not.
-    import layerlab.contract.strategy
+    try:
+        import layerlab.contract.strategy
+    except Exception as error:  # a broken installation, or what torch needs of the system and does not find
+        sys.stdin.read()
+        print(json.dumps(refusal(error) or reason(error)))
+        return
 
     shared = set(sys.modules)
     limit, questions = json.load(sys.stdin)
