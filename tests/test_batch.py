@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import nbformat
 import psutil
@@ -105,6 +106,18 @@ def _wait(what: Callable[[], object], seconds: float = 60) -> object:
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
     return value
+
+
+def _runner_and_kernel(home: Path) -> tuple[int, int]:
+    """The process numbers of the one runner and its kernel, once both are there."""
+    def alone() -> tuple[int, int] | None:
+        # In one look: between its fork and its exec a process has another one's name.
+        found = _processes(home)
+        runners = [number for number, words in found.items() if "layerlab.runs.batch.notebook_process" in words]
+        kernels = [number for number in found if number not in runners]
+        return (runners[0], kernels[0]) if len(runners) == len(kernels) == 1 else None
+
+    return cast(tuple[int, int], _wait(alone))
 
 
 # ------------------------------------------------------------------------------------------- plans
@@ -775,10 +788,7 @@ def test_what_is_stopped_for_a_while_goes_on(notebook, command, tmp_path, victim
     notebook("slow", "import time; time.sleep(4)")
     process = command("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")
     home = tmp_path / "home"
-    # Between its fork and its exec a process has another one's name.
-    _wait(lambda: len(_runners(home)) == 1 and len(_processes(home)) == 2)
-    (runner,) = _runners(home)
-    (kernel,) = set(_processes(home)) - {runner}
+    runner, kernel = _runner_and_kernel(home)
     number = {"batch": process.pid, "runner": runner, "kernel": kernel}[victim]
     os.kill(number, signal.SIGSTOP)
     time.sleep(2)
@@ -794,8 +804,7 @@ def test_what_is_asked_to_end_is_taken_up_again_or_ends_cleanly(notebook, comman
     process = command("reproduce", tmp_path / "home" / "notebooks" / "slow.ipynb")
     home = tmp_path / "home"
     _wait(ran)
-    (runner,) = _runners(home)
-    (kernel,) = set(_processes(home)) - {runner}
+    runner, kernel = _runner_and_kernel(home)
     os.kill({"batch": process.pid, "runner": runner, "kernel": kernel}[victim], signal.SIGTERM)
     text = process.communicate(timeout=120)[0]
     assert process.returncode == status, text
