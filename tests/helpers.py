@@ -27,12 +27,15 @@ from layerlab import Run, Strategy, forward_order
 # For tests that take more than their share of CI's ten minutes.
 slow = pytest.mark.skipif(not os.environ.get("LAYERLAB_SLOW"), reason="slow: make test-all")
 # Of these checks of the contract each takes seconds.
-SLOW_CHECKS = ("composes", "compiles", "pickles")
+SLOW_CHECKS = ("composes", "compiles", "costs_logged", "pickles")
+# So does this one of strategies whose own tests interrupt a training as well.
+SLOW_TO_RESUME = ("low-bit", "memory-reorder")
 
 
 def run_check(strategy: Strategy, check: Any) -> None:
     """One check of the contract, unless it is a slow one and those are not asked for."""
-    if check.__name__ in SLOW_CHECKS and not os.environ.get("LAYERLAB_SLOW"):
+    takes_long = check.__name__ in SLOW_CHECKS or (check.__name__ == "resumes" and strategy.name in SLOW_TO_RESUME)
+    if takes_long and not os.environ.get("LAYERLAB_SLOW"):
         pytest.skip("slow: make test-all")
     check(strategy)
 

@@ -28,10 +28,10 @@ def test_seeds_side_by_side_give_what_one_after_the_other_gives(digits, residual
     arms = {"plain": (), "frozen": Freezer()}
 
     def trained(folder, at_once):
-        return compare(residual, digits, arms, seeds=[3, 4, 5], equal="flops", epochs=2, checkpoint=tmp_path / folder,
+        return compare(residual, digits, arms, seeds=[3, 4], equal="flops", epochs=2, checkpoint=tmp_path / folder,
                        at_once=at_once, **QUICK)
 
-    alone, together = trained("alone", 1), trained("together", 3)
+    alone, together = trained("alone", 1), trained("together", 2)
     assert alone.results.keys() == together.results.keys()
     for key, result in alone.results.items():
         assert same_weights(result.model, together.results[key].model)

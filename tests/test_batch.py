@@ -358,7 +358,7 @@ def _asleep(variable: str, value: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("ending", ["1", "time.sleep(600)", "1 / 0"])
+@pytest.mark.parametrize("ending", [pytest.param("1", marks=slow), "time.sleep(600)", "1 / 0"])
 def test_what_a_cell_starts_ends_with_its_job(notebook, monkeypatch, tmp_path, ending):
     monkeypatch.setenv("LAYERLAB_TEST_MARK", str(tmp_path))
     job = notebook("leaves", LEAVES_A_CHILD, ending)
@@ -739,8 +739,9 @@ def test_memory_that_runs_out_is_said_with_the_peak(notebook):
 
 @pytest.mark.parametrize(("victim", "said"), [
     ("kernel", r"'full' lost its kernel .*; it took up to 0\.\d+ GB"),
-    ("a child of the cell", r"failed in cell 3 \(CalledProcessError: .* it took up to 0\.\d+ GB"),
-    ("runner", r"died 1 times .* its process was killed by signal 9"),
+    pytest.param("a child of the cell", r"failed in cell 3 \(CalledProcessError: .* it took up to 0\.\d+ GB",
+                 marks=slow),
+    pytest.param("runner", r"died 1 times .* its process was killed by signal 9", marks=slow),
 ])
 def test_what_the_system_kills_because_memory_ran_out_is_said_so_and_the_others_go_on(
     notebook, tmp_path, victim, said

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pandas as pd
 import pytest
 import torch
-from helpers import Freezer, same_weights
+from helpers import Freezer, same_weights, slow
 from torch import nn
 
 from layerlab import (
@@ -429,7 +429,8 @@ def test_validation_chooses_and_test_reports():
 NAMES = [plugin.name for plugin in strategies.every()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["learn-and-drop", *(
+    pytest.param(name, marks=slow) for name in NAMES if name != "learn-and-drop")])
 def test_layer_maps_have_every_epoch_and_name_their_numbers(name, digits):
     kind = strategies[name].load()
     network = kind.example_network(digits.shape, digits.classes) or explore.build_network(

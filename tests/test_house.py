@@ -130,10 +130,11 @@ def test_no_private_name_is_taken_across_modules():
 def functions(file: Path) -> Iterator[tuple[str, int, str]]:
     """(name, lines, source) of every function in a file."""
     text = file.read_text()
+    lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            yield node.name, node.end_lineno - node.lineno + 1, ast.get_source_segment(text, node) or ""
+            yield node.name, node.end_lineno - node.lineno + 1, "\n".join(lines[node.lineno - 1:node.end_lineno])
 
 
 def code_files() -> list[Path]:

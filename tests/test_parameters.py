@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_paper import PAPER
+from helpers import slow
 
 from layerlab import LayerlabError, Study, load_paper
 from layerlab.base.text import NoYaml, as_json, from_json, from_yaml, reproduce_command, to_yaml
@@ -145,7 +146,8 @@ MISBEHAVING = {
 }
 
 
-@pytest.mark.parametrize(("source", "said"), MISBEHAVING.items())
+@pytest.mark.parametrize(("source", "said"), [
+    pytest.param(source, said, marks=() if "exit" in source else slow) for source, said in MISBEHAVING.items()])
 def test_a_plugin_that_misbehaves_at_import_hurts_no_plan(fake, tmp_path, source, said):
     site = fake()
     module = site / "fake_plugin" / "__init__.py"

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers import slow
 
 from layerlab import LayerlabError
 from layerlab.contract.plugin_probe import Setting, probe
@@ -118,6 +119,7 @@ def test_what_an_import_showed_is_remembered_until_a_file_that_it_read_changes(i
     assert "not a subclass" in probe([Registry()["mine"]])[0].broken
 
 
+@slow
 def test_what_an_import_showed_is_forgotten_when_something_is_installed(install, tmp_path, monkeypatch):
     base = tmp_path / "user"
     monkeypatch.setenv("PYTHONUSERBASE", str(base))
@@ -135,6 +137,7 @@ def test_what_an_import_showed_is_forgotten_when_something_is_installed(install,
     assert log.read_text() == ".."
 
 
+@slow
 def test_a_plugin_that_was_broken_is_tried_anew_each_time(install, tmp_path):
     install("their-plugin", "import their_helper\n" + textwrap.dedent(GOOD.format(name="mine")),
             "[layerlab.strategies]\nmine = their_plugin:Mine\n")

@@ -281,6 +281,7 @@ def test_a_lock_that_is_given_back_soon_leaves_nothing_to_send(digits, residual,
     assert tracking.unsent_files() == []
 
 
+@slow
 def test_what_a_dead_process_could_not_send_is_sent_by_the_next_study(digits, tmp_path, fake):
     fake(OPEN, FINISH)
     home = tmp_path / "home"
@@ -342,9 +343,9 @@ def test_a_lock_is_waited_for_with_a_word_before_a_run_begins(tmp_path, digits, 
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda file: file.mkdir(), "is a folder"),
+    pytest.param(lambda file: file.mkdir(), "is a folder", marks=slow),
     (lambda file: file.write_bytes(os.urandom(40_000)), "is no database"),
-    (lambda file: file.write_bytes(b"SQLite format 3\0"), "is cut off|is damaged"),
+    pytest.param(lambda file: file.write_bytes(b"SQLite format 3\0"), "is cut off|is damaged", marks=slow),
     (lambda file: shutil.copy(_whole_database(file.with_suffix(".whole"), 9000), file), "is cut off"),
 ])
 def test_what_is_no_database_is_one_sentence_at_once(tmp_path, make, message):

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
-from helpers import write_notebook
+from helpers import slow, write_notebook
 
 from layerlab.base.provenance import package_folders
 from layerlab.runs.batch.local import run_batch
@@ -150,6 +150,7 @@ def test_a_module_in_the_notebook_s_folder_stands_before_one_that_the_server_has
     assert warmed(job).status == "finished"
 
 
+@slow
 def test_a_kernel_of_another_virtual_environment_is_one(notebook, warmed, tmp_path, monkeypatch):
     place = tmp_path / "other"
     venv.create(place, symlinks=True)
@@ -166,6 +167,7 @@ def test_a_kernel_of_another_virtual_environment_is_one(notebook, warmed, tmp_pa
     assert warmed(replace(job, kernel="other")).status == "finished"
 
 
+@slow
 def test_a_warning_that_an_import_tells_is_shown_by_each_notebook(notebook, tmp_path, monkeypatch):
     folder = tmp_path / "modules"
     folder.mkdir()

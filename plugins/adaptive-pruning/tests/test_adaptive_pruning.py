@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torchvision
+from helpers import slow
 from torch import nn
 
 from layerlab import LayerlabError, LayerlabWarning, Refused, Run, Strategy, build_model, evaluate, fit, load_dataset
@@ -136,8 +137,9 @@ def test_what_was_frozen_stays_frozen_and_thaws(data):
 
 @pytest.mark.parametrize(("strategy", "optimizer"), [
     (AdaptivePruning(targets=[{"ratio": 0.3}, {"threshold": 0.4}], every=1, sparsity=0.05), "sgd"),
-    (AdaptivePruning(targets=[{"threshold": 0.3}], every=1, sparsity=0.05, bridge="merge"), "adamw"),
-    (NetworkSlimming(targets=[{"parameters": 0.7}], every=1, sparsity=0.05), "sgd"),
+    pytest.param(AdaptivePruning(targets=[{"threshold": 0.3}], every=1, sparsity=0.05, bridge="merge"), "adamw",
+                 marks=slow),
+    pytest.param(NetworkSlimming(targets=[{"parameters": 0.7}], every=1, sparsity=0.05), "sgd", marks=slow),
 ], ids=["targets", "merge", "peer"])
 def test_a_fit_goes_on_across_prunings_bit_by_bit(data, tmp_path, strategy, optimizer):
     options = dict(OPTIONS, epochs=3, optimizer=optimizer, schedule="cosine")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import slow
 from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.regnet import BlockParams, RegNet
@@ -140,7 +141,7 @@ def test_where_one_group_has_nothing_dead_all_groups_keep_theirs_and_the_weakest
     assert torch.equal(left, torch.linspace(0.1, 1, 48)[kept_channels])
 
 
-@pytest.mark.parametrize("name", ["resnext", "joined"])
+@pytest.mark.parametrize("name", [pytest.param("resnext", marks=slow), "joined"])
 def test_groups_are_pruned_in_a_training(name):
     data = load_dataset("digits", image_size=32, channels=3, limit=96, test_limit=32, device="cpu")
     strategy = AdaptivePruning(targets=[{"parameters": 0.6}], every=1, sparsity=1e-3)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import slow
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -94,7 +95,7 @@ def peak(build: Callable[[], nn.Module], shape: tuple[int, int, int], strategy: 
     (lambda: build_model("lenet", channels=1), (1, 28, 28), "int8", 0.85),
     (lambda: build_model("lenet", channels=1), (1, 28, 28), "emulated", 0.85),
     (lambda: build_model("resnet-cifar", depth=8, channels=1), (1, 24, 24), "int8", 0.65),
-    (lambda: build_model("vgg-cifar", depth=11), (3, 32, 32), "emulated", 0.75),
+    pytest.param(lambda: build_model("vgg-cifar", depth=11), (3, 32, 32), "emulated", 0.75, marks=slow),
 ], ids=["lenet-int8", "lenet", "resnet-8-int8", "vgg-11"])
 def test_the_peak_of_a_training_step_falls(build, shape, units, share):
     assert peak(build, shape, LowBit(units=units)) < share * peak(build, shape, ())
