@@ -88,11 +88,13 @@ class Tracker:
         params = describe(fit.settings) | {
             "seed": fit.seed,
             "network": type(fit.run.model).__name__,
-            "parameters": sum(p.numel() for p in fit.run.model.parameters()),
             "augment": fit.data.train.augment,
             "train_images": len(fit.data.train),
             "image": "×".join(map(str, fit.data.shape)),
         }
+        if not fit.run.history:
+            # After an interruption a pruned network has fewer; the run keeps those with which it began.
+            params["parameters"] = sum(p.numel() for p in fit.run.model.parameters())
         for strategy in fit.strategies:
             params |= {f"{strategy.name}/{key}": value for key, value in describe(strategy).items()}
         box.add(params={key: str(value) for key, value in params.items()})

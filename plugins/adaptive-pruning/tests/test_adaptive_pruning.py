@@ -12,7 +12,19 @@ import torchvision
 from helpers import slow
 from torch import nn
 
-from layerlab import LayerlabError, LayerlabWarning, Refused, Run, Strategy, build_model, evaluate, fit, load_dataset
+from layerlab import (
+    LayerlabError,
+    LayerlabWarning,
+    Refused,
+    Run,
+    Strategy,
+    build_model,
+    evaluate,
+    fit,
+    load_dataset,
+    track,
+)
+from layerlab.runs import tracking
 from layerlab.training.loop import Fit
 from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, TorchPruning, rebuild, structure
 from layerlab_adaptive_pruning.method.pruning import ROUNDS, OutOfReach, count, search
@@ -166,6 +178,20 @@ def test_a_fit_goes_on_across_prunings_bit_by_bit(data, tmp_path, strategy, opti
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert again.strategies[0].stages == whole.strategies[0].stages
+
+
+def test_a_run_in_mlflow_keeps_all_its_params_when_a_pruned_training_goes_on(data, tmp_path, recwarn):
+    both = {"observers": [track("test")], "checkpoint": tmp_path / "c", **OPTIONS, "epochs": 3}
+    strategy = AdaptivePruning(targets=[{"ratio": 0.3}], every=1)
+    first = Fit(network, data, strategy, **both)
+    begun = sum(parameter.numel() for parameter in network().parameters())
+    for _ in range(2):
+        first.train_epoch()
+    result = fit(network, data, strategy, progress=False, **both)
+    assert sum(parameter.numel() for parameter in result.model.parameters()) < begun
+    (run,) = tracking.client().search_runs([tracking.experiment_id("test")])
+    assert run.data.params["parameters"] == str(begun)
+    assert not [each for each in recwarn if "refuses" in str(each.message)]
 
 
 def test_layers_go_while_training_and_what_comes_out_is_described_by_json(data):
