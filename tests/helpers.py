@@ -26,15 +26,15 @@ from layerlab import Run, Strategy, forward_order
 
 # For tests that take more than their share of CI's ten minutes.
 slow = pytest.mark.skipif(not os.environ.get("LAYERLAB_SLOW"), reason="slow: make test-all")
-# Of these checks of the contract each takes seconds.
-SLOW_CHECKS = ("composes", "compiles", "costs_logged", "pickles")
-# So does this one of strategies whose own tests interrupt a training as well.
-SLOW_TO_RESUME = ("low-bit", "memory-reorder")
+# Checks of the contract that take many seconds, and with which strategies; none named: with any.
+SLOW_CHECKS = {"composes": (), "compiles": (), "pickles": (), "costs_logged": ("low-bit",),
+               "resumes": ("low-bit", "memory-reorder")}
 
 
 def run_check(strategy: Strategy, check: Any) -> None:
     """One check of the contract, unless it is a slow one and those are not asked for."""
-    takes_long = check.__name__ in SLOW_CHECKS or (check.__name__ == "resumes" and strategy.name in SLOW_TO_RESUME)
+    slow_with = SLOW_CHECKS.get(check.__name__)
+    takes_long = slow_with is not None and (not slow_with or strategy.name in slow_with)
     if takes_long and not os.environ.get("LAYERLAB_SLOW"):
         pytest.skip("slow: make test-all")
     check(strategy)

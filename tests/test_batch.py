@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -96,8 +96,8 @@ def _processes(home: Path) -> dict[int, str]:
     return found
 
 
-def _runners(home: Path) -> list[int]:
-    return [number for number, words in _processes(home).items() if "layerlab.runs.batch.notebook_process" in words]
+def _runners(processes: Mapping[int, str]) -> list[int]:
+    return [number for number, words in processes.items() if "layerlab.runs.batch.notebook_process" in words]
 
 
 def _wait(what: Callable[[], object], seconds: float = 60) -> object:
@@ -113,7 +113,7 @@ def _runner_and_kernel(home: Path) -> tuple[int, int]:
     def alone() -> tuple[int, int] | None:
         # In one look: between its fork and its exec a process has another one's name.
         found = _processes(home)
-        runners = [number for number, words in found.items() if "layerlab.runs.batch.notebook_process" in words]
+        runners = _runners(found)
         kernels = [number for number in found if number not in runners]
         return (runners[0], kernels[0]) if len(runners) == len(kernels) == 1 else None
 
@@ -438,9 +438,9 @@ def test_stopped_while_waiting_for_another_batch_it_leaves_that_ones_runs_alone(
         return [run.info.status for run in tracking.client().search_runs([tracking.experiment_id("fake")])]
 
     _wait(lambda: "RUNNING" in statuses())
-    (runner,) = _runners(tmp_path / "home")
+    (runner,) = _runners(_processes(tmp_path / "home"))
     second = command("reproduce", "fake")
-    waiting = _wait(lambda: [number for number in _runners(tmp_path / "home") if number != runner])
+    waiting = _wait(lambda: [number for number in _runners(_processes(tmp_path / "home")) if number != runner])
     time.sleep(1)
     os.kill(second.pid, signal.SIGINT)
     second.communicate(timeout=30)

@@ -233,7 +233,6 @@ def main() -> None:
     try:
         import layerlab.contract.strategy
     except Exception as error:  # a broken installation, or what torch needs of the system and does not find
-        sys.stdin.read()
         print(json.dumps(refusal(error) or reason(error)))
         return
 

@@ -12,18 +12,7 @@ import torchvision
 from helpers import slow
 from torch import nn
 
-from layerlab import (
-    LayerlabError,
-    LayerlabWarning,
-    Refused,
-    Run,
-    Strategy,
-    build_model,
-    evaluate,
-    fit,
-    load_dataset,
-    track,
-)
+from layerlab import LayerlabError, LayerlabWarning, Refused, Run, Strategy, build_model, evaluate, fit, load_dataset
 from layerlab.runs import tracking
 from layerlab.training.loop import Fit
 from layerlab_adaptive_pruning import AdaptivePruning, NetworkSlimming, TorchPruning, rebuild, structure
@@ -181,7 +170,7 @@ def test_a_fit_goes_on_across_prunings_bit_by_bit(data, tmp_path, strategy, opti
 
 
 def test_a_run_in_mlflow_keeps_all_its_params_when_a_pruned_training_goes_on(data, tmp_path, recwarn):
-    both = {"observers": [track("test")], "checkpoint": tmp_path / "c", **OPTIONS, "epochs": 3}
+    both = {"observers": [tracking.track("test")], "checkpoint": tmp_path / "c", **OPTIONS, "epochs": 3}
     strategy = AdaptivePruning(targets=[{"ratio": 0.3}], every=1)
     first = Fit(network, data, strategy, **both)
     begun = sum(parameter.numel() for parameter in network().parameters())
