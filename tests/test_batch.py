@@ -726,6 +726,16 @@ def test_what_a_batch_would_do_is_known_without_pandas():
     assert told[-1] == "[]"
 
 
+def test_a_batch_with_nothing_to_do_waits_for_no_pandas(notebook, tmp_path):
+    job = notebook("done", "x = 1")
+    run_batch([job])
+    script = (f"import sys; from layerlab.cli.main import main; main(['reproduce', {str(job.notebook)!r}], "
+              "standalone_mode=False); print([m for m in ('torch', 'mlflow', 'pandas') if m in sys.modules])")
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
+    assert "finished before" in "".join(told)
+    assert told[-1] == "[]"
+
+
 @slow
 def test_memory_that_runs_out_is_said_with_the_peak(notebook):
     limit = "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9,) * 2)"

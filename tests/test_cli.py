@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +13,7 @@ from helpers import slow
 from layerlab.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("known_plugins")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _call(*arguments: str, status: int = 0) -> str:
@@ -52,6 +54,22 @@ def test_what_is_known_of_plugins_and_datasets_is_shown_without_torch(arguments)
               "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy') if m in sys.modules])")
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert told.splitlines()[-1] == "[]"
+
+
+def test_the_command_line_is_there_before_what_its_commands_need():
+    script = ("import sys, layerlab.cli.main; "
+              "print([m for m in sys.modules if m.startswith(('layerlab.contract.', 'layerlab.reporting.', "
+              "'layerlab.runs.', 'layerlab.training.', 'layerlab.workload.'))])")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_scoreboard_of_published_results_waits_for_no_large_library(monkeypatch):
+    monkeypatch.setenv("LAYERLAB_HOME", str(ROOT))
+    script = ("import sys; from layerlab.cli.main import main; main(['scoreboard'], standalone_mode=False); "
+              "print([m for m in ('torch', 'mlflow', 'pandas', 'scipy.stats') if m in sys.modules])")
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()
+    assert " ± " in "".join(told)
+    assert told[-1] == "[]"
 
 
 def test_data_says_what_is_here(tmp_path):

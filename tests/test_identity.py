@@ -8,6 +8,7 @@ import io
 import os
 import sqlite3
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from layerlab import LayerlabError, Study
 from layerlab.base import usage
 from layerlab.base.digests import file_digest
 from layerlab.base.files import write_json
+from layerlab.base.packages import package_digests
 from layerlab.contract.rows import counts
 from layerlab.reporting.diff import diff
 from layerlab.reporting.publish import publish
@@ -205,6 +207,37 @@ def test_comments_and_docstrings_are_no_other_code(tmp_path):
     assert len(set(digests)) == 3
     assert "" not in digests
     assert file_digest(tmp_path / "none.py") == ""
+
+
+def test_a_package_is_known_by_what_it_holds_now_whatever_the_cache_holds(tmp_path, monkeypatch):
+    package, cache = tmp_path / "package", tmp_path / "cache"
+    (package / "inner").mkdir(parents=True)
+    (package / "inner" / "one.py").write_text("A = 1\n")
+    (package / "two.py").write_text("B = 2\n")
+    # Long after the last edit, when digests are remembered.
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + 60)
+    first = package_digests(package)
+    assert first == {"inner/one.py": file_digest(package / "inner" / "one.py"),
+                     "two.py": file_digest(package / "two.py")}
+    assert package_digests(package, ("inner",)) == {"two.py": first["two.py"]}
+    assert list(cache.rglob("*.json"))
+    for content in ("", "[]", '{"two.py": 2}'):
+        for file in cache.rglob("*.json"):
+            file.write_text(content)
+        assert package_digests(package) == first
+    status = (package / "two.py").stat()
+    (package / "two.py").write_text("B = 3\n")
+    os.utime(package / "two.py", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert package_digests(package)["two.py"] not in first.values()
+    (package / "two.py").unlink()
+    assert list(package_digests(package)) == ["inner/one.py"]
+
+
+def test_a_package_is_known_where_no_cache_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text("A = 1\n")
+    monkeypatch.setenv("LAYERLAB_CACHE", "/dev/null/cache")
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + 60)
+    assert package_digests(tmp_path) == {"one.py": file_digest(tmp_path / "one.py")}
 
 
 def _study(gains: list[float], seeds: list[int], **changed: object) -> Study:

@@ -1,4 +1,4 @@
-"""What tells that a file, a package of Python or a folder of data is another one than before."""
+"""What tells that a file, a database or a folder of data is another one than before."""
 
 from __future__ import annotations
 
@@ -92,17 +92,6 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
                 case [ast.Expr(value=ast.Constant(value=str())), *rest]:
                     node.body = rest
     return tree
-
-
-def package_digests(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """Python file below a folder → its digest.
-
-    Args:
-        folder: of a package.
-        without: folders directly below it that do not count.
-    """
-    files = sorted(file.relative_to(folder) for file in folder.rglob("*.py"))
-    return {file.as_posix(): file_digest(folder / file) for file in files if file.parts[0] not in without}
 
 
 def folder_digest(source: str) -> str:

@@ -130,7 +130,6 @@ def _run(
 def _show_ended(ended: Sequence[Ended]) -> list[Ended]:
     """Show where the notebooks lie, their answers, the papers' sentences and how to go on; gives those that have ended
     and whose claims cannot be read."""
-    # Not before: it imports pandas, for which the first kernel need not wait.
     from layerlab.reporting.answers import answers_data, answers_table
     from layerlab.reporting.scoreboard import scoreboard_table
     from layerlab.runs.batch.kept import batch_id
@@ -164,15 +163,14 @@ def _show_ended(ended: Sequence[Ended]) -> list[Ended]:
 
 def _show_papers(results: Sequence[tuple[Job, list[ClaimResult]]]) -> None:
     """Say in a sentence what each paper's runs found, draw all of them in one figure, and name what to type next."""
+    if not results:
+        return
     from layerlab.contract.paper import load_paper, readable_papers
     from layerlab.reporting.bottom_line import QUICK, bottom_line
     from layerlab.reporting.findings import outcome
-    from layerlab.reporting.overview import QUICK_NOTE, keep_overview, overview
     from layerlab.reporting.scoreboard import wrapped
     from layerlab.runs.record import workbook_folder
 
-    if not results:
-        return
     width = shutil.get_terminal_size((80, 24)).columns
     runs: dict[str, dict[Path, list[ClaimResult]]] = {}
     for job, rows in results:
@@ -183,6 +181,9 @@ def _show_papers(results: Sequence[tuple[Job, list[ClaimResult]]]) -> None:
         line = bottom_line(paper, [outcome(folder, rows) for folder, rows in folders.items()])
         click.echo(wrapped(line, width))
     if len(papers) > 1:
+        # It brings pandas, which nobody who has one paper or none waits for.
+        from layerlab.reporting.overview import QUICK_NOTE, keep_overview, overview
+
         quick = all(job.profile == QUICK for job, _ in results)
         folder = workbook_folder() / "runs"
         # All that are installed, so that each has its own colour.

@@ -14,7 +14,6 @@ import click
 
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically
-from layerlab.runs.record import workbook_folder
 
 HOST = "127.0.0.1"
 # How many ports are tried from the usual one on.
@@ -97,6 +96,8 @@ def lab(port: int | None, browser: bool) -> None:
 
     In a folder without notebooks, explore, compare and scoreboard are put there first. It listens on 127.0.0.1 alone.
     """
+    from layerlab.runs.record import workbook_folder
+
     home = workbook_folder()
     made = lay_out_notebooks(home)
     if made:

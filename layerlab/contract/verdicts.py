@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from layerlab.contract.claims import FEWEST, Claim, Gate, Verdict, placeholders
-from layerlab.show.interval import Estimate
+from layerlab.show.interval import Estimate, quantile
 
 # More seeds or rounds than this are not asked for.
 MOST_SEEDS = 1000
@@ -175,12 +175,10 @@ def _more(
 
 
 def _enough(values: Sequence[float], mean: float, distance: float, repetitions: str) -> str:
-    from scipy import stats  # half a second, which most rows do without
-
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     count = len(values) + 1
     while count <= MOST_SEEDS:
-        if distance > 0 and stats.t.ppf(0.975, count - 1) * deviation / math.sqrt(count) < distance:
+        if distance > 0 and quantile(count) * deviation / math.sqrt(count) < distance:
             return f"; {count} {repetitions} would decide at this spread"
         count = max(count + 1, count * 21 // 20)
     return f"; more than {MOST_SEEDS} {repetitions} would be needed at this spread"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from layerlab.show.interval import quantile
 from layerlab.training.results import Comparison
 
 # How often a statement may be wrong by chance.
@@ -25,7 +26,7 @@ def above(interval: Interval, count: int, null: float = 0.0) -> float:
         interval: (mean, half-width of the 95 % interval) of `count` values.
         null: the value that means no effect.
     """
-    from scipy import stats
+    from scipy.special import stdtr
 
     mean, half = interval
     if not (math.isfinite(mean) and math.isfinite(half)) or mean <= null:
@@ -33,7 +34,7 @@ def above(interval: Interval, count: int, null: float = 0.0) -> float:
     if half == 0:
         return 0.0
     # The half-width is 0.975's quantile of t times the standard error.
-    return float(2 * stats.t.sf((mean - null) / half * stats.t.ppf(0.975, count - 1), count - 1))
+    return float(2 * stdtr(count - 1, -(mean - null) / half * quantile(count)))
 
 
 def below(interval: Interval, count: int, null: float = 0.0) -> float:

@@ -20,10 +20,21 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     if max(values) == min(values):
         return mean, 0.0
-    from scipy import stats  # half a second, which one seed does without
-
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return mean, quantile(n) * deviation / math.sqrt(n)
+
+
+def quantile(count: int) -> float:
+    """How many standard errors the 95 % interval of the mean of `count` values reaches to each side, by Student's t.
+
+    Example:
+        >>> round(quantile(3), 3)
+        4.303
+    """
+    # Not scipy.stats, whose import takes half a second more.
+    from scipy.special import stdtrit
+
+    return float(stdtrit(count - 1, 0.975))
 
 
 # A hyphen in the place of a sign: before a number, and after nothing, a space or a bracket.
