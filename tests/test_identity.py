@@ -24,9 +24,9 @@ from PIL import Image
 
 from layerlab import LayerlabError, Study
 from layerlab.base import usage
+from layerlab.base.cache import remembered
 from layerlab.base.digests import file_digest
 from layerlab.base.files import write_json
-from layerlab.base.packages import package_digests
 from layerlab.contract.rows import counts
 from layerlab.reporting.diff import diff
 from layerlab.reporting.publish import publish
@@ -209,35 +209,52 @@ def test_comments_and_docstrings_are_no_other_code(tmp_path):
     assert file_digest(tmp_path / "none.py") == ""
 
 
-def test_a_package_is_known_by_what_it_holds_now_whatever_the_cache_holds(tmp_path, monkeypatch):
-    package, cache = tmp_path / "package", tmp_path / "cache"
-    (package / "inner").mkdir(parents=True)
-    (package / "inner" / "one.py").write_text("A = 1\n")
-    (package / "two.py").write_text("B = 2\n")
-    # Long after the last edit, when digests are remembered.
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, int]]:
+    """What is remembered of a file that was edited long ago, and how often it was made anew."""
     monkeypatch.setattr("time.time", lambda now=time.time: now() + 60)
-    first = package_digests(package)
-    assert first == {"inner/one.py": file_digest(package / "inner" / "one.py"),
-                     "two.py": file_digest(package / "two.py")}
-    assert package_digests(package, ("inner",)) == {"two.py": first["two.py"]}
-    assert list(cache.rglob("*.json"))
-    for content in ("", "[]", '{"two.py": 2}'):
-        for file in cache.rglob("*.json"):
+    file, calls = tmp_path / "file.txt", []
+
+    def make(path: Path) -> str:
+        calls.append(path)
+        return path.read_text()
+
+    def ask(content: str = "", maker: str = "1") -> tuple[str, int]:
+        if content:
+            times = file.stat() if file.exists() else None
             file.write_text(content)
-        assert package_digests(package) == first
-    status = (package / "two.py").stat()
-    (package / "two.py").write_text("B = 3\n")
-    os.utime(package / "two.py", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert package_digests(package)["two.py"] not in first.values()
-    (package / "two.py").unlink()
-    assert list(package_digests(package)) == ["inner/one.py"]
+            if times:
+                os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return remembered(file, "texts", maker, make), len(calls)
+
+    return ask
 
 
-def test_a_package_is_known_where_no_cache_can_be_written(tmp_path, monkeypatch):
-    (tmp_path / "one.py").write_text("A = 1\n")
+def test_what_is_remembered_of_a_file_is_made_anew_after_an_edit_and_by_another_maker(made):
+    assert [made("one"), made(), made()] == [("one", 1)] * 3
+    # As long, at the same time of the last change.
+    assert made("two") == ("two", 2)
+    assert made(maker="2") == ("two", 3)
+    assert made(maker="2") == ("two", 3)
+
+
+@pytest.mark.parametrize("content", ["", "1 ", "1 x y z\n", "\xff"])
+def test_a_damaged_memory_of_a_file_is_not_believed(made, tmp_path, content):
+    made("one")
+    (memory,) = (file for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    memory.write_text(content, encoding="latin-1")
+    assert [made(), made()] == [("one", 2)] * 2
+
+
+def test_a_file_that_may_change_within_a_tick_is_not_remembered(tmp_path):
+    (tmp_path / "file.txt").write_text("one")
+    assert remembered(tmp_path / "file.txt", "texts", "1", Path.read_text) == "one"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_cache_everything_is_made_anew(made, monkeypatch):
     monkeypatch.setenv("LAYERLAB_CACHE", "/dev/null/cache")
-    monkeypatch.setattr("time.time", lambda now=time.time: now() + 60)
-    assert package_digests(tmp_path) == {"one.py": file_digest(tmp_path / "one.py")}
+    assert [made("one"), made()] == [("one", 1), ("one", 2)]
 
 
 def _study(gains: list[float], seeds: list[int], **changed: object) -> Study:

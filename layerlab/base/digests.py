@@ -1,4 +1,4 @@
-"""What tells that a file, a database or a folder of data is another one than before."""
+"""What tells that a file, a package of Python or a folder of data is another one than before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from layerlab.base.cache import remembered
 
 # Field of a function's and a class's node, since Python 3.12.
 _TYPES = "type_params"
@@ -31,14 +33,27 @@ def file_digest(file: Path) -> str:
 @cache
 def _file_digest(file: Path, *_stamp: int) -> str:
     try:
-        content = file.read_bytes()
+        if file.suffix == ".py":
+            # To parse some hundred files takes a second.
+            return remembered(file, "code", _maker(), _code_digest)
+        return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     except OSError:
         return ""
-    if file.suffix == ".py":
-        # What does not parse counts as it stands.
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-            content = _syntax(content, typed=True)
+
+
+def _code_digest(file: Path) -> str:
+    content = file.read_bytes()
+    # What does not parse counts as it stands.
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError):
+        content = _syntax(content, typed=True)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+@cache
+def _maker() -> str:
+    """What a digest depends on besides the file: this module, and what this Python can parse."""
+    mine = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=8).hexdigest()
+    return f"{sys.version_info[0]}.{sys.version_info[1]}-{mine}"
 
 
 def same_code(digest: str, file: Path) -> bool:
@@ -92,6 +107,17 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
                 case [ast.Expr(value=ast.Constant(value=str())), *rest]:
                     node.body = rest
     return tree
+
+
+def package_digests(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """Python file below a folder → its digest.
+
+    Args:
+        folder: of a package.
+        without: folders directly below it that do not count.
+    """
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*.py"))
+    return {file.as_posix(): file_digest(folder / file) for file in files if file.parts[0] not in without}
 
 
 def folder_digest(source: str) -> str:

@@ -123,12 +123,6 @@ def write_json(file: Path, content: Any) -> None:
     write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
-def cache_folder() -> Path:
-    """Where layerlab keeps what it can make again, such as decoded datasets: `$LAYERLAB_CACHE`, else
-    `~/.cache/layerlab`."""
-    return Path(os.environ.get("LAYERLAB_CACHE") or Path.home() / ".cache" / "layerlab")
-
-
 def plain_file(folder: Path, name: str) -> Path:
     """A file below a folder that somebody may have sent, to be read: no link on the way to it is followed.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from layerlab.base.packages import package_digests
+from layerlab.base.digests import package_digests
 
 # Rooms of the core that show results, and make none.
 SHOWING = ("cli", "reporting", "testing")

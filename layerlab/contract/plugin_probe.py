@@ -25,8 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from layerlab.base.cache import cache_folder
 from layerlab.base.errors import LayerlabError, brief, reason, refusal
-from layerlab.base.files import cache_folder, write_json
+from layerlab.base.files import write_json
 from layerlab.base.processes import end_marked, import_path
 from layerlab.base.provenance import package_folders
 from layerlab.base.text import as_json, from_json

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from layerlab.base.cache import cache_folder
 from layerlab.base.errors import LayerlabError, reason
-from layerlab.base.files import cache_folder
 from layerlab.base.folder_lock import NAME, lock_holder
 from layerlab.base.memory import available_memory, memory_limit
 from layerlab.base.provenance import commit, versions, versions_text

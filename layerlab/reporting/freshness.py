@@ -11,7 +11,6 @@ from pydantic import TypeAdapter, ValidationError
 from layerlab.base.digests import same_code
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import is_plain
-from layerlab.base.packages import package_digests
 from layerlab.contract.paper import Paper
 from layerlab.runs.record import IDENTITY, RESULTS, read_object
 
@@ -57,9 +56,8 @@ def age(folder: Path, paper: Paper) -> Age:
 
 
 def _age_of(noted: Mapping[str, str], package: Path) -> Age:
-    today = package_digests(package)
-    changed = sorted(name for name in {*noted, *today}
-                     if noted.get(name) != today.get(name) and not same_code(noted.get(name, ""), package / name))
+    names = {file.relative_to(package).as_posix() for file in package.rglob("*.py")} | set(noted)
+    changed = sorted(name for name in names if not same_code(noted.get(name, ""), package / name))
     numbers = [name for name in changed if name != PICTURES]
     return Age(_listed(numbers), _listed(changed) if len(changed) > len(numbers) else "")
 

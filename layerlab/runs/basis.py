@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerlab.base import usage
-from layerlab.base.packages import package_digests
+from layerlab.base.digests import package_digests
 from layerlab.base.provenance import versions
 from layerlab.base.text import as_json
 from layerlab.runs.record import notebook_cells

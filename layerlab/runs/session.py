@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from layerlab.base import usage
+from layerlab.base.digests import package_digests
 from layerlab.base.errors import LayerlabError
 from layerlab.base.files import write_atomically, write_json
 from layerlab.base.folder_lock import AtWork, keep_locked
 from layerlab.base.names import file_name
-from layerlab.base.packages import package_digests
 from layerlab.base.provenance import machine_name, provenance
 from layerlab.base.text import as_json, assigned
 from layerlab.contract.claims import ClaimResult

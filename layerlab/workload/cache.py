@@ -18,12 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
+from layerlab.base.cache import SETTLED, cache_folder
 from layerlab.base.errors import first_line
-from layerlab.base.files import cache_folder
 from layerlab.show.progress import say
 
-# Files that changed less than so many seconds ago may change again within one tick of the file system's clock.
-_SETTLED = 2.0
 # A temporary file of another machine is given up after so many seconds.
 _ABANDONED = 86_400.0
 _MISSING = b"missing"
@@ -108,7 +106,7 @@ def content_digests(paths: Sequence[str | os.PathLike[str]]) -> list[bytes]:
             return [known[index : index + 16] for index in range(0, len(known) - 4, 16)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(_content_digest, paths))
-    if newest < start - _SETTLED:
+    if newest < start - SETTLED:
         joined = b"".join(found)
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
