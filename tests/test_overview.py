@@ -57,8 +57,8 @@ def test_a_method_stands_once_for_each_dataset_that_was_tested(runs, tmp_path):
                                 for claim, value in (("gain", 2.0), ("saving", 10.0))]
     found = overview([(paper(), runs)])
     methods = found[found["kind"] == METHOD].set_index("method")
-    assert dict(methods["x"]) == pytest.approx({"Fake, cifar10": 0.68, "Fake, mnist": 0.9})
-    assert dict(methods["y"]) == pytest.approx({"Fake, cifar10": -5.0, "Fake, mnist": 2.0})
+    assert dict(methods["x"]) == pytest.approx({"Fake on cifar10": 0.68, "Fake on mnist": 0.9})
+    assert dict(methods["y"]) == pytest.approx({"Fake on cifar10": -5.0, "Fake on mnist": 2.0})
     assert set(found["tone"]) == {0}
 
 

@@ -84,6 +84,13 @@ class Finding:
     elsewhere: tuple[Finding, ...] = ()
 
 
+def called(found: Finding, several: bool) -> str:
+    """What a method is called among others: with its data, where it stands there several times."""
+    assert found.paper.headline is not None
+    method = found.paper.headline.method
+    return f"{method} on {found.anchor.conditions.get('dataset', '')}" if several and found.anchor else method
+
+
 def outcome(folder: Path, rows: Sequence[ClaimResult]) -> Outcome:
     """What a run's folder holds; what cannot be read there counts as absent.
 

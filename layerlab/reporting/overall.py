@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from layerlab.reporting.bottom_line import QUICK
-from layerlab.reporting.findings import Companion, Finding
+from layerlab.reporting.findings import Companion, Finding, called
 from layerlab.reporting.wording import EQUAL, PLACEBO, Standing, standing
 
 _WORDS: Mapping[Standing, str] = {"better": "the method to be better", "worse": "it to be worse",
@@ -33,12 +33,8 @@ def overall(found: Iterable[Finding | None]) -> str:
 
 def _places(found: Finding) -> list[tuple[str, Finding]]:
     """The finding and those elsewhere, with the method's name and, of several, the data."""
-    headline = found.paper.headline
-    assert headline is not None
-    places = [(each.anchor, each) for each in (found, *found.elsewhere) if each.anchor and each.anchor.profile != QUICK]
-    several = len(places) > 1
-    return [(f"{headline.method} on {anchor.conditions.get('dataset', '')}" if several else headline.method, each)
-            for anchor, each in places]
+    places = [each for each in (found, *found.elsewhere) if each.anchor and each.anchor.profile != QUICK]
+    return [(called(each, several=len(places) > 1), each) for each in places]
 
 
 def _counted(what: str, compared: Sequence[tuple[str, Companion]]) -> str:

@@ -13,7 +13,7 @@ from layerlab.base.files import write_atomically
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.paper import Paper
 from layerlab.reporting.bottom_line import kept_outcomes
-from layerlab.reporting.findings import Finding, finding
+from layerlab.reporting.findings import Finding, called, finding
 from layerlab.reporting.wording import EQUAL, PLACEBO
 
 # Name of the figure's and its numbers' files.
@@ -51,14 +51,7 @@ def overview(papers: Iterable[tuple[Paper, Mapping[Path, Sequence[ClaimResult]]]
 
 def _points(found: Finding) -> list[dict[str, Any]]:
     places = [found, *found.elsewhere]
-    return [point for each in places for point in _points_at(each, _name(each, several=len(places) > 1))]
-
-
-def _name(found: Finding, several: bool) -> str:
-    """What a method is called in the figure: with its data, where it stands there several times."""
-    headline, row = found.paper.headline, found.anchor
-    assert headline is not None
-    return f"{headline.method}, {row.conditions.get('dataset', '')}" if several and row else headline.method
+    return [point for each in places for point in _points_at(each, called(each, several=len(places) > 1))]
 
 
 def _points_at(found: Finding, method: str) -> list[dict[str, Any]]:
