@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +64,9 @@ def test_the_command_line_is_there_before_what_its_commands_need():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_a_scoreboard_of_published_results_waits_for_no_large_library(monkeypatch):
-    monkeypatch.setenv("LAYERLAB_HOME", str(ROOT))
+def test_a_scoreboard_of_published_results_waits_for_no_large_library(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("figures"))
+    monkeypatch.setenv("LAYERLAB_HOME", str(tmp_path))
     script = ("import sys; from layerlab.cli.main import main; main(['scoreboard'], standalone_mode=False); "
               "print([m for m in ('torch', 'mlflow', 'pandas', 'scipy.stats') if m in sys.modules])")
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.splitlines()

@@ -305,7 +305,7 @@ def test_two_projects_folders_of_equal_names_sizes_and_times_do_not_share_pixels
 
 
 def test_a_file_that_changes_and_keeps_its_size_and_time_is_read_again(tree, monkeypatch):
-    monkeypatch.setattr("layerlab.workload.cache._SETTLED", -3600)  # as if all files were old
+    monkeypatch.setattr("layerlab.workload.cache.SETTLED", -3600)  # as if all files were old
     folder = tree({"a": 5, "b": 5})
     first = _load(folder)
     file = folder / "a" / "3.png"
