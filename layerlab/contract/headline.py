@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerlab.contract.claims import Claim, Data
 
@@ -21,7 +21,8 @@ class Headline(Data):
     Attributes:
         method: what the method is called in a sentence: `LARS skip`.
         against: what a user runs without it.
-        accuracy: id of the claim, in points, whose number says what it does to accuracy; empty where there is none.
+        accuracy: id of the claim, in points, whose number says what it does to accuracy, or a list of ids where the
+            paper has one for each dataset; empty where there is none.
         costs: what the paper saves or spends → id of the claim that says so: `{time = "time-saving"}`. A claim in `%`
             is a saving; one in `×` says how many times less where its published value is above 1, else which share is
             left. An empty id takes the ratio of the notebook's comparison with training without the method, which says
@@ -36,9 +37,16 @@ class Headline(Data):
 
     method: str
     against: str = "plain training"
-    accuracy: str = ""
+    accuracy: list[str] = Field(default_factory=list)
     costs: dict[Cost, str] = Field(default_factory=dict)
     arm: str = ""
+
+    @field_validator("accuracy", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: object) -> object:
+        if isinstance(given, str):
+            return [given] if given else []
+        return given
 
     @model_validator(mode="after")
     def _tells_something(self) -> Headline:
@@ -49,11 +57,12 @@ class Headline(Data):
     def check(self, claims: list[Claim]) -> None:
         """Raises: ValueError: it names a claim that there is not, or one in a unit that says nothing of a cost."""
         known = {claim.id: claim for claim in claims}
-        for id in filter(None, (self.accuracy, *self.costs.values())):
+        for id in filter(None, (*self.accuracy, *self.costs.values())):
             if id not in known:
                 raise ValueError(f"headline names the claim {id!r}, which there is not")
-        if self.accuracy and known[self.accuracy].unit != "points":
-            raise ValueError(f"headline's accuracy {self.accuracy!r} is in {known[self.accuracy].unit}, not in points")
+        for id in self.accuracy:
+            if known[id].unit != "points":
+                raise ValueError(f"headline's accuracy {id!r} is in {known[id].unit}, not in points")
         for cost, id in self.costs.items():
             if id and known[id].unit not in ("%", "×"):
                 raise ValueError(f"headline's {cost} {id!r} is in {known[id].unit}; a cost is in % or ×")

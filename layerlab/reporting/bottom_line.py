@@ -85,7 +85,7 @@ def said(found: Finding) -> str:
     headline = found.paper.headline
     assert headline is not None
     if found.anchor is None:
-        id = next(filter(None, headline.costs.values()), headline.accuracy)
+        id = next(filter(None, [*headline.costs.values(), *headline.accuracy]))
         claim = found.paper.claim(id)
         return with_minus(f"{headline.method}: not measured with today's code; the paper claims {claim.value:g} "
                           f"{claim.unit} ({claim.statement}).")

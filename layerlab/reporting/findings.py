@@ -135,8 +135,7 @@ def finding(paper: Paper, runs: Iterable[Outcome]) -> Finding:
     if headline is None:
         raise LayerlabError(f"{paper.strategy!r} has no headline; give its paper.toml one.")
     runs = list(runs)
-    names = [name for name in (headline.accuracy, *headline.costs.values()) if name]
-    anchor, run = _nearest(paper, names, runs)
+    anchor, run = _nearest(paper, [*headline.accuracy, *filter(None, headline.costs.values())], runs)
     if anchor is None or run is None:
         return Finding(paper)
     others = [_at(paper, row, of, ()) for row, of in _elsewhere(paper, anchor, runs)]
@@ -155,8 +154,10 @@ def _at(paper: Paper, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
     headline = paper.headline
     assert headline is not None
     rows: dict[str, ClaimResult] = {}
-    for what, id in [(ACCURACY, headline.accuracy), *headline.costs.items()]:
-        if id and (row := _row(paper, id, anchor, run, runs)):
+    # The anchor's own number before that of another dataset.
+    accuracy = [anchor.claim] if anchor.claim in headline.accuracy else headline.accuracy
+    for what, ids in [(ACCURACY, accuracy), *((cost, [id] if id else []) for cost, id in headline.costs.items())]:
+        if row := _row(paper, ids, anchor, run, runs):
             rows[what] = row
     # What closes the anchor's gate as well is said of the whole.
     unsettled = {what: row.reason for what, row in rows.items()
@@ -180,8 +181,9 @@ def _at(paper: Paper, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
 def _elsewhere(
     paper: Paper, anchor: ClaimResult, runs: Sequence[Outcome]
 ) -> Iterator[tuple[ClaimResult, Outcome]]:
-    """The nearest row of the anchor's claim, with its run, of each other place that was tested; the nearest first."""
-    found, told = _rows(anchor.claim, runs, tested=True), {_place(anchor)}
+    """The nearest row at each other place that was tested, with its run; the nearest place first."""
+    same = paper.headline.accuracy if paper.headline and anchor.claim in paper.headline.accuracy else [anchor.claim]
+    found, told = [each for claim in same for each in _rows(claim, runs, tested=True)], {_place(anchor)}
     for row, run in sorted(found, key=lambda pair: _nearness(paper, pair[0]), reverse=True):
         if _place(row) not in told:
             told.add(_place(row))
@@ -217,14 +219,13 @@ def _nearness(paper: Paper, row: ClaimResult) -> tuple[bool, int, int, float]:
 
 
 def _row(
-    paper: Paper, claim: str, anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
+    paper: Paper, claims: Sequence[str], anchor: ClaimResult, run: Outcome, runs: Sequence[Outcome]
 ) -> ClaimResult | None:
-    """The row of a claim: beside the anchor, where there is one, else the nearest to the paper."""
-    found = [row for row in run.rows if row.claim == claim and _measured(row)]
-    for row in found:
-        if _place(row) == _place(anchor):
+    """The row of one of these claims: beside the anchor, where there is one, else the nearest to the paper."""
+    for row in run.rows:
+        if row.claim in claims and _measured(row) and _place(row) == _place(anchor):
             return row
-    return _nearest(paper, [claim], runs)[0] if claim else None
+    return _nearest(paper, claims, runs)[0]
 
 
 def _place(row: ClaimResult) -> tuple[object, object]:

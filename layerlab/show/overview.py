@@ -24,7 +24,7 @@ _SHAPES = "osv"
 # Points of the page by which a companion stands beside its method, which costs the same.
 _BESIDE = (0.0, 7.0, -7.0)
 # Letters in a line of a method's name at the right of its panel; the height of such a line, and the room between two
-# names, as shares of the panel's height.
+# names, as shares of the height of a panel that its names leave as it is.
 _LETTERS, _LINE, _APART = 22, 0.066, 0.03
 HOW = (
     "A method pays where its point lies above the\nsquare: plain training that costs as much.\n"
@@ -49,12 +49,15 @@ def overview(points: pd.DataFrame, kinds: Sequence[str], note: str = "") -> Figu
     if not titles:
         return _empty(note)
     # What points and lines are stands in the cell that is left, or in a row below.
-    rows, odd = (len(titles) + 1) // 2, len(titles) % 2
-    heights = [1.0] * rows + ([] if odd else [0.45])
+    parts, odd = [points[named == title] for title in titles], len(titles) % 2
+    # A row is as high as the names beside its panels.
+    rooms = [sum(map(_room, _names(part))) for part in parts]
+    heights = [max(1.0, *rooms[first:first + 2]) for first in range(0, len(rooms), 2)] + ([] if odd else [0.45])
     figure, axes = canvas(2, len(heights), width=4.7, height=3.5 * sum(heights) / len(heights), height_ratios=heights)
     cells = list(axes.flat)
-    for title, axis in zip(titles, cells, strict=False):
-        _panel(axis, title, points[named == title], kinds)
+    for number, (title, part) in enumerate(zip(titles, parts, strict=True)):
+        _panel(cells[number], title, part, kinds)
+        _name(cells[number], part, heights[number // 2])
     for axis in cells[len(titles):]:
         axis.set_axis_off()
     _key(cells[len(titles)], kinds, bool(points.loc[points["kind"] == kinds[0], "y"].isna().any()))
@@ -75,15 +78,10 @@ def _panel(axis: Any, title: str, points: pd.DataFrame, kinds: Sequence[str]) ->
     axis.axhline(0, color="0.55", linestyle="--", linewidth=0.9, zorder=0)
     axis.axvline(1, color="0.55", linestyle="--", linewidth=0.9, zorder=0)
     axis.plot([1], [0], "*", color="0.25", markersize=12, zorder=1)
-    labels: list[tuple[float, float, str, str]] = []
-    for (method, cost), part in points.groupby(["method", "cost"], sort=False):
-        colour = TONES[int(part["tone"].iloc[0]) % len(TONES)]
-        own = part.iloc[0]
+    for _, part in _methods(points):
         # Where accuracy was not compared, there is nothing that a companion could stand above or below.
-        for _, point in part.iloc[:1 if math.isnan(own["y"]) else None].iterrows():
-            _point(axis, point, kinds.index(point["kind"]), colour)
-        label = f"{method}: {_SAYS[cost]}" if title == OTHER else str(method)
-        labels.append((own["x"], 0.0 if math.isnan(own["y"]) else own["y"], label, colour))
+        for _, point in part.iloc[:1 if math.isnan(part["y"].iloc[0]) else None].iterrows():
+            _point(axis, point, kinds.index(point["kind"]), _colour(part))
     axis.set_title(title, fontsize=11)
     axis.set(xlabel="share of what it is\nwithout the method", ylabel="points of accuracy gained")
     axis.margins(x=0.22, y=0.28)
@@ -96,19 +94,46 @@ def _panel(axis: Any, title: str, points: pd.DataFrame, kinds: Sequence[str]) ->
         axis.text(x, y, text, transform=axis.transAxes, ha=side, va="top" if y > 0.5 else "bottom", fontsize=8,
                   style="italic", color="0.45",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    _name(axis, labels)
 
 
-def _name(axis: Any, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, text, colour) at the right of a panel, one below the other in the points' order, with a line from
-    each to its point: where nothing else stands, nothing overlaps."""
-    texts = [textwrap.fill(text, _LETTERS) for _, _, text, _ in labels]
-    heights = [_LINE * (text.count("\n") + 1) + _APART for text in texts]
+def _methods(points: pd.DataFrame) -> Any:
+    """(method, cost) with the points of each: its own, then those of its companions."""
+    return points.groupby(["method", "cost"], sort=False)
+
+
+def _colour(part: pd.DataFrame) -> str:
+    return TONES[int(part["tone"].iloc[0]) % len(TONES)]
+
+
+def _names(points: pd.DataFrame) -> list[str]:
+    """What stands beside a panel, a text for each of `_methods`, in lines."""
+    texts = [str(method) if cost in PANELS else f"{method}: {_SAYS[cost]}" for (method, cost), _ in _methods(points)]
+    return [textwrap.fill(text, _LETTERS, break_on_hyphens=False) for text in texts]
+
+
+def _room(text: str) -> float:
+    """What a name takes of the height of a panel that its names leave as it is."""
+    return _LINE * (text.count("\n") + 1) + _APART
+
+
+def _name(axis: Any, points: pd.DataFrame, height: float) -> None:
+    """Write the names at the right of a panel, one below the other in the points' order, with a line from each to its
+    point: where nothing else stands, nothing overlaps.
+
+    Args:
+        axis: the panel.
+        points: its points.
+        height: how many times as high it is as one that its names leave as it is.
+    """
+    texts = _names(points)
+    owns = [(part.iloc[0], _colour(part)) for _, part in _methods(points)]
+    # Where accuracy was not compared, the point stands at no difference.
+    levels = [0.0 if math.isnan(own["y"]) else own["y"] for own, _ in owns]
     low, high = axis.get_ylim()
-    places = _spaced([(y - low) / (high - low) for _, y, _, _ in labels], heights)
-    for (x, y, _, colour), text, place in zip(labels, texts, places, strict=True):
-        axis.annotate(text, (x, y), (1.04, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
-                      fontweight="bold", annotation_clip=False,
+    places = _spaced([(y - low) / (high - low) for y in levels], [_room(text) / height for text in texts])
+    for (own, colour), y, text, place in zip(owns, levels, texts, places, strict=True):
+        axis.annotate(text, (own["x"], y), (1.04, place), textcoords="axes fraction", color=colour, fontsize=9,
+                      va="center", fontweight="bold", annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "shrinkB": 5,
                                   "relpos": (0, 0.5)})
 
