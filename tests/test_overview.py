@@ -73,10 +73,11 @@ def test_a_method_has_the_same_colour_whether_others_have_points_or_not(runs):
     assert set(alone["tone"]) == {1}
 
 
-SOME = [ALIKE, ALIKE[:1], ALIKE[3:4], [ALIKE[0], ALIKE[6]]]
+CROWD = [(f"Method {number} with a name of several words", "time", 0.7, 0.0) for number in range(12)]
+SOME = [ALIKE, ALIKE[:1], ALIKE[3:4], [ALIKE[0], ALIKE[6]], CROWD]
 
 
-@pytest.mark.parametrize("rows", SOME, ids=["many", "one", "bare", "two"])
+@pytest.mark.parametrize("rows", SOME, ids=["many", "one", "bare", "two", "crowd"])
 def test_no_text_of_the_figure_covers_another_or_is_cut(rows):
     figure = draw(points(rows), KINDS, "a note")
     figure.canvas.draw()
@@ -90,6 +91,11 @@ def test_no_text_of_the_figure_covers_another_or_is_cut(rows):
         for box in boxes:
             assert figure.bbox.x0 <= box.x0
             assert box.x1 <= figure.bbox.x1
+        # Names stand beside their panel, not above or below it.
+        for text, box in zip(shown, boxes, strict=False):
+            if isinstance(text, plt.Annotation):
+                assert axis.bbox.y0 - 1 <= box.y0
+                assert box.y1 <= axis.bbox.y1 + 1
     said = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert HOW in said
     assert sum(text.startswith("better") for text in said) == len({cost for _, cost, *_ in rows})
