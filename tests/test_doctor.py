@@ -9,6 +9,7 @@ import sys
 from click.testing import CliRunner
 from helpers import free_port, small_disk
 
+from layerlab.base.cache import cache_folder
 from layerlab.cli.main import main
 from layerlab.reporting.doctor import health
 from layerlab.runs import tracking
@@ -56,14 +57,15 @@ def test_leftovers_are_listed_and_what_is_at_work_is_none(tmp_path, monkeypatch)
     assert page()["leftovers"] == ["none"]
     runs = tmp_path / "home" / "runs"
     for file in (runs / "mine/quick/mine.partial.ipynb", runs / "unsent/abc.jsonl",
-                 tmp_path / "layerlab-dead/progress.jsonl", tmp_path / "layerlab-live/progress.jsonl"):
+                 tmp_path / "layerlab-dead/progress.jsonl", tmp_path / "layerlab-live/progress.jsonl",
+                 cache_folder() / "code/abc.partial"):
         file.parent.mkdir(parents=True)
         file.touch()
     environment = {**os.environ, "LAYERLAB_PROGRESS": str(tmp_path / "layerlab-live/progress.jsonl")}
     with subprocess.Popen(["sleep", "60"], env=environment) as process:
         found = " ".join(page()["leftovers"])
         process.kill()
-    for name in ("mine.partial.ipynb", "abc.jsonl", "layerlab-dead"):
+    for name in ("mine.partial.ipynb", "abc.jsonl", "layerlab-dead", "code/abc.partial"):
         assert name in found
     assert "layerlab-live" not in found
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 # Files that changed less than so many seconds ago may change again within one tick of the file system's clock.
 SETTLED = 2.0
+# A temporary file of another machine is given up after so many seconds.
+_ABANDONED = 86_400.0
 
 
 def cache_folder() -> Path:
@@ -45,11 +50,45 @@ def remembered(file: Path, kind: str, maker: str, make: Callable[[Path], str]) -
     made = make(file)
     if made and stamp and _stamp(path) == stamp:
         with contextlib.suppress(OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_name(f"{memory.name}.{os.getpid()}.partial")
-            partial.write_text(f"{head}{made}\n", encoding="utf-8")
-            os.replace(partial, memory)
+            write_cached(memory, lambda stream: stream.write(f"{head}{made}\n".encode()))
     return made
+
+
+def write_cached(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file of the cache whole or not at all; nothing of it is left where that fails, or where a writer died.
+
+    Unlike `layerlab.base.files.write_atomically` it does not wait for the disk: what is lost is made again.
+
+    Args:
+        file: its folder is made if there is none.
+        write: is given a stream.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file.parent)
+    # Who writes it is in its name, so that what a killed process left can be told from what is being written.
+    part = file.with_name(f"{file.name}.{socket.gethostname()}+{os.getpid()}+{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with part.open("wb") as stream:
+            write(stream)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of writers that are gone."""
+    for part in folder.glob("*.partial"):
+        import psutil  # nothing is left by most starts
+
+        owner = part.name.removesuffix(".partial").split("+")
+        with contextlib.suppress(OSError):
+            here = len(owner) == 3 and owner[0].endswith(f".{socket.gethostname()}") and owner[1].isdecimal()
+            gone = here and not psutil.pid_exists(int(owner[1]))
+            if gone or time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()
 
 
 def _stamp(path: str) -> str:

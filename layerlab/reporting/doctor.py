@@ -161,7 +161,7 @@ def _leftovers() -> Iterator[Finding]:
     kinds = {
         "interrupted notebooks, which the same command goes on with": idle,
         "runs that MLflow did not take yet; the next run sends them": unsent_files(),
-        "half-written datasets in the cache; they may be deleted": [*cache_folder().glob("*partial*")],
+        "half-written files in the cache; they may be deleted": [*cache_folder().rglob("*.partial")],
         "folders of batches that were killed; they may be deleted": _idle_folders(),
     }
     for text, files in kinds.items():

@@ -6,24 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import time
-import uuid
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 
-from layerlab.base.cache import SETTLED, cache_folder
+from layerlab.base.cache import SETTLED, cache_folder, write_cached
 from layerlab.base.errors import first_line
 from layerlab.show.progress import say
 
-# A temporary file of another machine is given up after so many seconds.
-_ABANDONED = 86_400.0
 _MISSING = b"missing"
 
 
@@ -73,11 +67,9 @@ def keep(key: str, kept: Kept) -> None:
     folder = cache_folder()
     about = {"bad": kept.bad, "treated": kept.treated, "checksum": zlib.crc32(np.ascontiguousarray(kept.images).data)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
         # The pixels last: without them, nothing is taken for whole.
-        _write(folder / f"{key}.json", json.dumps(about).encode())
-        _write(folder / f"{key}.npy", kept.images)
+        write_cached(folder / f"{key}.json", lambda stream: stream.write(json.dumps(about).encode()))
+        write_cached(folder / f"{key}.npy", lambda stream: np.save(stream, kept.images))
     except OSError as error:
         say(f"Decoded images are not kept, so the next start decodes again: {first_line(error)}.")
 
@@ -109,8 +101,7 @@ def content_digests(paths: Sequence[str | os.PathLike[str]]) -> list[bytes]:
     if newest < start - SETTLED:
         joined = b"".join(found)
         with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, joined + zlib.crc32(joined).to_bytes(4))
+            write_cached(file, lambda stream: stream.write(joined + zlib.crc32(joined).to_bytes(4)))
     return found
 
 
@@ -122,29 +113,3 @@ def _content_digest(path: str | os.PathLike[str]) -> bytes:
             return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest()
     except OSError:
         return _MISSING.ljust(16)
-
-
-def _write(file: Path, content: bytes | np.ndarray) -> None:
-    """Write a file whole or not at all; nothing of it is left where that fails."""
-    # Who writes it is in its name, so that what a killed process left can be told from what is being written.
-    part = file.with_name(f"{file.name}.{socket.gethostname()}+{os.getpid()}+{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with part.open("wb") as stream:
-            if isinstance(content, bytes):
-                stream.write(content)
-            else:
-                np.save(stream, content)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of writers that are gone."""
-    for part in folder.glob("*.partial"):
-        owner = part.name.removesuffix(".partial").split("+")
-        with contextlib.suppress(OSError):
-            here = len(owner) == 3 and owner[0].endswith(f".{socket.gethostname()}") and owner[1].isdecimal()
-            gone = here and not psutil.pid_exists(int(owner[1]))
-            if gone or time.time() - part.stat().st_mtime > _ABANDONED:
-                part.unlink()
