@@ -25,8 +25,6 @@ def paper(**headline: object) -> Paper:
             {**about, "id": "gain", "statement": "more top-1", "value": 3.0, "unit": "points", "neutral": 0.0,
              "tolerance": 1.0,
              "gates": [{"observed": "baseline top-1", "at_least": 70.0, "shows": "the baseline trains"}]},
-            {**about, "id": "gain-2", "statement": "more top-1 on other data", "value": 2.0, "unit": "points",
-             "neutral": 0.0, "tolerance": 1.0},
             {**about, "id": "saving", "statement": "less time", "value": 40.0, "unit": "%", "neutral": 0.0,
              "tolerance": 5.0},
             {**about, "id": "faster", "statement": "times faster", "value": 2.0, "unit": "×", "neutral": 1.0,
@@ -37,9 +35,19 @@ def paper(**headline: object) -> Paper:
         headline={"method": "Fake", "accuracy": "gain", "costs": {"time": "saving"}, "arm": "fake", **headline})
 
 
-def row(claim: str, values: list[float], profile: str = "cpu", **more: object) -> ClaimResult:
+def apart() -> Paper:
+    """The same paper with a second claim of accuracy, on other data."""
+    one = paper()
+    claims = [*one.claims, one.claim("gain").model_copy(update={"id": "gain-2", "gates": []})]
+    return Paper.model_validate({**one.model_dump(), "claims": [claim.model_dump() for claim in claims],
+                                 "headline": {**one.headline.model_dump(), "accuracy": ["gain", "gain-2"]}})
+
+
+def row(
+    claim: str, values: list[float], profile: str = "cpu", of: Paper | None = None, **more: object
+) -> ClaimResult:
     conditions = more.pop("conditions", {"dataset": "cifar10", "network": "small"})
-    of = paper()
+    of = of or paper()
     seeds = list(range(len(values)))
     mean, half = mean_interval(values)
     made = of.not_run(of.claim(claim), profile).model_copy(update={
@@ -184,20 +192,27 @@ def test_every_dataset_that_was_tested_is_told_whatever_came_out(outcome):
 
 
 def test_a_paper_that_claims_each_dataset_apart_is_told_as_one_that_does_not():
-    # The first claim's gate is closed; each place has its own cost.
+    of = apart()
     cifar, mnist, digits = ({"dataset": name, "network": "small"} for name in ("cifar10", "mnist", "digits"))
-    runs = [Outcome([row("gain", LOST, conditions=cifar, observed={}), row("saving", [90.0, 90.0], conditions=cifar)]),
-            Outcome([row("gain-2", [1.0, 1.0], conditions=mnist), row("saving", [10.0, 10.0], conditions=mnist)]),
-            Outcome([row("gain-2", [2.0, 2.0], conditions=digits), row("saving", [20.0, 20.0], conditions=digits)])]
+    # The first claim's gate is closed; each place has its own cost.
+    runs = [Outcome([row("gain", LOST, of=of, conditions=cifar, observed={}), row("saving", [90.0] * 2, conditions=cifar)]),
+            Outcome([row("gain-2", [1.0] * 2, of=of, conditions=mnist), row("saving", [10.0] * 2, conditions=mnist)]),
+            Outcome([row("gain-2", [2.0] * 2, of=of, conditions=digits), row("saving", [20.0] * 2, conditions=digits)])]
     for order in (runs, runs[::-1]):
-        said = bottom_line(paper(accuracy=["gain", "gain-2"]), order)
+        said = bottom_line(of, order)
         assert "10.0 % less training time and 1.00 points more accuracy" in said
         assert "20.0 % less training time and 2.00 points more accuracy" in said
         assert "90" not in said
     # The first claim speaks where it was tested, whichever run was first.
-    both = [*runs, Outcome([row("gain", LOST, conditions=cifar)])]
-    assert finding(paper(accuracy=["gain", "gain-2"]), both).anchor.claim == "gain"
-    assert len(finding(paper(accuracy=["gain", "gain-2"]), both).elsewhere) == 2
+    found = finding(of, [*runs, Outcome([row("gain", LOST, of=of, conditions=cifar)])])
+    assert found.anchor.claim == "gain"
+    assert {each.anchor.conditions["dataset"] for each in found.elsewhere} == {"mnist", "digits"}
+
+
+@pytest.mark.parametrize(("machine", "name"), [
+    ("NVIDIA H200; Intel(R) Xeon(R) Processor, 1 of 16 threads", "NVIDIA H200"), ("AMD EPYC, 2 of 2 threads", "AMD EPYC")])
+def test_it_names_the_machine(machine, name):
+    assert bottom_line(paper(), [Outcome([row("saving", SAVED, machine=machine)])]).endswith(f"3 seeds, {name}).")
 
 
 def test_a_headline_that_names_no_claim_or_one_without_a_share_is_refused():

@@ -47,6 +47,19 @@ def versions(plugins: bool = True) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def processor_of(machine: str) -> str:
+    """The GPU of a `machine_name`, or else its processor.
+
+    Example:
+        >>> processor_of("NVIDIA H200; Intel(R) Xeon(R) Processor, 1 of 16 threads")
+        'NVIDIA H200'
+        >>> processor_of("AMD EPYC, 2 of 2 threads")
+        'AMD EPYC'
+    """
+    gpu, semicolon, _ = machine.partition(";")
+    return gpu if semicolon else machine.rpartition(",")[0]
+
+
 def package_folders() -> list[str]:
     """The folders that packages are installed in; each install there gives its folder a new time."""
     paths = sysconfig.get_paths()

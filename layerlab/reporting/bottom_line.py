@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from layerlab.base.provenance import processor_of
 from layerlab.base.screen import printable
 from layerlab.contract.claims import ClaimResult
 from layerlab.contract.headline import Cost
@@ -158,7 +159,7 @@ def _how_sure(found: Finding) -> str:
 
 
 def _where(found: Finding) -> str:
-    """`mnist with lenet, 3 seeds`."""
+    """`mnist with lenet, 3 seeds, AMD EPYC`."""
     row = found.anchor
     assert row is not None
     parts = [" with ".join(str(row.conditions[key]) for key in ("dataset", "network") if key in row.conditions)]
@@ -166,4 +167,5 @@ def _where(found: Finding) -> str:
     # A single number without a seed is no sample.
     if row.seeds or count > 1:
         parts.append(f"{count} {'seed' if row.seeds else 'round'}{'s' if count > 1 else ''}")
+    parts.append(processor_of(row.machine))
     return ", ".join(filter(None, parts))
