@@ -195,7 +195,8 @@ def test_a_paper_that_claims_each_dataset_apart_is_told_as_one_that_does_not():
     of = apart()
     cifar, mnist, digits = ({"dataset": name, "network": "small"} for name in ("cifar10", "mnist", "digits"))
     # The first claim's gate is closed; each place has its own cost.
-    runs = [Outcome([row("gain", LOST, of=of, conditions=cifar, observed={}), row("saving", [90.0] * 2, conditions=cifar)]),
+    runs = [Outcome([row("gain", LOST, of=of, conditions=cifar, observed={}),
+                     row("saving", [90.0] * 2, conditions=cifar)]),
             Outcome([row("gain-2", [1.0] * 2, of=of, conditions=mnist), row("saving", [10.0] * 2, conditions=mnist)]),
             Outcome([row("gain-2", [2.0] * 2, of=of, conditions=digits), row("saving", [20.0] * 2, conditions=digits)])]
     for order in (runs, runs[::-1]):
@@ -210,7 +211,9 @@ def test_a_paper_that_claims_each_dataset_apart_is_told_as_one_that_does_not():
 
 
 @pytest.mark.parametrize(("machine", "name"), [
-    ("NVIDIA H200; Intel(R) Xeon(R) Processor, 1 of 16 threads", "NVIDIA H200"), ("AMD EPYC, 2 of 2 threads", "AMD EPYC")])
+    ("NVIDIA H200; Intel(R) Xeon(R) Processor, 1 of 16 threads", "NVIDIA H200"),
+    ("AMD EPYC, 2 of 2 threads", "AMD EPYC"),
+])
 def test_it_names_the_machine(machine, name):
     assert bottom_line(paper(), [Outcome([row("saving", SAVED, machine=machine)])]).endswith(f"3 seeds, {name}).")
 

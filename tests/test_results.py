@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from traitlets.config import Config
 
 from layerlab import LayerlabError, Study, load_paper, strategies
+from layerlab.base.provenance import machine_name, processor_of
 from layerlab.cli.main import main
 from layerlab.reporting.overview import CAPTION, NOTHING_YET, OVERVIEW
 from layerlab.reporting.pages import LONG, PICTURE, SUMMARY, paper_page, scoreboard_page, with_results
@@ -285,8 +286,9 @@ def test_the_sentence_of_a_paper_is_the_same_wherever_it_stands(fake, tmp_path, 
         study.claim(claim, values, seeds=[0, 1], conditions={"dataset": "digits"})
     study.finish()
     publish([study.folder], tmp_path / "results")
-    said = (" against plain training: 31 ± 13 % less training time and 2.01 ± 0.13 points more accuracy; not "
-            "compared with plain training of the same cost; not tested at the paper's scale (here digits, 2 seeds).")
+    said = (" against plain training: 31 ± 13 % less training time and 2.01 ± 0.13 points more accuracy; not compared "
+            "with plain training of the same cost; not tested at the paper's scale (here digits, 2 seeds, "
+            f"{processor_of(machine_name())}).")
     assert readme.read_text().count(f"- **Fake**{said}") == 1
     assert (tmp_path / "results" / "README.md").read_text().count(f"- **Fake**{said}") == 1
     assert (tmp_path / "results" / "fake" / "README.md").read_text().count(f"**Fake{said}**") == 1
