@@ -17,7 +17,7 @@ _LONG = 10_000_000
 _SHARE = re.compile(r"\b(top-[15]|accuracy|share)\b", re.IGNORECASE)
 _BYTES = re.compile(r"\s*\[?\bbytes\b\]?", re.IGNORECASE)
 _NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
-_SPREAD = re.compile(r"^([+-]?\d*\.?\d+)(?: ± (\d*\.?\d+))?$")
+_SPREAD = re.compile(r"^([+-]?\d*\.?\d+(?:e[+-]\d+)?)(?: ± (\d*\.?\d+))?$")
 _NOISE = re.compile(r" ± \d+(?:\.\d+)?e-1[2-9]\b")
 
 
@@ -47,14 +47,14 @@ def _column(name: str, values: pd.Series) -> tuple[str, pd.Series]:
         if values.abs().max() >= _LONG and "[" not in name:
             factor, unit = scale(values.dropna(), "")
             return f"{name} [{unit}]", _texts(values * factor)
-        if not values.dropna().empty and (values.abs() < _ROUNDING).any() and (values != 0).any():
-            return name, values.map(lambda value: "≈ 0" if 0 < abs(value) < _ROUNDING else value)
     if _SHARE.search(name) and "[" not in name and "%" not in name:
         shares = [_per_cent(value) for value in values]
         if all(share is not None for share in shares) and any(shares):
             return f"{name} [%]", pd.Series(shares, index=values.index)
     if not pd.api.types.is_numeric_dtype(values):
         return name, values.map(lambda value: _NOISE.sub("", value) if isinstance(value, str) else value)
+    if ((values != 0) & (values.abs() < _ROUNDING)).any():
+        return name, values.map(lambda value: "≈ 0" if 0 < abs(value) < _ROUNDING else value)
     return name, values
 
 
@@ -69,8 +69,8 @@ def _per_cent(value: object) -> str | None:
     found = _SPREAD.match(str(value))
     if not found or not 0 <= float(found[1]) <= 1:
         return None
-    # As exact as it was written.
-    decimals = min(2, max(0, len(found[1].partition(".")[2]) - 2))
+    # As exact as it was written; what has an exponent is a number that nobody rounded.
+    decimals = 2 if "e" in found[1] else min(2, max(0, len(found[1].partition(".")[2]) - 2))
     text = f"{100 * float(found[1]):.{decimals}f}"
     return f"{text} ± {100 * float(found[2]):.{decimals}f}" if found[2] else text
 
