@@ -93,7 +93,8 @@ def test_numbers_are_in_units_in_words():
     assert frame.to_dict("list") == {
         "layer": ["a", "b"], "moved [GB]": ["2.68", "1"], "MACs [M]": ["50", "20"], "off": ["≈ 0", 0.2],
         "top-1 [%]": ["40.5", ""], "top-5 accuracy [%]": ["90.0 ± 0.6", "50"], "seeds": [3, 3], "text": ["1.0", "so"],
-        "share of twelve": [12.0, 3.0], "top-1 ± [%]": ["0", "0.2"], "top-5 ± [%]": ["0.01", "1"], "nothing": [0.0, 0.5]}
+        "share of twelve": [12.0, 3.0], "top-1 ± [%]": ["0", "0.2"], "top-5 ± [%]": ["0.01", "1"],
+        "nothing": [0.0, 0.5]}
 
 
 def test_a_table_of_the_paper_s_rows_alone_is_told_from_a_measured_one():
