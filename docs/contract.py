@@ -14,6 +14,7 @@ from typing import Any
 import layerlab
 from layerlab import Batches, Preflight, Replaced, Run, Strategy, Wire
 from layerlab.contract import strategy
+from layerlab.contract.headings import Heading
 from layerlab.contract.headline import Headline
 from layerlab.contract.strategy import check_composition
 from layerlab.testing import CHECKS
@@ -62,6 +63,7 @@ def page() -> str:
     for kind in (Replaced, Batches, Wire, Preflight):
         parts += [f"## {kind.__name__}", described(kind), *(member(kind, name) for name in methods(kind))]
     parts += ["## The headline", described(Headline)]
+    parts += ["## Headings of a page's tables", described(Heading)]
     parts += ["## Which strategies run together", text(check_composition)]
     parts += ["## The checks of the contract", "Run by `layerlab.testing.check_strategy` and `layerlab check NAME`."]
     parts.append("\n".join(["| check | what it holds a strategy to |", "| --- | --- |",

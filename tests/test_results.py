@@ -111,6 +111,33 @@ def ipython(monkeypatch) -> Iterator[InteractiveShell]:
     InteractiveShell.clear_instance()
 
 
+def test_a_page_heads_columns_as_the_paper_s_file_says(fake, tmp_path):
+    fake()
+    with (load_paper("fake").folder / "paper.toml").open("a") as stream:
+        stream.write("\n[headings.costs]\nlatency = 'latency [µs]'\nsaved = { text = 'FLOPs saved', share = true }\n"
+                     "\n[headings.costs-digits]\nlatency = 'latency on digits [µs]'\n")
+    study = Study("fake", "cpu")
+    # The second begins with the first one's name, the third does not.
+    for name in ("costs", "costs-digits", "costs2"):
+        study.table(name, pd.DataFrame({"latency": [1.5], "saved": [-0.25], "of": [name]}))
+    study.finish()
+    page = publish([study.folder], tmp_path)[0].read_text()
+    rows = [line for line in page.splitlines() if line.startswith(("| latency", "| 1.5"))]
+    assert rows == ["| latency [µs] | FLOPs saved [%] | of |", "| 1.5 | −25 | costs |",
+                    "| latency on digits [µs] | FLOPs saved [%] | of |", "| 1.5 | −25 | costs-digits |",
+                    "| latency | saved | of |", "| 1.5 | −0.25 | costs2 |"]
+
+
+@pytest.mark.parametrize("name", sorted({folder.parent.name for folder in PUBLISHED}))
+def test_headings_are_of_columns_that_there_are(name):
+    columns: dict[str, set[str]] = {}
+    for file in (ROOT / "results" / name).glob("*/tables/*.csv"):
+        columns.setdefault(file.stem, set()).update(pd.read_csv(file, nrows=0).columns)
+    for table, headings in load_paper(name).headings.items():
+        there = [columns[each] for each in columns if each == table or each.startswith(f"{table}-")]
+        assert set(headings) <= set().union(*there), table
+
+
 def test_a_page_tells_what_it_shows_as_the_notebook_does(fake, ipython, tmp_path):
     text, again = nbformat.v4.new_markdown_cell, "keep(next(names))"
     file = fake(

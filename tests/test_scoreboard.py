@@ -88,11 +88,12 @@ def test_numbers_are_in_units_in_words():
     frame = readable(pd.DataFrame({
         "layer": ["a", "b"], "bytes moved": [2_679_685_120, 1_000_000_000], "MACs": [50_000_000, 20_000_000],
         "off": [1.7e-16, 0.2], "top-1": [0.405, None], "top-5 accuracy": ["0.900 ± 0.006", "0.5"], "seeds": [3, 3],
-        "text": ["1.0 ± 1.7e-16", "so"], "share of twelve": [12.0, 3.0], "top-1 ±": [0.0, 0.002],
+        "text": ["1.0 ± 1.7e-16", "nan (nanometres)"], "share of twelve": [12.0, 3.0], "top-1 ±": [0.0, 0.002],
         "top-5 ±": [7.1e-05, 0.01], "nothing": [0.0, 0.5]}))
     assert frame.to_dict("list") == {
         "layer": ["a", "b"], "moved [GB]": ["2.68", "1"], "MACs [M]": ["50", "20"], "off": ["≈ 0", 0.2],
-        "top-1 [%]": ["40.5", ""], "top-5 accuracy [%]": ["90.0 ± 0.6", "50"], "seeds": [3, 3], "text": ["1.0", "so"],
+        "top-1 [%]": ["40.5", ""], "top-5 accuracy [%]": ["90.0 ± 0.6", "50"], "seeds": [3, 3],
+        "text": ["1.0", "— (nanometres)"],
         "share of twelve": [12.0, 3.0], "top-1 ± [%]": ["0", "0.2"], "top-5 ± [%]": ["0.01", "1"],
         "nothing": [0.0, 0.5]}
 

@@ -17,6 +17,7 @@ from layerlab.base.errors import LayerlabError, LayerlabWarning, sentence, unkno
 from layerlab.base.names import NAME, FileName
 from layerlab.base.text import as_json
 from layerlab.contract.claims import Claim, ClaimResult, Data
+from layerlab.contract.headings import Heading
 from layerlab.contract.headline import Headline
 from layerlab.contract.parameters import Parameters, differing, merged_parameters
 from layerlab.contract.registry import Plugin
@@ -92,6 +93,7 @@ class Paper(Data):
         tables, claims, profiles: see their classes.
         targets: what this project asks of the method, judged as claims are and counted apart from them.
         headline: what its one sentence tells; None where it tells how many claims hold.
+        headings: a run's table → column → how a page heads it; see `headings_of`.
     """
 
     title: str
@@ -107,6 +109,7 @@ class Paper(Data):
     targets: list[Claim] = Field(default_factory=list)
     profiles: dict[FileName, Profile]
     headline: Headline | None = None
+    headings: dict[str, dict[str, Heading]] = Field(default_factory=dict)
     strategy: str = ""
     folder: Path = Path()
 

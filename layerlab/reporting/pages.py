@@ -16,6 +16,7 @@ from layerlab.base.provenance import versions_text
 from layerlab.base.screen import printable, visible
 from layerlab.base.text import reproduce_command
 from layerlab.contract.claims import OLDER, ClaimResult, Verdict
+from layerlab.contract.headings import headings_of
 from layerlab.contract.paper import Paper, readable_papers
 from layerlab.contract.rows import counts, merged
 from layerlab.reporting.bottom_line import bottom_line, headline_finding, kept_line, kept_outcomes, markdown_line
@@ -23,7 +24,7 @@ from layerlab.reporting.freshness import Age, age
 from layerlab.reporting.kept import kept, kept_profiles
 from layerlab.reporting.overall import overall
 from layerlab.reporting.overview import ALTERNATIVE, CAPTION, NOTHING_YET, OVERVIEW
-from layerlab.reporting.readable import papers_alone, readable
+from layerlab.reporting.readable import headed, papers_alone, readable
 from layerlab.reporting.scoreboard import claims_table, scoreboard_table
 from layerlab.runs.manifest import read_manifest
 from layerlab.runs.record import read_parameters
@@ -231,7 +232,8 @@ def _entry(file: Path, address: str, paper: Paper) -> str:
     frame = frame.rename(columns=lambda name: "" if str(name).startswith("Unnamed") else str(name))
     if papers_alone(frame, file.stem, paper):
         return ""
-    table = with_minus(Table.from_frame(readable(frame.loc[:, frame.notna().any()])).markdown())
+    shown = headed(frame.loc[:, frame.notna().any()], headings_of(file.stem, paper.headings))
+    table = with_minus(Table.from_frame(readable(shown)).markdown())
     if len(frame) > LONG:
         table = f"<details><summary>{len(frame)} rows</summary>\n\n{table}\n\n</details>"
     return f"Table [{_plain(file.stem)}]({address}):\n\n{table}"

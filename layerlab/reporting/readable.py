@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from layerlab.contract.headings import Heading
 from layerlab.contract.paper import Paper
 from layerlab.show.interval import scale
 
@@ -19,6 +21,7 @@ _BYTES = re.compile(r"\s*\[?\bbytes\b\]?", re.IGNORECASE)
 _NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 _SPREAD = re.compile(r"^([+-]?\d*\.?\d+(?:e[+-]\d+)?)(?: ± (\d*\.?\d+))?$")
 _NOISE = re.compile(r" ± \d+(?:\.\d+)?e-1[2-9]\b")
+_NONE = re.compile(r"\bnan\b")
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -37,6 +40,28 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def headed(frame: pd.DataFrame, headings: Mapping[str, Heading]) -> pd.DataFrame:
+    """A table under the headings that its paper gives, what is declared a share in per cent.
+
+    Example:
+        >>> import pandas as pd
+        >>> headed(pd.DataFrame({"saved": [0.25, -0.125]}), {"saved": Heading(text="FLOPs saved", share=True)})
+          FLOPs saved [%]
+        0              25
+        1           -12.5
+    """
+    columns = {}
+    for name in frame.columns:
+        heading = headings.get(str(name), Heading())
+        text, values = heading.text or str(name), frame[name]
+        if heading.share:
+            shares = [_per_cent(value, -math.inf, math.inf) for value in values]
+            told = [value if share is None else share for value, share in zip(values, shares, strict=True)]
+            text, values = f"{text} [%]", pd.Series(told, index=values.index)
+        columns[text] = values
+    return pd.DataFrame(columns)
+
+
 def _column(name: str, values: pd.Series) -> tuple[str, pd.Series]:
     if pd.api.types.is_bool_dtype(values):
         return name, values
@@ -52,7 +77,8 @@ def _column(name: str, values: pd.Series) -> tuple[str, pd.Series]:
         if all(share is not None for share in shares) and any(shares):
             return f"{name} [%]", pd.Series(shares, index=values.index)
     if not pd.api.types.is_numeric_dtype(values):
-        return name, values.map(lambda value: _NOISE.sub("", value) if isinstance(value, str) else value)
+        return name, values.map(
+            lambda value: _NONE.sub("—", _NOISE.sub("", value)) if isinstance(value, str) else value)
     if ((values != 0) & (values.abs() < _ROUNDING)).any():
         return name, values.map(lambda value: "≈ 0" if 0 < abs(value) < _ROUNDING else value)
     return name, values
@@ -62,12 +88,13 @@ def _texts(values: pd.Series) -> pd.Series:
     return values.map(lambda value: "" if pd.isna(value) else f"{value:.3g}")
 
 
-def _per_cent(value: object) -> str | None:
-    """A share, with its interval or without, in per cent; empty for no value, None for what is no share."""
+def _per_cent(value: object, low: float = 0.0, high: float = 1.0) -> str | None:
+    """A share, with its interval or without, in per cent; empty for no value, None for what is no number from `low` to
+    `high`."""
     if value is None or value == "" or value != value:  # not a number: none
         return ""
     found = _SPREAD.match(str(value))
-    if not found or not 0 <= float(found[1]) <= 1:
+    if not found or not low <= float(found[1]) <= high:
         return None
     # As exact as it was written; what has an exponent is a number that nobody rounded.
     decimals = 2 if "e" in found[1] else min(2, max(0, len(found[1].partition(".")[2]) - 2))

@@ -109,7 +109,7 @@ class Table:
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame, caption: str = "", notes: Sequence[str] = ()) -> Table:
-        """A pandas table without its index: numbers to four digits, empty where there is none.
+        """A pandas table without its index: numbers to four digits or as whole ones, empty where there is none.
 
         Example:
             >>> import pandas as pd
@@ -323,7 +323,10 @@ def _value(value: Any) -> str:
 
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    # An exponent says less than the digits of a count.
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e8 else f"{value:.4g}"
 
 
 def _text(text: str, style: str) -> Text:
