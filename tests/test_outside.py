@@ -439,6 +439,6 @@ def test_a_new_plugin_installs_passes_its_tests_and_gives_a_verdict_as_it_stands
     text = clean.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", folder=folder)
     assert re.search(r"^\d+ passed, 1 skipped", text.splitlines()[-1]), text
     text = clean.run("layerlab", "reproduce", "fresh-idea")
-    assert re.search(r"^A fresh idea against plain training: .* 1 seed, which settles nothing\.$", text, re.M), text
+    assert re.search(r"^A fresh idea against plain training: .* 1 seed, .*, which settles nothing\.$", text, re.M), text
     # Its paper is invented as yet.
     assert re.search(r"^fewer FLOPs over the whole training .* not tested$", clean.run("layerlab", "scoreboard"), re.M)

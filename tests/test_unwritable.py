@@ -69,10 +69,11 @@ def test_without_a_cache_each_command_does_what_it_does_with_one_and_says_so(
     fake()
     # One plugin, for speed: each import of all seven takes seconds.
     monkeypatch.setattr(layerlab.strategies, "every", lambda: [layerlab.strategies["fake"]])
-    monkeypatch.setenv("LAYERLAB_CACHE", str(tmp_path / "unusable"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     run = finished(tmp_path / "sent", [2.0, 4.0])
+    # Only now: what is finished is remembered in the cache, which makes its folder.
+    monkeypatch.setenv("LAYERLAB_CACHE", str(tmp_path / "unusable"))
     shutil.copy(tmp_path / "home" / "mlflow.db", tmp_path / "there" / "mlflow.db")
     monkeypatch.setenv("LAYERLAB_HOME", str(tmp_path / "here"))
     (tmp_path / "plan.yaml").write_text(f"- notebook: {images}\n")
