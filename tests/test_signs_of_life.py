@@ -15,6 +15,7 @@ from helpers import slow
 from nbclient import NotebookClient
 
 from layerlab import load_paper
+from layerlab.base.provenance import machine_name, processor_of
 from layerlab.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,8 +90,8 @@ def test_reproduce_ends_with_a_sentence_for_each_paper_and_what_to_type_next(fak
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(result.stdout.split())
-    said = ("Fake against plain training: 2.00 points more accuracy; the quick profile on digits, 1 seed, which "
-            "settles nothing.")
+    said = ("Fake against plain training: 2.00 points more accuracy; the quick profile on digits, 1 seed, "
+            f"{processor_of(machine_name())}, which settles nothing.")
     assert said in text
     assert text.index(said) < text.index("What to type next: ") < text.index("scoreboard every claim, published")
     assert "Table I" not in text
