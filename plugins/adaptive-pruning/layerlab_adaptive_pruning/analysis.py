@@ -137,28 +137,32 @@ def pruning_of(result: FitResult) -> Pruning:
     return strategy
 
 
-def gate_numbers(comparison: Comparison, stage: int, data: Dataset) -> dict[str, float]:
-    """What a gate reads of adaptive pruning's runs, means over seeds.
+def gate_numbers(comparison: Comparison, stages: Sequence[int], data: Dataset) -> dict[int, dict[str, float]]:
+    """What gates read of adaptive pruning's runs, means over seeds.
 
     Args:
         comparison: the runs of `arms`.
-        stage: of which pruning, counted from 1.
+        stages: of which prunings, counted from 1.
         data: that they were trained on.
 
     Returns:
-        `small scales`: |γ| below 0.01 just before that pruning, in per cent; `removed blocks`: how many have lost all
-        their batch norms after it, and `removed blocks in the end`, after the last one; `baseline train top-1`: of the
-        conventional network in the end, in per cent.
+        Of each pruning: `small scales`: |γ| below 0.01 just before it, in per cent; `removed blocks`: how many have
+        lost all their batch norms after it, and `removed blocks in the end`, after the last one; `baseline train
+        top-1`: of the conventional network in the end, in per cent.
     """
-    noted = comparison.estimate(lambda run: 100 * pruning_of(run).stages[stage]["small"], OURS)
+
+    def mean(value: Callable[[FitResult], float], arm: str = OURS) -> float:
+        return round(comparison.estimate(value, arm).mean, 2)
 
     def blocks(of: int) -> float:
-        return comparison.estimate(lambda run: blocks_removed(pruning_of(run).stages[of]["channels"]), OURS).mean
+        return mean(lambda run: blocks_removed(pruning_of(run).stages[of]["channels"]))
 
-    trained = comparison.estimate(lambda run: 100 * evaluate(run.model.to(data.train.labels.device), data.train)[
-        "test/top1"], BASELINE)
-    return {"small scales": round(noted.mean, 2), "removed blocks": round(blocks(stage), 2),
-            "removed blocks in the end": round(blocks(-1), 2), "baseline train top-1": round(trained.mean, 2)}
+    in_the_end = {
+        "removed blocks in the end": blocks(-1),
+        "baseline train top-1": mean(
+            lambda run: 100 * evaluate(run.model.to(data.train.labels.device), data.train)["test/top1"], BASELINE)}
+    return {stage: {"small scales": mean(lambda run: 100 * pruning_of(run).stages[stage]["small"]),
+                    "removed blocks": blocks(stage), **in_the_end} for stage in stages}
 
 
 def rate_factor(stage_epochs: float) -> Callable[[int], float]:

@@ -86,7 +86,7 @@ def test_a_gate_reads_small_scales_blocks_removed_and_the_accuracy_on_training_i
         if seed:
             first["channels"] |= {path: 0 for path in first["channels"] if path.startswith("stage2.0")}
             last["channels"] |= {path: 0 for path in last["channels"] if path.startswith("stage1.0")}
-    read = analysis.gate_numbers(run, 1, data)
+    read = analysis.gate_numbers(run, [1], data)[1]
     trained = [100 * evaluate(each.model, data.train)["test/top1"] for each in run.of(BASELINE)]
     wanted = {"small scales": 20, "removed blocks": 0.5, "removed blocks in the end": 1.5,
               "baseline train top-1": sum(trained) / 2}
