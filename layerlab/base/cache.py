@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -78,8 +79,9 @@ def write_cached(file: Path, write: Callable[[IO[bytes]], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+@cache
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files of writers that are gone."""
+    """Remove the temporary files of writers that are gone; once in a process, since a folder may hold thousands."""
     for part in folder.glob("*.partial"):
         import psutil  # nothing is left by most starts
 
